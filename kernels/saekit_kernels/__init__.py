@@ -1,0 +1,1 @@
+"""Sparse encode and decode kernels for sparse autoencoders."""

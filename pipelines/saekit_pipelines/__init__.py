@@ -1,0 +1,1 @@
+"""Stages, recipes and the command line of saekit."""
