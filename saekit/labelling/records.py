@@ -1,0 +1,75 @@
+"""What labelling writes: one `Label` per feature and labeler, one `Score` per label and scorer."""
+
+from typing import Literal
+
+from pydantic import JsonValue
+
+from saekit.config import Config
+
+__all__ = ["Label", "Score"]
+
+
+class Label(Config):
+    """A feature's label by one labeler, or the reason why there is none."""
+
+    feature: int
+    """Index of the feature in the dictionary."""
+    labeler: str
+    """Who wrote it: `lexical`, or `llm:<model>`."""
+    label: str = ""
+    """Short label for tables; empty where `status` is `failed`."""
+    description: str = ""
+    """Long text: what the feature fires on, with examples, and what it does to the next token."""
+    fires_on: str = ""
+    """The input side alone."""
+    promotes: str = ""
+    """Tokens or ideas that the feature makes more likely; empty where no evidence was gathered."""
+    suppresses: str = ""
+    """Tokens or ideas that the feature makes less likely; empty where no evidence was gathered."""
+    rule_tokens: tuple[int, ...] = ()
+    """Ids of the tokens that the label's own rule speaks of; may be empty."""
+    rule: dict[str, JsonValue] | None = None
+    """The label's machine-evaluable rule (a dumped `saekit.labelling.rules.Rule`); None where it has none."""
+    confidence: float | None = None
+    """In [0, 1]: for `lexical` the rule's F1 on the training documents, for an LLM what it says of itself."""
+    prompt_version: str | None = None
+    """Name of the prompt template, for an LLM."""
+    model: str | None = None
+    """Name of the labelling model as the server was asked for it, for an LLM."""
+    status: Literal["done", "failed"] = "done"
+    """Every feature asked for ends in exactly one of the two."""
+    reason: str | None = None
+    """Why it failed."""
+
+
+class Score(Config):
+    """How well one label predicts when its feature fires, on documents that no labeler has seen."""
+
+    feature: int
+    """Index of the feature in the dictionary."""
+    labeler: str
+    """Whose label was scored."""
+    scorer: Literal["rule", "detection"]
+    """`rule`: the label's token rule against every held-out token; `detection`: an LLM judges held-out contexts."""
+    f1: float | None = None
+    """Harmonic mean of precision and recall; None where the feature never fires on the held-out set."""
+    auprc: float | None = None
+    """Average precision of the rule's graded score at the natural firing rate; compare with `base_rate`."""
+    precision: float | None = None
+    """Share of predicted firings that are firings; None where nothing is predicted."""
+    recall: float | None = None
+    """Share of firings that are predicted."""
+    balanced_accuracy: float | None = None
+    """Mean of recall on positives and on negatives; chance is 0.5."""
+    base_rate: float | None = None
+    """Share of positives in the set: the average precision of a label that says nothing."""
+    num_positive: int = 0
+    """Tokens (`rule`) or contexts (`detection`) on which the feature fires."""
+    num_negative: int = 0
+    """Tokens or contexts on which it does not."""
+    num_unparsed: int = 0
+    """Contexts for which the judge gave no usable answer; they count as wrong."""
+    low: float | None = None
+    """Lower end of the 95 % interval of `f1` over resampled documents."""
+    high: float | None = None
+    """Upper end of the 95 % interval of `f1` over resampled documents."""
