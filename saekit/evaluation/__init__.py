@@ -1,0 +1,21 @@
+"""How good a dictionary is: reconstruction, model loss, null rows, decoder structure, each with intervals."""
+
+from saekit.evaluation.record import (
+    Evaluation,
+    EvaluationRow,
+    EvaluationTable,
+    FeatureMeasures,
+    Figure,
+    Histogram,
+    read_evaluation,
+)
+
+__all__ = [
+    "Evaluation",
+    "EvaluationRow",
+    "EvaluationTable",
+    "FeatureMeasures",
+    "Figure",
+    "Histogram",
+    "read_evaluation",
+]
