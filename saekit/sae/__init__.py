@@ -1,0 +1,21 @@
+"""Sparse autoencoders: one class per architecture, the same for training and inference."""
+
+from saekit.sae.base import SAE, SAEConfig, SAEOutput
+from saekit.sae.checkpoint import AnySAEConfig, build_sae, load_sae_folder
+from saekit.sae.fold import Normalization
+from saekit.sae.jumprelu import JumpReLUConfig, JumpReLUSAE
+from saekit.sae.topk import TopKConfig, TopKSAE
+
+__all__ = [
+    "SAE",
+    "AnySAEConfig",
+    "JumpReLUConfig",
+    "JumpReLUSAE",
+    "Normalization",
+    "SAEConfig",
+    "SAEOutput",
+    "TopKConfig",
+    "TopKSAE",
+    "build_sae",
+    "load_sae_folder",
+]

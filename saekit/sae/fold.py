@@ -1,0 +1,72 @@
+"""Input normalisation of training, and how it is folded into the weights so that a saved SAE takes raw activations."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saekit.errors import NonFiniteError
+from saekit.sae.base import SAE
+
+__all__ = ["Normalization"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Normalization:
+    """`x' = (x - mean) * scale`, with scale = sqrt(d_in) / E||x - mean||.
+
+    Subtracting the mean of the data removes most of the dead features; a common scale makes learning rates and bandwidths
+    carry over from model to model. Both nonlinearities are positively homogeneous, so the scale can leave through the biases
+    and thresholds while W_enc and W_dec stay as they are: activations of the folded SAE are in raw units and its decoder
+    keeps its unit rows.
+
+    Source: Gao et al. 2024, appendix A (centring); Anthropic, "Circuits updates - January 2025" (E||x|| = sqrt(d_in)).
+    """
+
+    mean: Tensor
+    """[d_in] float64."""
+    scale: float
+    """Multiplies the centred activations."""
+    total_variance: float
+    """E||x' - E x'||^2, the denominator of the fraction of variance unexplained."""
+
+    @classmethod
+    def from_moments(cls, mean: Tensor, *, mean_norm_centred: float, mean_square_centred: float) -> "Normalization":
+        """Returns the normalisation of data with this mean, E||x - mean|| and E||x - mean||^2, all in raw units.
+
+        Raises:
+            NonFiniteError: a moment is not finite, or all activations are equal.
+        """
+        if not (bool(torch.isfinite(mean).all()) and math.isfinite(mean_square_centred) and mean_norm_centred > 0):
+            raise NonFiniteError(
+                f"activations: mean distance from their mean is {mean_norm_centred}, needs finite activations that vary"
+            )
+        scale = math.sqrt(mean.shape[0]) / mean_norm_centred
+        return cls(mean=mean.double().cpu(), scale=scale, total_variance=mean_square_centred * scale**2)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Returns normalised activations of raw ones, in the dtype of `x`, at least float32."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (x - self.mean.to(x)) * self.scale
+
+    @torch.no_grad()
+    def fold(self, sae: SAE) -> None:
+        """Turns an SAE of normalised activations into the same SAE of raw ones, in place.
+
+        For all x: folded.encode(x) = sae.encode(x') / scale and folded(x).x_hat = mean + sae(x').x_hat / scale.
+        """
+        bias = sae.b_dec.double() / self.scale
+        # An encoder that does not subtract b_dec still has to see centred input: the mean enters through its bias.
+        shift = 0.0 if sae.cfg.apply_b_dec_to_input else self.mean.to(bias) @ sae.W_enc.double()
+        sae.b_enc.copy_(sae.b_enc.double() / self.scale - shift)
+        sae.b_dec.copy_(bias + self.mean.to(bias))
+        sae.scale_thresholds(1 / self.scale)
+
+    @torch.no_grad()
+    def unfold(self, sae: SAE) -> None:
+        """The inverse of `fold`: turns an SAE of raw activations into the same SAE of normalised ones, in place."""
+        shift = 0.0 if sae.cfg.apply_b_dec_to_input else self.mean.to(sae.W_enc).double() @ sae.W_enc.double()
+        sae.b_enc.copy_((sae.b_enc.double() + shift) * self.scale)
+        sae.b_dec.copy_((sae.b_dec.double() - self.mean.to(sae.b_dec.device)) * self.scale)
+        sae.scale_thresholds(self.scale)

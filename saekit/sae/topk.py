@@ -1,0 +1,45 @@
+"""TopK: each token keeps its k largest pre-activations."""
+
+from typing import Literal, Self
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from saekit.sae.base import SAE, SAEConfig
+
+__all__ = ["TopKConfig", "TopKSAE"]
+
+
+class TopKConfig(SAEConfig):
+    """A TopK SAE."""
+
+    kind: Literal["topk"] = "topk"
+    """Architecture."""
+    k: int
+    """Features a token may use."""
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> Self:
+        if self.k < 1:
+            raise ValueError(f"k is {self.k}, needs a positive number of features a token")
+        if self.k > self.d_sae:
+            raise ValueError(f"k is {self.k}, needs at most d_sae = {self.d_sae}")
+        return self
+
+
+class TopKSAE(SAE):
+    """`relu(top-k of the pre-activations)`, exactly k features at most for every token.
+
+    Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2.3.
+    """
+
+    cfg: TopKConfig
+
+    def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (top_acts [N, k], top_indices [N, k]), the largest first."""
+        values, indices = torch.topk(self.pre_acts(x), self.cfg.k, dim=-1)
+        return values.relu(), indices
+
+    def scale_thresholds(self, factor: float) -> None:
+        """Does nothing: which pre-activations are largest does not depend on their scale."""
