@@ -1,0 +1,44 @@
+"""A causal language model: loaded, read and changed at any module, its unembedding, and the token rows it reads."""
+
+from saekit.models.hooks import HookPoint, ablate, add, capture, logits, parse_hook_point, replace, resolve
+from saekit.models.load import LanguageModel, ModelConfig, load_model, save_converted
+from saekit.models.texts import Document, FileTextConfig, HubTextConfig, TextConfig, iter_documents, text_fingerprint
+from saekit.models.tokens import (
+    TokenConfig,
+    TokenCounts,
+    Tokenizer,
+    TokenRow,
+    adds_bos,
+    check_context_len,
+    iter_token_rows,
+    special_token_ids,
+)
+
+__all__ = [
+    "Document",
+    "FileTextConfig",
+    "HookPoint",
+    "HubTextConfig",
+    "LanguageModel",
+    "ModelConfig",
+    "TextConfig",
+    "TokenConfig",
+    "TokenCounts",
+    "TokenRow",
+    "Tokenizer",
+    "ablate",
+    "add",
+    "adds_bos",
+    "capture",
+    "check_context_len",
+    "iter_documents",
+    "iter_token_rows",
+    "load_model",
+    "logits",
+    "parse_hook_point",
+    "replace",
+    "resolve",
+    "save_converted",
+    "special_token_ids",
+    "text_fingerprint",
+]

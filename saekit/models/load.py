@@ -1,0 +1,357 @@
+"""A causal language model of the hub's family, ready to be read: loaded, frozen, in eval mode, with its identity."""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from saekit.config import Config
+from saekit.errors import MissingDependencyError, ModelError, ResourceError
+from saekit.models.tokens import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["LanguageModel", "ModelConfig", "load_model", "save_converted"]
+
+# What a config says about where it came from rather than about the function it describes.
+_BOOKKEEPING = frozenset(
+    {"_name_or_path", "_model_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+)
+_NUM_SAMPLED = 1024
+_PROBE_TEXT = "A river, 27 hills."
+
+
+class ModelConfig(Config):
+    """Which language model, and how it is held in memory."""
+
+    name: str
+    """Hub id, local folder in the hub's layout, or local `.gguf` file (dequantised while it is loaded)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights and of the forward. CPUs without bfloat16 instructions are fastest in float32."""
+    device: str = "auto"
+    """`auto` takes CUDA where there is a device and the CPU elsewhere; else a torch device such as `cuda:1`."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer; None: the model's own."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the model may be run."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LanguageModel:
+    """A frozen causal LM with its tokenizer."""
+
+    model: nn.Module
+    """The transformers `PreTrainedModel`: eval mode, no parameter requires a gradient."""
+    tokenizer: Tokenizer
+    """The transformers tokenizer."""
+    name: str
+    """As the user wrote it."""
+    d_model: int
+    """Width of the residual stream."""
+    num_layers: int
+    """Number of decoder layers."""
+    vocab_size: int
+    """Rows of the unembedding; may exceed the tokenizer's length."""
+    context_len: int | None
+    """Longest sequence the model was made for; None where its config names none."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return next(self.model.parameters()).dtype
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of weights and config, 64 hex digits; the same in every process and on every device.
+
+        Covers the config's non-default values (its origin, the library's version and cache settings left out) and, for
+        every entry of the state dict in name order: name, shape, dtype, a 64-bit sum over all of its bytes and 1,024
+        evenly spaced elements. Any single changed weight changes it, and so does the dtype.
+        """
+        digest = hashlib.sha256(_canonical(_config_values(self.model)))
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(_tensor_digest(tensor))
+        return digest.hexdigest()
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """Identity of the tokenizer, 64 hex digits: its rules, vocabulary, special ids, and what it makes of a probe."""
+        return _tokenizer_digest(self.tokenizer)
+
+
+def load_model(config: ModelConfig | str) -> LanguageModel:
+    """Returns the model that `config` names (a plain string: its name, all else by default).
+
+    Raises:
+        ModelError: no such path or hub id, not a causal LM, weights missing from its files, no tokenizer, unknown device.
+        MissingDependencyError: a `.gguf` file without the extra `gguf`.
+    """
+    if isinstance(config, str):
+        config = ModelConfig(name=config)
+    where = f"model {config.name!r}"
+    device = _device(config.device, where)
+    source = _source(config, where)
+    model = _load_weights(source, config, where).to(device)
+    tokenizer = _load_tokenizer(source, config, where)
+    text_config = model.config.get_text_config()
+    return LanguageModel(
+        model=model,
+        tokenizer=tokenizer,
+        name=config.name,
+        d_model=int(text_config.hidden_size),
+        num_layers=int(text_config.num_hidden_layers),
+        vocab_size=int(text_config.vocab_size),
+        context_len=getattr(text_config, "max_position_embeddings", None),
+    )
+
+
+def save_converted(lm: LanguageModel, folder: str | Path) -> Path:
+    """Writes model and tokenizer as a plain folder in the hub's layout, which appears only when it is complete.
+
+    Loading it is some 40 times faster than dequantising a GGUF file anew.
+
+    Raises:
+        ModelError: `folder` exists already.
+        ResourceError: it cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise ModelError(f"{str(folder)!r}: exists already, needs a new folder to write the model to")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            with _quiet(progress_bars=False):
+                lm.model.save_pretrained(temporary)  # type: ignore[operator]  # a PreTrainedModel
+                lm.tokenizer.save_pretrained(str(temporary))
+            # mkdtemp and safetensors leave files that only the owner can read.
+            temporary.chmod(0o755)
+            for file in temporary.iterdir():
+                file.chmod(0o644)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise ResourceError(f"{str(folder)!r}: cannot be written: {error.strerror or error}") from error
+    return folder
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Arguments that name a model to transformers."""
+
+    name: str
+    gguf_file: str | None
+    is_local: bool
+
+    def arguments(self, config: ModelConfig) -> dict[str, object]:
+        arguments: dict[str, object] = {"trust_remote_code": config.trust_remote_code}
+        if self.gguf_file is not None:
+            arguments["gguf_file"] = self.gguf_file
+        if not self.is_local and config.revision is not None:
+            arguments["revision"] = config.revision
+        return arguments
+
+
+def _device(name: str, where: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"{where}: device {name!r} cannot be used: {_first_line(error)}") from error
+    return device
+
+
+def _source(config: ModelConfig, where: str) -> _Source:
+    path = Path(config.name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"{where}: no such file, needs a local .gguf file")
+        if importlib.util.find_spec("gguf") is None:
+            raise MissingDependencyError(
+                f"{where}: reading GGUF needs a package that is not installed; pip install 'saekit[gguf]'"
+            )
+        return _Source(str(path.parent), path.name, is_local=True)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{where}: folder without config.json, needs a model folder in the hub's layout")
+        return _Source(str(path), None, is_local=True)
+    if path.exists():
+        raise ModelError(f"{where}: a file, needs a hub id, a model folder or a .gguf file")
+    if config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
+        raise ModelError(f"{where}: no such folder, needs a hub id, a local model folder or a .gguf file")
+    return _Source(config.name, None, is_local=False)
+
+
+def _unreachable(where: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"{where}: no such local folder, and no model of that name could be had from the hub"
+        f" ({_first_line(error)}); check the spelling and the network"
+    )
+
+
+def _check_causal(hf_config: "PretrainedConfig", config: ModelConfig, where: str) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if config.trust_remote_code and "AutoModelForCausalLM" in (getattr(hf_config, "auto_map", None) or {}):
+        return
+    default = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(hf_config.model_type)
+    architectures = list(hf_config.architectures or ([default] if default else []))
+    # Bert-like encoders have a causal class too, but their checkpoints are not trained for it and name another one.
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if default is None or not causal.intersection(architectures):
+        found = ", ".join(architectures) or f"model type {hf_config.model_type!r}"
+        raise ModelError(f"{where}: holds {found}, needs a causal language model such as LlamaForCausalLM")
+
+
+def _load_weights(source: _Source, config: ModelConfig, where: str) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    arguments = source.arguments(config)
+    try:
+        with _quiet(progress_bars=not source.is_local):
+            hf_config = AutoConfig.from_pretrained(source.name, **arguments)
+            _check_causal(hf_config, config, where)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source.name, dtype=getattr(torch, config.dtype), output_loading_info=True, **arguments
+            )
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        if not source.is_local:
+            raise _unreachable(where, error) from error
+        raise ModelError(f"{where}: cannot be loaded: {_first_line(error)}") from error
+    except Exception as error:
+        # safetensors and the GGUF reader raise types of their own for truncated or foreign files.
+        raise ModelError(f"{where}: files cannot be read: {_first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        # transformers fills them with random numbers, and every figure that follows would be about noise.
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ModelError(f"{where}: weights missing from its files: {shown}; needs a complete causal LM checkpoint")
+    if source.gguf_file is not None:
+        _forget_quantization(model)
+    model.eval()
+    model.requires_grad_(False)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _forget_quantization(model: nn.Module) -> None:
+    """The weights are plain numbers by now, but transformers 5.23 refuses to save them while the marks are there."""
+    model.hf_quantizer = None  # type: ignore[assignment]  # a PreTrainedModel attribute, not a submodule
+    model.is_quantized = False  # type: ignore[assignment]
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _load_tokenizer(source: _Source, config: ModelConfig, where: str) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    own = config.tokenizer is None
+    name = source.name if own else str(config.tokenizer)
+    arguments = source.arguments(config) if own else {"trust_remote_code": config.trust_remote_code}
+    found = "has no tokenizer that can be loaded" if own else f"tokenizer {name!r} cannot be loaded"
+    advice = "; name another one by 'tokenizer'" if own else ""
+    try:
+        with _quiet(progress_bars=not source.is_local):
+            tokenizer: Tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
+    except Exception as error:
+        # Missing and broken tokenizer files surface as anything from OSError to a bare Exception of the Rust library.
+        raise ModelError(f"{where}: {found} ({_first_line(error)}){advice}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        # transformers 5 makes an empty tokenizer of the right class for a folder that has none.
+        raise ModelError(f"{where}: {found} (its vocabulary is empty){advice}")
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _quiet(*, progress_bars: bool) -> Iterator[None]:
+    """Keeps transformers' notes and bars off the screen; settings are put back on exit."""
+    from transformers.utils import logging
+
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not progress_bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars and not progress_bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip().rstrip(".") if lines else type(error).__name__
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()
+
+
+def _config_values(model: nn.Module) -> dict[str, object]:
+    values = model.config.to_diff_dict()  # type: ignore[operator, union-attr]  # a PreTrainedModel's config
+    assert isinstance(values, dict)
+    return _without_bookkeeping(values)
+
+
+def _without_bookkeeping(values: Mapping[str, object]) -> dict[str, object]:
+    return {
+        key: _without_bookkeeping(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if key not in _BOOKKEEPING
+    }
+
+
+def _tensor_digest(tensor: Tensor) -> bytes:
+    flat = tensor.detach().reshape(-1)
+    if flat.numel() == 0:
+        return b""
+    places = torch.linspace(0, flat.numel() - 1, min(_NUM_SAMPLED, flat.numel()), dtype=torch.float64).long()
+    sample = flat[places.to(flat.device)].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    as_bytes = flat.contiguous().view(torch.uint8)
+    if as_bytes.storage_offset() % 8:
+        as_bytes = as_bytes.clone()
+    whole = as_bytes.numel() // 8 * 8
+    # Integer addition modulo 2^64 gives the same sum in every order, so on every device and thread count.
+    total = int(as_bytes[:whole].view(torch.int64).sum()) if whole else 0
+    return total.to_bytes(8, "little", signed=True) + as_bytes[whole:].cpu().numpy().tobytes() + sample
+
+
+def _tokenizer_digest(tokenizer: Tokenizer) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules: object
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        assert isinstance(rules, dict)
+        # State of the last call, not rules of the tokenizer.
+        rules.pop("padding", None)
+        rules.pop("truncation", None)
+    else:
+        rules = sorted(tokenizer.get_vocab().items())
+    special: Sequence[object] = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    probe = tokenizer(_PROBE_TEXT)["input_ids"]
+    return hashlib.sha256(_canonical([rules, special, probe])).hexdigest()
