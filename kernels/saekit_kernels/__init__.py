@@ -1,1 +1,20 @@
-"""Sparse encode and decode kernels for sparse autoencoders."""
+"""Sparse encode and decode kernels for sparse autoencoders; needs torch alone, and is usable without saekit."""
+
+from saekit_kernels.backend import Backend, BackendError, ResolvedBackend, resolve_backend
+from saekit_kernels.decode import decode
+from saekit_kernels.encode import encode_threshold, encode_topk
+from saekit_kernels.sparse_code import ReverseIndex, ThresholdCode, TopKCode, reverse_index
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "ResolvedBackend",
+    "ReverseIndex",
+    "ThresholdCode",
+    "TopKCode",
+    "decode",
+    "encode_threshold",
+    "encode_topk",
+    "resolve_backend",
+    "reverse_index",
+]

@@ -1,0 +1,86 @@
+"""Which implementation runs: chosen per call from the tensors, or forced by argument or by the environment."""
+
+import importlib
+import importlib.util
+import os
+from typing import TYPE_CHECKING, Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from saekit_kernels.primitives import Primitives
+
+Backend = Literal["auto", "triton", "cpu", "reference"]
+ResolvedBackend = Literal["triton", "cpu", "reference"]
+
+ENVIRONMENT_VARIABLE = "SAEKIT_KERNELS"
+
+_MODULES: dict[ResolvedBackend, str] = {
+    "triton": "saekit_kernels._triton",
+    "cpu": "saekit_kernels._cpu",
+    "reference": "saekit_kernels.reference",
+}
+
+
+class BackendError(RuntimeError):
+    """A backend that does not exist, or that was asked for and cannot run on the given tensors."""
+
+
+def resolve_backend(backend: Backend = "auto", *tensors: Tensor) -> ResolvedBackend:
+    """Name of the implementation that a call with these arguments uses.
+
+    Args:
+        backend: "auto" takes Triton for CUDA tensors where triton imports, the CPU path for CPU tensors, and the
+            reference for everything else (float64 on CUDA, other devices). The environment variable SAEKIT_KERNELS
+            replaces "auto" (and only "auto").
+        tensors: the operands of the call; they decide what is usable.
+
+    Raises:
+        BackendError: the name is unknown, or a backend is forced that cannot run on these tensors.
+    """
+    source = "backend"
+    if backend == "auto" and (forced := os.environ.get(ENVIRONMENT_VARIABLE)):
+        backend, source = cast(Backend, forced), ENVIRONMENT_VARIABLE
+    if backend not in get_args(Backend):
+        raise BackendError(f"{source}: {backend!r}, needs one of {', '.join(get_args(Backend))}")
+    if backend == "auto":
+        return _automatic(tensors)
+    if reason := _why_unusable(backend, tensors):
+        raise BackendError(f"{source} {backend!r}: {reason}")
+    return backend
+
+
+def load_primitives(backend: ResolvedBackend) -> "Primitives":
+    """The module that implements a backend; imported at its first use."""
+    return cast("Primitives", importlib.import_module(_MODULES[backend]))
+
+
+def _automatic(tensors: tuple[Tensor, ...]) -> ResolvedBackend:
+    kinds = {tensor.device.type for tensor in tensors}
+    if kinds <= {"cpu"}:
+        return "cpu"
+    if kinds == {"cuda"} and _why_unusable("triton", tensors) is None:
+        return "triton"
+    return "reference"
+
+
+def _why_unusable(backend: ResolvedBackend, tensors: tuple[Tensor, ...]) -> str | None:
+    devices = sorted({str(tensor.device) for tensor in tensors})
+    if backend == "cpu" and any(tensor.device.type != "cpu" for tensor in tensors):
+        return f"tensors are on {', '.join(devices)}, needs tensors on cpu"
+    if backend == "triton":
+        return _why_triton_is_unusable(tensors, devices)
+    return None
+
+
+def _why_triton_is_unusable(tensors: tuple[Tensor, ...], devices: list[str]) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton (Linux with a CUDA device)"
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        return "a tensor is float64, needs float32, bfloat16 or float16"
+    if all(tensor.device.type == "cuda" for tensor in tensors):
+        return None
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"tensors are on {', '.join(devices)}, needs CUDA tensors (or TRITON_INTERPRET=1, to debug)"

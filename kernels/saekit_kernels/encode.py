@@ -1,0 +1,183 @@
+"""Linear map and selection in one op: the k largest pre-activations of a token, or all above a threshold.
+
+Both keep only the selected entries, so their backward costs O(N K D) and makes no [N, F] array.
+
+Non-finite values: nothing is dropped silently. NaN ranks above every number (as in torch.topk) and is not below any
+threshold, so a NaN or +inf pre-activation is selected, reaches the returned values and any loss made of them.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from saekit_kernels.backend import Backend, load_primitives, resolve_backend
+from saekit_kernels.primitives import Primitives, compute_dtype
+from saekit_kernels.sparse_code import ReverseIndex, ThresholdCode, TopKCode, reverse_index
+
+if TYPE_CHECKING:
+
+    class _Context(FunctionCtx):
+        saved_tensors: tuple[Tensor, ...]
+        needs_input_grad: tuple[bool, ...]
+        primitives: Primitives
+        reverse: ReverseIndex
+
+
+def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, backend: Backend = "auto") -> TopKCode:
+    """relu of the k largest entries of z = x @ W_enc + b_enc of each token, exactly.
+
+    Selection is by value, largest first, and by lowest index among equals. Selected entries that are not positive
+    have value 0 and pass no gradient. Sums are accumulated in float32 (float64 for float64 operands); gradients come
+    back in each operand's dtype, and W_enc's in the memory layout of a transposed [F, D] array.
+
+    Args:
+        x: [N, D] float; needs no gradient, or gets one.
+        W_enc: [D, F]; fastest as the transposed view of contiguous [F, D] memory.
+        b_enc: [F].
+        k: 1 to F.
+        backend: see `resolve_backend`.
+
+    Returns:
+        values [N, k] and indices [N, k] int64; differentiable with respect to x, W_enc and b_enc.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or k is out of range.
+        BackendError: a forced backend cannot run.
+
+    Source: Gao et al. 2024, arXiv 2406.04093, section 2.3 (TopK activation).
+    """
+    _check_operands("encode_topk", x, W_enc, b_enc)
+    num_features = W_enc.shape[1]
+    if not 1 <= k <= num_features:
+        raise ValueError(f"encode_topk: k is {k}, needs 1 to d_sae = {num_features}")
+    primitives = load_primitives(resolve_backend(backend, x, W_enc, b_enc))
+    values, indices = _EncodeTopK.apply(x, W_enc, b_enc, k, primitives)
+    return TopKCode(values, indices)
+
+
+def encode_threshold(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    *,
+    bandwidth: float = 0.0,
+    backend: Backend = "auto",
+) -> ThresholdCode:
+    """The entries of z = x @ W_enc + b_enc that are active or near their threshold, as CSR.
+
+    The set is {z > threshold} and {|z - threshold| < bandwidth / 2} together, which is {z > threshold - bandwidth / 2}:
+    all that a JumpReLU forward and its straight-through gradients read. The values are not gated, so that the caller
+    can tell active from near ones; no gradient goes to `threshold` here.
+
+    Args:
+        x: [N, D] float.
+        W_enc: [D, F]; fastest as the transposed view of contiguous [F, D] memory.
+        b_enc: [F].
+        threshold: [F].
+        bandwidth: full width of the band around the threshold, in units of z; at least 0.
+        backend: see `resolve_backend`.
+
+    Returns:
+        pre_acts [nnz], indices [nnz] int64 and offsets [N + 1] int64; pre_acts is differentiable with respect to x,
+        W_enc and b_enc.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or the bandwidth is negative or not finite.
+        BackendError: a forced backend cannot run.
+
+    Source: Rajamanoharan et al. 2024, arXiv 2407.14435, sections 3 and 4 (JumpReLU and its kernel estimates).
+    """
+    _check_operands("encode_threshold", x, W_enc, b_enc)
+    if threshold.shape != b_enc.shape or not threshold.is_floating_point() or threshold.device != x.device:
+        found = f"{threshold.dtype} {list(threshold.shape)} on {threshold.device}"
+        raise ValueError(
+            f"encode_threshold: threshold is {found}, needs floating-point {list(b_enc.shape)} on {x.device}"
+        )
+    if not (math.isfinite(bandwidth) and bandwidth >= 0):
+        raise ValueError(f"encode_threshold: bandwidth is {bandwidth}, needs a finite number, at least 0")
+    primitives = load_primitives(resolve_backend(backend, x, W_enc, b_enc, threshold))
+    bound = threshold.detach().to(compute_dtype(x, W_enc, b_enc, threshold)) - bandwidth / 2
+    pre_acts, indices, offsets = _EncodeThreshold.apply(x, W_enc, b_enc, bound, primitives)
+    return ThresholdCode(pre_acts, indices, offsets)
+
+
+class _EncodeTopK(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: "_Context", x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, primitives: Primitives
+    ) -> tuple[Tensor, Tensor]:
+        values, indices = primitives.topk(x, W_enc.T, b_enc, k)
+        ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, W_enc, b_enc, values)
+        ctx.primitives = primitives
+        ctx.reverse = reverse_index(indices, W_enc.shape[1])
+        return values, indices
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: "_Context", *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_values = grads[0]
+        if grad_values is None:
+            return None, None, None, None, None
+        x, W_enc, b_enc, values = ctx.saved_tensors
+        # <= rather than not >: a NaN value passes its gradient on, as relu's own backward does.
+        grad_z = grad_values.masked_fill(values <= 0, 0.0)
+        return *_linear_gradients(ctx, grad_z, x, W_enc, b_enc), None, None
+
+
+class _EncodeThreshold(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: "_Context", x: Tensor, W_enc: Tensor, b_enc: Tensor, bound: Tensor, primitives: Primitives
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        pre_acts, indices, offsets = primitives.threshold(x, W_enc.T, b_enc, bound)
+        ctx.mark_non_differentiable(indices, offsets)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, W_enc, b_enc)
+        ctx.primitives = primitives
+        ctx.reverse = reverse_index(indices, W_enc.shape[1], offsets=offsets)
+        return pre_acts, indices, offsets
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: "_Context", *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_pre_acts = grads[0]
+        if grad_pre_acts is None:
+            return None, None, None, None, None
+        x, W_enc, b_enc = ctx.saved_tensors
+        return *_linear_gradients(ctx, grad_pre_acts, x, W_enc, b_enc), None, None
+
+
+def _linear_gradients(
+    ctx: "_Context", grad_z: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x [N, D], W_enc [D, F] and b_enc [F] from those of the stored entries of z."""
+    if not ctx.reverse.is_current:
+        raise RuntimeError("encode: its indices were changed in place, needs them as they were for the backward")
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    primitives, reverse = ctx.primitives, ctx.reverse
+    grad_x = primitives.gather_sum(grad_z, reverse.entries, W_enc.T, dtype=x.dtype) if needs_x else None
+    # [F, D] sums handed back as a view: the layout of the parameter, and no transposed copy.
+    grad_weight = primitives.scatter_sum(grad_z, reverse, x, dtype=W_enc.dtype).T if needs_weight else None
+    grad_bias = primitives.feature_sum(grad_z, reverse, dtype=b_enc.dtype) if needs_bias else None
+    return grad_x, grad_weight, grad_bias
+
+
+def _check_operands(where: str, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
+    if x.ndim != 2 or W_enc.ndim != 2 or b_enc.ndim != 1:
+        shapes = f"x {list(x.shape)}, W_enc {list(W_enc.shape)}, b_enc {list(b_enc.shape)}"
+        raise ValueError(f"{where}: {shapes}, needs x [N, D], W_enc [D, F], b_enc [F]")
+    if x.shape[1] != W_enc.shape[0] or W_enc.shape[1] != b_enc.shape[0] or 0 in W_enc.shape:
+        shapes = f"x {list(x.shape)}, W_enc {list(W_enc.shape)}, b_enc {list(b_enc.shape)}"
+        raise ValueError(
+            f"{where}: {shapes}, needs x [N, D], W_enc [D, F], b_enc [F] with equal D and F, none of them 0"
+        )
+    if not all(tensor.is_floating_point() for tensor in (x, W_enc, b_enc)):
+        raise ValueError(f"{where}: dtypes {x.dtype}, {W_enc.dtype}, {b_enc.dtype}, needs floating point")
+    if len({x.device, W_enc.device, b_enc.device}) > 1:
+        raise ValueError(f"{where}: operands on {x.device}, {W_enc.device}, {b_enc.device}, needs one device")

@@ -1,0 +1,49 @@
+"""The six primitives that every backend implements; the public ops and their backwards are made of nothing else."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from saekit_kernels.sparse_code import Entries, ReverseIndex
+
+
+class Primitives(Protocol):
+    """What a backend module provides. Sums are accumulated in `compute_dtype` of the operands."""
+
+    def topk(self, x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """relu of the k largest of x @ weight.T + bias per row, and their columns.
+
+        Args:
+            x: [N, D].
+            weight: [F, D].
+            bias: [F].
+            k: 1 to F.
+
+        Returns:
+            values [N, k] in the compute dtype and indices [N, k] int64, largest first, equal ones by rising index;
+            NaN ranks above every number.
+        """
+
+    def threshold(self, x: Tensor, weight: Tensor, bias: Tensor, bound: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The entries of z = x @ weight.T + bias that are not <= bound [F]: pre_acts [nnz], indices [nnz], offsets [N + 1]."""
+
+    def gather_sum(
+        self, values: Tensor, entries: Entries, weight: Tensor, *, bias: Tensor | None = None, dtype: torch.dtype
+    ) -> Tensor:
+        """out[n] = sum over the row's entries e of values[e] * weight[index(e)], plus bias: [N, D] in `dtype`."""
+
+    def gather_dot(self, rows: Tensor, entries: Entries, weight: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """out[e] = <rows[row(e)], weight[index(e)]>: [nnz] in `dtype`."""
+
+    def scatter_sum(self, values: Tensor, reverse: ReverseIndex, rows: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """out[f] = sum over the entries e of feature f of values[e] * rows[row(e)]: [F, D] contiguous, in `dtype`."""
+
+    def feature_sum(self, values: Tensor, reverse: ReverseIndex, *, dtype: torch.dtype) -> Tensor:
+        """out[f] = sum of values over the entries of feature f: [F] in `dtype`."""
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if an operand is float64, else float32: what sums are accumulated in and codes are returned in."""
+    is_double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if is_double else torch.float32
