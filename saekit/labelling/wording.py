@@ -1,0 +1,98 @@
+"""Puts rules and evidence into words."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saekit.labelling.examples import Example, ExampleReader
+from saekit.labelling.rules import Clause
+from saekit.labelling.shapes import SHAPES
+from saekit.labelling.vocabulary import Vocabulary
+
+__all__ = ["Wording", "token_list"]
+
+SHOWN_TOKENS = 4
+"""Words in a short label; more become an ellipsis."""
+
+
+def token_list(vocabulary: Vocabulary, tokens: Sequence[int], *, num: int) -> str:
+    """Returns the first `num` different-looking tokens as a quoted list."""
+    shown = list(dict.fromkeys(vocabulary.show(token) for token in tokens))
+    return ", ".join(shown[:num])
+
+
+class Wording:
+    """Words the rule of one feature.
+
+    Args:
+        reader: reads contexts.
+        examples: contexts of the feature, top ones first.
+        fired_on: ids of the tokens on which the feature fires, to choose the spelling seen most.
+    """
+
+    def __init__(self, reader: ExampleReader, examples: Sequence[Example], fired_on: NDArray[np.int32]) -> None:
+        self._reader = reader
+        self._vocabulary = reader.vocabulary
+        self._examples = examples
+        self._count = Counter(fired_on.tolist())
+
+    def label(self, clauses: Sequence[Clause]) -> str:
+        """Returns the short label of a rule."""
+        parts: list[str] = []
+        for place in dict.fromkeys(clause.place for clause in clauses):
+            own = [clause for clause in clauses if clause.place == place]
+            shown = list(dict.fromkeys(self._clause(clause) for clause in own))
+            more = ", ..." if len(shown) > SHOWN_TOKENS else ""
+            parts.append(_PREFIX.get(place, "") + ", ".join(shown[:SHOWN_TOKENS]) + more)
+        return "; ".join(parts)
+
+    def fires_on(self, clauses: Sequence[Clause]) -> str:
+        """Returns what a rule means in numbers, clause by clause."""
+        parts = [
+            f"{_PREFIX.get(clause.place, '')}{self._clause(clause)} ({clause.recall:.0%} of its firings; "
+            f"it fires on {clause.precision:.0%} of them)"
+            for clause in clauses
+        ]
+        return "; ".join(parts)
+
+    def near(self, words: Sequence[int]) -> str:
+        """Returns a list of words found near the firings."""
+        return token_list(self._vocabulary, words, num=SHOWN_TOKENS)
+
+    def excerpts(self, num: int) -> list[str]:
+        """Returns the first contexts as lines of text, the peak between guillemets."""
+        return [self._reader.excerpt(example) for example in self._examples[:num]]
+
+    def _clause(self, clause: Clause) -> str:
+        if clause.place == "always":
+            return "all tokens"
+        if clause.place == "shape":
+            assert clause.shape is not None, "checked by Clause"
+            return SHAPES[clause.shape].title
+        if clause.place == "pair":
+            return f"{self._spelling(clause.tokens)} after {self._plain(clause.previous)}"
+        return self._spelling(clause.tokens) if clause.place == "current" else self._plain(clause.tokens)
+
+    def _plain(self, tokens: Sequence[int]) -> str:
+        """Returns the most usual spelling of a word, by the rank of its tokens in the vocabulary."""
+        return self._vocabulary.show(min(tokens, key=lambda token: (not self._vocabulary.is_word_start(token), token)))
+
+    def _spelling(self, tokens: Sequence[int]) -> str:
+        """Returns the spelling the feature fires on most; a piece of a word with the words it is seen in."""
+        token = max(tokens, key=lambda token: (self._count[token], -token))
+        seen = [example for example in self._examples if example.tokens[example.peak] in tokens]
+        words = Counter(self._reader.word_at(example) for example in seen)
+        bare = self._vocabulary.text(token).strip()
+        whole = sum(count for word, count in words.items() if word.casefold() == bare.casefold())
+        if not bare.isalpha() or not words or 2 * whole >= len(seen):
+            return self._vocabulary.show(token)
+        usual = [(word, count) for word, count in words.most_common() if word.casefold() != bare.casefold()]
+        if usual[0][1] >= 0.6 * len(seen):
+            return f'"{usual[0][0]}"'
+        piece = f'"{bare}-"' if self._vocabulary.is_word_start(token) else f'"-{bare}"'
+        return f"{piece} ({', '.join(word for word, _ in usual[:2])})"
+
+
+_PREFIX = {"previous": "after ", "next": "before ", "nearby": "near "}
