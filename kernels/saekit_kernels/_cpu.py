@@ -37,10 +37,8 @@ def threshold(x: Tensor, weight: Tensor, bias: Tensor, bound: Tensor) -> tuple[T
     pre_acts, indices = [x.new_empty(0)], [torch.empty(0, dtype=torch.int64)]
     counts = torch.zeros(len(x) + 1, dtype=torch.int64)
     for start, z in _pre_activation_chunks(x, weight, bias):
-        # not <=, rather than >: NaN is kept and so reaches whoever uses the code.
-        is_kept = torch.le(z, bound).logical_not_()
-        places = is_kept.view(-1).nonzero().view(-1)
-        pre_acts.append(z.view(-1)[places])
+        places = _places_not_below(z, bound)
+        pre_acts.append(z.view(-1).index_select(0, places))
         indices.append(places % num_features)
         edges = torch.arange(1, len(z) + 1) * num_features
         ends = torch.searchsorted(places, edges)
@@ -70,9 +68,10 @@ def gather_dot(rows: Tensor, entries: Entries, weight: Tensor, *, dtype: torch.d
     """See `Primitives.gather_dot`."""
     rows, weight = _same_dtype(rows, weight)
     # The operator behind the gradient of embedding_bag's weights: 6 ms, gather + bmm 140 ms.
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+    dots: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         rows, weight, entries.indices, entries.row_offsets, entries.rows(), 0
-    ).to(dtype)
+    )
+    return dots.to(dtype)
 
 
 def scatter_sum(values: Tensor, reverse: ReverseIndex, rows: Tensor, *, dtype: torch.dtype) -> Tensor:
@@ -141,7 +140,7 @@ def _largest_columns(z: Tensor, k: int) -> Tensor:
         return torch.topk(z, k, dim=1, sorted=False).indices
     group_size = 8 if num_columns >= 256 * k else 4
     num_groups = num_columns // group_size
-    grouped = z[:, : num_groups * group_size].unflatten(1, (group_size, num_groups))
+    grouped = z[:, : num_groups * group_size].view(len(z), group_size, num_groups)
     groups = _largest_columns(grouped.amax(1), k)
     members = torch.arange(0, num_groups * group_size, num_groups).view(1, group_size, 1)
     candidates = (groups.unsqueeze(1) + members).flatten(1)
@@ -150,3 +149,16 @@ def _largest_columns(z: Tensor, k: int) -> Tensor:
         candidates = torch.cat([candidates, leftover], dim=1)
     chosen = torch.topk(z.gather(1, candidates), k, dim=1, sorted=False).indices
     return candidates.gather(1, chosen)
+
+
+def _places_not_below(z: Tensor, bound: Tensor) -> Tensor:
+    """Flat places [nnz], rising, of the entries of z [B, F] that are not <= bound [F] (so NaN is among them)."""
+    # Looked for eight flags at a time: 1.2 ms where nonzero on the flags takes 5.4 (1024 rows, 16 of 4608 kept).
+    flags = torch.zeros(-(-z.numel() // 8) * 8, dtype=torch.bool)
+    is_kept = flags[: z.numel()]
+    torch.le(z, bound, out=is_kept.view(z.shape)).logical_not_()
+    words = flags.view(torch.int64).nonzero().view(-1)
+    if words.numel() > flags.numel() // 64:
+        return is_kept.nonzero().view(-1)
+    within = flags.view(-1, 8)[words].view(-1).nonzero().view(-1)
+    return words[within >> 3] * 8 + (within & 7)

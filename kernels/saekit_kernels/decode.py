@@ -55,7 +55,7 @@ def decode(
     _check_weights(values, W_dec, b_dec)
     operands = [values, W_dec] if b_dec is None else [values, W_dec, b_dec]
     primitives = load_primitives(resolve_backend(backend, *operands))
-    x_hat: Tensor = _Decode.apply(values, indices, W_dec, b_dec, offsets, primitives)
+    x_hat: Tensor = _Decode.apply(values, indices, W_dec, b_dec, offsets, primitives)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return x_hat
 
 

@@ -54,7 +54,7 @@ def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, backend: Bac
     if not 1 <= k <= num_features:
         raise ValueError(f"encode_topk: k is {k}, needs 1 to d_sae = {num_features}")
     primitives = load_primitives(resolve_backend(backend, x, W_enc, b_enc))
-    values, indices = _EncodeTopK.apply(x, W_enc, b_enc, k, primitives)
+    values, indices = _EncodeTopK.apply(x, W_enc, b_enc, k, primitives)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return TopKCode(values, indices)
 
 
@@ -101,7 +101,7 @@ def encode_threshold(
         raise ValueError(f"encode_threshold: bandwidth is {bandwidth}, needs a finite number, at least 0")
     primitives = load_primitives(resolve_backend(backend, x, W_enc, b_enc, threshold))
     bound = threshold.detach().to(compute_dtype(x, W_enc, b_enc, threshold)) - bandwidth / 2
-    pre_acts, indices, offsets = _EncodeThreshold.apply(x, W_enc, b_enc, bound, primitives)
+    pre_acts, indices, offsets = _EncodeThreshold.apply(x, W_enc, b_enc, bound, primitives)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return ThresholdCode(pre_acts, indices, offsets)
 
 

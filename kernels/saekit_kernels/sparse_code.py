@@ -134,7 +134,7 @@ def reverse_index(indices: Tensor, num_features: int, *, offsets: Tensor | None 
         offsets: [N + 1] of a CSR code.
     """
     entries = entries_of(indices, offsets)
-    known = _known.get(indices)
+    known = _known.get(indices)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     if isinstance(known, ReverseIndex) and known.describes(entries, num_features):
         return known
     made = ReverseIndex(entries, num_features)
