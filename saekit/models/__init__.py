@@ -2,6 +2,7 @@
 
 from saekit.models.hooks import HookPoint, ablate, add, capture, logits, parse_hook_point, replace, resolve
 from saekit.models.load import LanguageModel, ModelConfig, load_model, save_converted
+from saekit.models.run_from import can_run_from, run_from
 from saekit.models.texts import Document, FileTextConfig, HubTextConfig, TextConfig, iter_documents, text_fingerprint
 from saekit.models.tokens import (
     TokenConfig,
@@ -13,6 +14,7 @@ from saekit.models.tokens import (
     iter_token_rows,
     special_token_ids,
 )
+from saekit.models.unembedding import Unembedding, find_unembedding
 
 __all__ = [
     "Document",
@@ -26,11 +28,14 @@ __all__ = [
     "TokenCounts",
     "TokenRow",
     "Tokenizer",
+    "Unembedding",
     "ablate",
     "add",
     "adds_bos",
+    "can_run_from",
     "capture",
     "check_context_len",
+    "find_unembedding",
     "iter_documents",
     "iter_token_rows",
     "load_model",
@@ -38,6 +43,7 @@ __all__ = [
     "parse_hook_point",
     "replace",
     "resolve",
+    "run_from",
     "save_converted",
     "special_token_ids",
     "text_fingerprint",

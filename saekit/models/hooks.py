@@ -126,7 +126,9 @@ def logits(lm: LanguageModel, tokens: Tensor, *, attention_mask: Tensor | None =
 
 
 @contextlib.contextmanager
-def replace(lm: LanguageModel, hook_point: str, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def replace(
+    lm: LanguageModel, hook_point: str, fn: Callable[[Tensor], Tensor], *, first: bool = False
+) -> Iterator[None]:
     """Inside the block, the hidden states at `hook_point` are `fn` of what they were.
 
     Nested blocks at one place apply from the outermost to the innermost. The hook is gone after the block, also after an
@@ -134,6 +136,7 @@ def replace(lm: LanguageModel, hook_point: str, fn: Callable[[Tensor], Tensor]) 
 
     Args:
         fn: `[B, T, D]` -> `[B, T, D]`; another float dtype is cast to the model's. Gradients flow through it.
+        first: apply this one before those of the enclosing blocks.
 
     Raises:
         HookPointError: no such module, no `[B, T, D]` floats there, or a result of another shape.
@@ -149,7 +152,7 @@ def replace(lm: LanguageModel, hook_point: str, fn: Callable[[Tensor], Tensor]) 
             )
         return _with(values, key, changed.to(hidden.dtype))
 
-    with _removed(_rewrite(module, point, change)):
+    with _removed(_rewrite(module, point, change, first=first)):
         yield
 
 
@@ -252,7 +255,9 @@ def _observe(module: nn.Module, point: HookPoint, see: Callable[[_Values], None]
     return module.register_forward_hook(after)
 
 
-def _rewrite(module: nn.Module, point: HookPoint, change: Callable[[_Values], _Values]) -> RemovableHandle:
+def _rewrite(
+    module: nn.Module, point: HookPoint, change: Callable[[_Values], _Values], *, first: bool
+) -> RemovableHandle:
     if point.side == "input":
 
         def before(
@@ -261,13 +266,13 @@ def _rewrite(module: nn.Module, point: HookPoint, change: Callable[[_Values], _V
             changed = change(_Values(args, kwargs, "arguments"))
             return changed.positional, dict(changed.keywords)
 
-        return module.register_forward_pre_hook(before, with_kwargs=True)
+        return module.register_forward_pre_hook(before, with_kwargs=True, prepend=first)
 
     def after(_: nn.Module, __: tuple[object, ...], output: object) -> object:
         changed = change(_output_values(output))
         return _rebuilt(output, changed)
 
-    return module.register_forward_hook(after)
+    return module.register_forward_hook(after, prepend=first)
 
 
 def _output_values(output: object) -> _Values:

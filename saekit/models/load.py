@@ -12,7 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from saekit.config import Config
@@ -26,7 +28,15 @@ __all__ = ["LanguageModel", "ModelConfig", "load_model", "save_converted"]
 
 # What a config says about where it came from rather than about the function it describes.
 _BOOKKEEPING = frozenset(
-    {"_name_or_path", "_model_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+    {
+        "_name_or_path",
+        "_model_name_or_path",
+        "transformers_version",
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "use_cache",
+    }
 )
 _NUM_SAMPLED = 1024
 _PROBE_TEXT = "A river, 27 hills."
@@ -35,7 +45,7 @@ _PROBE_TEXT = "A river, 27 hills."
 class ModelConfig(Config):
     """Which language model, and how it is held in memory."""
 
-    name: str
+    name: str = Field(min_length=1)
     """Hub id, local folder in the hub's layout, or local `.gguf` file (dequantised while it is loaded)."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
@@ -82,14 +92,18 @@ class LanguageModel:
     def fingerprint(self) -> str:
         """Identity of weights and config, 64 hex digits; the same in every process and on every device.
 
-        Covers the config's non-default values (its origin, the library's version and cache settings left out) and, for
+        Covers the class, the config's non-default values (its origin, the library's version and cache settings left out) and, for
         every entry of the state dict in name order: name, shape, dtype, a 64-bit sum over all of its bytes and 1,024
         evenly spaced elements. Any single changed weight changes it, and so does the dtype.
         """
-        digest = hashlib.sha256(_canonical(_config_values(self.model)))
+        digest = hashlib.sha256(_canonical([type(self.model).__name__, _config_values(self.model)]))
+        # A tied head is the embedding under a second name.
+        seen: dict[tuple[int, torch.Size], bytes] = {}
         for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(_tensor_digest(tensor))
+            place = (tensor.data_ptr(), tensor.shape)
+            if place not in seen:
+                seen[place] = _tensor_digest(tensor)
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + seen[place])
         return digest.hexdigest()
 
     @cached_property
@@ -106,7 +120,7 @@ def load_model(config: ModelConfig | str) -> LanguageModel:
         MissingDependencyError: a `.gguf` file without the extra `gguf`.
     """
     if isinstance(config, str):
-        config = ModelConfig(name=config)
+        config = ModelConfig.parse({"name": config}, where="model")
     where = f"model {config.name!r}"
     device = _device(config.device, where)
     source = _source(config, where)
@@ -274,6 +288,8 @@ def _load_tokenizer(source: _Source, config: ModelConfig, where: str) -> Tokeniz
     arguments = source.arguments(config) if own else {"trust_remote_code": config.trust_remote_code}
     found = "has no tokenizer that can be loaded" if own else f"tokenizer {name!r} cannot be loaded"
     advice = "; name another one by 'tokenizer'" if own else ""
+    if own and source.is_local and source.gguf_file is None and not _has_tokenizer_files(Path(name)):
+        raise ModelError(f"{where}: no tokenizer files in the folder{advice}")
     try:
         with _quiet(progress_bars=not source.is_local):
             tokenizer: Tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
@@ -284,6 +300,11 @@ def _load_tokenizer(source: _Source, config: ModelConfig, where: str) -> Tokeniz
         # transformers 5 makes an empty tokenizer of the right class for a folder that has none.
         raise ModelError(f"{where}: {found} (its vocabulary is empty){advice}")
     return tokenizer
+
+
+def _has_tokenizer_files(folder: Path) -> bool:
+    patterns = ("*token*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+    return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
 
 
 @contextlib.contextmanager
@@ -305,7 +326,7 @@ def _quiet(*, progress_bars: bool) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0].strip().rstrip(".") if lines else type(error).__name__
+    return lines[0].strip().rstrip(".:") if lines else type(error).__name__
 
 
 def _canonical(value: object) -> bytes:
@@ -333,12 +354,15 @@ def _tensor_digest(tensor: Tensor) -> bytes:
     places = torch.linspace(0, flat.numel() - 1, min(_NUM_SAMPLED, flat.numel()), dtype=torch.float64).long()
     sample = flat[places.to(flat.device)].cpu().contiguous().view(torch.uint8).numpy().tobytes()
     as_bytes = flat.contiguous().view(torch.uint8)
-    if as_bytes.storage_offset() % 8:
-        as_bytes = as_bytes.clone()
     whole = as_bytes.numel() // 8 * 8
     # Integer addition modulo 2^64 gives the same sum in every order, so on every device and thread count.
-    total = int(as_bytes[:whole].view(torch.int64).sum()) if whole else 0
-    return total.to_bytes(8, "little", signed=True) + as_bytes[whole:].cpu().numpy().tobytes() + sample
+    if as_bytes.device.type == "cpu":
+        # 20 times faster than torch's integer sum on a CPU (134M float32 parameters: 0.1 s).
+        total = int(as_bytes[:whole].numpy().view(np.uint64).sum(dtype=np.uint64))
+    else:
+        aligned = as_bytes[:whole].clone() if as_bytes.storage_offset() % 8 else as_bytes[:whole]
+        total = int(aligned.view(torch.int64).sum()) % 2**64
+    return total.to_bytes(8, "little") + as_bytes[whole:].cpu().numpy().tobytes() + sample
 
 
 def _tokenizer_digest(tokenizer: Tokenizer) -> str:
