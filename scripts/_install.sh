@@ -88,7 +88,7 @@ ensure_installed() {
     _make_venv
     _install_torch
     say "installing saekit[$extras]"
-    _pip_install --editable "$root[$extras]"
+    _pip_install --editable "${root}[$extras]"
     if [[ $purpose == dev && $(uname -s) == Linux ]] && ! "$venv/bin/python" -c 'import triton' 2>/dev/null; then
       say "installing $INTERPRETER_TRITON"
       _pip_install "$INTERPRETER_TRITON"

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 __all__ = ["Counts", "Page", "clean_article", "is_article", "iter_pages", "write_articles"]
 
@@ -88,7 +88,7 @@ _NOWIKI = re.compile(r"<nowiki>(.*?)</nowiki>", re.S | re.I)
 _UNSEEN = re.compile(r"<(ref|gallery|timeline|hiero|references|caption)\b[^<>/]*(?:/>|>.*?</\1\s*>)", re.S | re.I)
 _FORMULA = re.compile(r"<(math|pre|source)\b[^<>]*>(.*?)</\1\s*>", re.S | re.I)
 _PLAIN_FORMULA = re.compile(r"\s*[A-Za-z0-9 +=<>/().,!*-]{1,24}\s*")
-_NOTE_MARK = re.compile(r"<sup>\s*(?:\[[^\[\]]*\]|\(?\d{1,2}\)?(?=</sup>\s*</ref>))\s*</sup>", re.I)
+_NOTE_MARK = re.compile(r"<sup>\s*\[[^\[\]]*\]\s*</sup>|(?<=[.,;:!?\"'])\s?<sup>\s*\d[\d, ]{0,8}</sup>", re.I)
 _EXPONENT = re.compile(r"(?<=[\w)])<sup>([-+\u2212]?\w{1,4}|&minus;\d+)</sup>", re.I)
 _ITEM = re.compile(r"<(?:li|dt|dd|tr|td|th)\b[^<>]*>", re.I)
 _BLOCK = re.compile(r"</?(?:p|blockquote|center|div|ul|ol|dl|hr|h[1-6])\b[^<>]*>", re.I)
@@ -109,6 +109,7 @@ _EMPTY_PARENTHESES = re.compile(r" ?[(\[][\s,;:/\u2013\u2014-]*[)\]]")
 _OPEN_PUNCTUATION = re.compile(r"\(\s*[,;:]?\s+")
 _CLOSE_PUNCTUATION = re.compile(r"\s*[,;:]?\s+\)")
 _SPACE_BEFORE = re.compile(r" +([,.;:!?](?:\s|$))")
+_DOUBLED_PUNCTUATION = re.compile(r"[,;] ?(?=[,;.](?:\s|$))")
 _SENTENCE_END = re.compile(r"[.!?]['\")\]\u201d\u2019]*$")
 _LAST_SENTENCE = re.compile(r"[.!?]['\")\]\u201d\u2019]*(?= )")
 _LEFT_OVER = re.compile(
@@ -162,7 +163,7 @@ def clean_article(text: str) -> str:
     """Returns the prose of an article's wikitext, paragraphs apart by one blank line; empty where there is none."""
     text = _strip_elements(text)
     text = _resolve_brackets(text)
-    text = _LABELLED_URL.sub(lambda match: match[1] or GONE, text)
+    text = _LABELLED_URL.sub(lambda match: GONE if not match[1] or match[1].isdigit() else match[1], text)
     text = _BARE_URL.sub(HOLE, text)
     text = _MAGIC.sub("", text)
     paragraphs = (_finish(paragraph) for paragraph in _paragraphs(text))
@@ -170,7 +171,7 @@ def clean_article(text: str) -> str:
 
 
 def write_articles(
-    lines: Iterable[bytes], out: BinaryIO, *, on_article: Callable[[Counts], None] | None = None
+    lines: Iterable[bytes], out: IO[bytes], *, on_article: Callable[[Counts], None] | None = None
 ) -> Counts:
     """Writes one JSON line per article of the dump and returns the counts; `on_article` is told them as they grow."""
     counts = Counts(0, 0, 0)
@@ -256,7 +257,8 @@ def _link_text(content: str) -> str:
     if colon and (prefix.strip().lower() in INVISIBLE_LINKS or LANGUAGE.fullmatch(prefix.strip())):
         return GONE
     if not shown:
-        return target.removeprefix(":")
+        page, _, section = target.removeprefix(":").partition("#")
+        return page or section
     # An empty label is MediaWiki's shorthand for the name without what is in parentheses.
     return shown[-1] or re.sub(r"\s*\(.*\)$", "", target.removeprefix(":"))
 
@@ -316,6 +318,8 @@ def _finish(paragraph: str) -> str:
         paragraph = _OPEN_PUNCTUATION.sub("(", paragraph)
         paragraph = _CLOSE_PUNCTUATION.sub(")", paragraph)
     paragraph = _SPACE_BEFORE.sub(r"\1", paragraph).strip()
+    if had_gone:
+        paragraph = _DOUBLED_PUNCTUATION.sub("", paragraph)
     if paragraph.endswith(":"):
         # It announced a list that is gone.
         ends = list(_LAST_SENTENCE.finditer(paragraph))
