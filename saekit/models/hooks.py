@@ -4,6 +4,7 @@ import contextlib
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -52,7 +53,7 @@ def resolve(lm: LanguageModel, hook_point: str) -> nn.Module:
         HookPointError: the model has no such module; the nearest names are given.
     """
     point = parse_hook_point(hook_point)
-    modules = dict(lm.model.named_modules(remove_duplicate=False))
+    modules: dict[str, nn.Module] = dict(lm.model.named_modules(remove_duplicate=False))
     if point.path in modules:
         return modules[point.path]
     near = difflib.get_close_matches(point.path, [name for name in modules if name], n=3, cutoff=0.3)
@@ -103,7 +104,7 @@ def capture(
 
     with contextlib.ExitStack() as stack, torch.no_grad():
         for name, (point, module) in wanted.items():
-            stack.enter_context(_removed(_observe(module, point, lambda values, name=name: keep(name, values))))
+            stack.enter_context(_removed(_observe(module, point, partial(keep, name))))
         if wanted:
             with contextlib.suppress(_StopForward):
                 _forward(lm, tokens, attention_mask)
@@ -319,11 +320,9 @@ def _hidden(values: _Values, name: str, *, size: torch.Size | None = None) -> _F
 
 
 def _check_broadcast(vector: Tensor, hidden: Tensor, hook_point: str) -> None:
-    try:
-        fits = torch.broadcast_shapes(vector.shape, hidden.shape) == hidden.shape
-    except RuntimeError:
-        fits = False
-    if not fits:
+    missing = hidden.ndim - vector.ndim
+    pairs = zip(vector.shape, hidden.shape[max(missing, 0) :], strict=False)
+    if missing < 0 or any(own not in (1, size) for own, size in pairs):
         raise HookPointError(
             f"hook point {hook_point!r}: vector of shape {list(vector.shape)}, needs one that broadcasts to"
             f" {list(hidden.shape)}"

@@ -1,45 +1,28 @@
 """A causal language model of the hub's family, ready to be read: loaded, frozen, in eval mode, with its identity."""
 
 import contextlib
-import hashlib
 import importlib.util
-import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
-import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from saekit.config import Config
 from saekit.errors import MissingDependencyError, ModelError, ResourceError
+from saekit.models.identity import model_fingerprint, tokenizer_fingerprint
 from saekit.models.tokens import Tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = ["LanguageModel", "ModelConfig", "load_model", "save_converted"]
-
-# What a config says about where it came from rather than about the function it describes.
-_BOOKKEEPING = frozenset(
-    {
-        "_name_or_path",
-        "_model_name_or_path",
-        "transformers_version",
-        "architectures",
-        "dtype",
-        "torch_dtype",
-        "use_cache",
-    }
-)
-_NUM_SAMPLED = 1024
-_PROBE_TEXT = "A river, 27 hills."
 
 
 class ModelConfig(Config):
@@ -88,28 +71,23 @@ class LanguageModel:
         """Dtype of the weights."""
         return next(self.model.parameters()).dtype
 
+    @property
+    def text_config(self) -> "PretrainedConfig":
+        """The decoder's config; of a multimodal model, the language part's."""
+        return _text_config(self.model)
+
     @cached_property
     def fingerprint(self) -> str:
         """Identity of weights and config, 64 hex digits; the same in every process and on every device.
 
-        Covers the class, the config's non-default values (its origin, the library's version and cache settings left out) and, for
-        every entry of the state dict in name order: name, shape, dtype, a 64-bit sum over all of its bytes and 1,024
-        evenly spaced elements. Any single changed weight changes it, and so does the dtype.
+        See `identity.model_fingerprint` for what it covers.
         """
-        digest = hashlib.sha256(_canonical([type(self.model).__name__, _config_values(self.model)]))
-        # A tied head is the embedding under a second name.
-        seen: dict[tuple[int, torch.Size], bytes] = {}
-        for name, tensor in sorted(self.model.state_dict().items()):
-            place = (tensor.data_ptr(), tensor.shape)
-            if place not in seen:
-                seen[place] = _tensor_digest(tensor)
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + seen[place])
-        return digest.hexdigest()
+        return model_fingerprint(self.model)
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
         """Identity of the tokenizer, 64 hex digits: its rules, vocabulary, special ids, and what it makes of a probe."""
-        return _tokenizer_digest(self.tokenizer)
+        return tokenizer_fingerprint(self.tokenizer)
 
 
 def load_model(config: ModelConfig | str) -> LanguageModel:
@@ -126,7 +104,7 @@ def load_model(config: ModelConfig | str) -> LanguageModel:
     source = _source(config, where)
     model = _load_weights(source, config, where).to(device)
     tokenizer = _load_tokenizer(source, config, where)
-    text_config = model.config.get_text_config()
+    text_config = _text_config(model)
     return LanguageModel(
         model=model,
         tokenizer=tokenizer,
@@ -184,6 +162,11 @@ class _Source:
         if not self.is_local and config.revision is not None:
             arguments["revision"] = config.revision
         return arguments
+
+
+def _text_config(model: nn.Module) -> "PretrainedConfig":
+    # nn.Module's typing knows only tensors and modules as attributes.
+    return cast("PretrainedConfig", model.config).get_text_config()
 
 
 def _device(name: str, where: str) -> torch.device:
@@ -247,7 +230,7 @@ def _load_weights(source: _Source, config: ModelConfig, where: str) -> nn.Module
         with _quiet(progress_bars=not source.is_local):
             hf_config = AutoConfig.from_pretrained(source.name, **arguments)
             _check_causal(hf_config, config, where)
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: object = AutoModelForCausalLM.from_pretrained(
                 source.name, dtype=getattr(torch, config.dtype), output_loading_info=True, **arguments
             )
     except ModelError:
@@ -259,6 +242,7 @@ def _load_weights(source: _Source, config: ModelConfig, where: str) -> nn.Module
     except Exception as error:
         # safetensors and the GGUF reader raise types of their own for truncated or foreign files.
         raise ModelError(f"{where}: files cannot be read: {_first_line(error)}") from error
+    model, info = cast("tuple[PreTrainedModel, dict[str, set[str]]]", loaded)
     missing = sorted(info["missing_keys"])
     if missing:
         # transformers fills them with random numbers, and every figure that follows would be about noise.
@@ -266,9 +250,8 @@ def _load_weights(source: _Source, config: ModelConfig, where: str) -> nn.Module
         raise ModelError(f"{where}: weights missing from its files: {shown}; needs a complete causal LM checkpoint")
     if source.gguf_file is not None:
         _forget_quantization(model)
-    model.eval()
+    model.train(mode=False)
     model.requires_grad_(False)
-    assert isinstance(model, nn.Module)
     return model
 
 
@@ -292,7 +275,7 @@ def _load_tokenizer(source: _Source, config: ModelConfig, where: str) -> Tokeniz
         raise ModelError(f"{where}: no tokenizer files in the folder{advice}")
     try:
         with _quiet(progress_bars=not source.is_local):
-            tokenizer: Tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
+            tokenizer = cast("Tokenizer", AutoTokenizer.from_pretrained(name, **arguments))
     except Exception as error:
         # Missing and broken tokenizer files surface as anything from OSError to a bare Exception of the Rust library.
         raise ModelError(f"{where}: {found} ({_first_line(error)}){advice}") from error
@@ -313,69 +296,17 @@ def _quiet(*, progress_bars: bool) -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers has it untyped
     if not progress_bars:
-        logging.disable_progress_bar()
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has it untyped
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
         if had_bars and not progress_bars:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has it untyped
 
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].strip().rstrip(".:") if lines else type(error).__name__
-
-
-def _canonical(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()
-
-
-def _config_values(model: nn.Module) -> dict[str, object]:
-    values = model.config.to_diff_dict()  # type: ignore[operator, union-attr]  # a PreTrainedModel's config
-    assert isinstance(values, dict)
-    return _without_bookkeeping(values)
-
-
-def _without_bookkeeping(values: Mapping[str, object]) -> dict[str, object]:
-    return {
-        key: _without_bookkeeping(value) if isinstance(value, Mapping) else value
-        for key, value in values.items()
-        if key not in _BOOKKEEPING
-    }
-
-
-def _tensor_digest(tensor: Tensor) -> bytes:
-    flat = tensor.detach().reshape(-1)
-    if flat.numel() == 0:
-        return b""
-    places = torch.linspace(0, flat.numel() - 1, min(_NUM_SAMPLED, flat.numel()), dtype=torch.float64).long()
-    sample = flat[places.to(flat.device)].cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    as_bytes = flat.contiguous().view(torch.uint8)
-    whole = as_bytes.numel() // 8 * 8
-    # Integer addition modulo 2^64 gives the same sum in every order, so on every device and thread count.
-    if as_bytes.device.type == "cpu":
-        # 20 times faster than torch's integer sum on a CPU (134M float32 parameters: 0.1 s).
-        total = int(as_bytes[:whole].numpy().view(np.uint64).sum(dtype=np.uint64))
-    else:
-        aligned = as_bytes[:whole].clone() if as_bytes.storage_offset() % 8 else as_bytes[:whole]
-        total = int(aligned.view(torch.int64).sum()) % 2**64
-    return total.to_bytes(8, "little") + as_bytes[whole:].cpu().numpy().tobytes() + sample
-
-
-def _tokenizer_digest(tokenizer: Tokenizer) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules: object
-    if backend is not None:
-        rules = json.loads(backend.to_str())
-        assert isinstance(rules, dict)
-        # State of the last call, not rules of the tokenizer.
-        rules.pop("padding", None)
-        rules.pop("truncation", None)
-    else:
-        rules = sorted(tokenizer.get_vocab().items())
-    special: Sequence[object] = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    probe = tokenizer(_PROBE_TEXT)["input_ids"]
-    return hashlib.sha256(_canonical([rules, special, probe])).hexdigest()

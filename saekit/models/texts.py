@@ -172,8 +172,8 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         elif suffix == ".gz":
             import gzip
 
-            with gzip.open(path, "rb") as file:
-                yield file
+            with gzip.open(path, "rb") as unpacked:
+                yield io.BufferedReader(unpacked, 1 << 20)
         else:
             with path.open("rb") as file:
                 yield file

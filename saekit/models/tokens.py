@@ -192,7 +192,7 @@ class _Layout(NamedTuple):
 
 
 class _Tokenized(NamedTuple):
-    index: int
+    document: int
     ids: npt.NDArray[np.int32]
 
 
@@ -249,7 +249,7 @@ def _packed(batches: Iterable[list[_Tokenized]], layout: _Layout, counts: TokenC
     tokens, document = np.empty(0, np.int32), np.empty(0, np.int32)
     for batch in batches:
         pieces = [np.append(item.ids, end) for item in batch]
-        owners = [np.full(len(piece), item.index, np.int32) for item, piece in zip(batch, pieces, strict=True)]
+        owners = [np.full(len(piece), item.document, np.int32) for item, piece in zip(batch, pieces, strict=True)]
         start = len(tokens) + np.cumsum([0, *(len(piece) for piece in pieces)])
         counts.split += int(np.sum(start[:-1] // layout.body_len != (start[1:] - 1) // layout.body_len))
         tokens = np.concatenate([tokens, *pieces])
@@ -267,7 +267,7 @@ def _per_document(batches: Iterable[list[_Tokenized]], layout: _Layout, counts: 
         counts.split += len(item.ids) > layout.body_len
         for start in range(0, len(item.ids), layout.body_len):
             body = item.ids[start : start + layout.body_len]
-            yield layout.row(body, np.full(len(body), item.index, np.int32))
+            yield layout.row(body, np.full(len(body), item.document, np.int32))
 
 
 def _checked(rows: Iterator[TokenRow], counts: TokenCounts, config: TokenConfig) -> Iterator[TokenRow]:

@@ -70,7 +70,7 @@ class Unembedding:
         with torch.no_grad():
             normed = self.norm(directions.to(self.weight)).float()
             # bfloat16 products would tie thousands of tokens.
-            return torch.cat([normed @ rows.float().T for rows in self.weight.split(_CHUNK_ROWS)], dim=-1)
+            return torch.cat([normed @ rows.float().T for rows in torch.split(self.weight, _CHUNK_ROWS)], dim=-1)
 
     def _finish(self, raw: Tensor) -> Tensor:
         scaled = raw * self.scale if self.scale != 1.0 else raw
@@ -107,9 +107,8 @@ def find_unembedding(lm: LanguageModel) -> Unembedding:
     hidden = trace.inputs[norm_path]
     if hidden.shape != (*_PROBE_SHAPE, lm.d_model):
         raise _refused(lm, f"{norm_path!r} before its head takes {list(hidden.shape)}, not the residual stream")
-    config = lm.model.config.get_text_config()  # type: ignore[operator, union-attr]  # a PreTrainedModel's config
-    softcap = getattr(config, "final_logit_softcapping", None)
-    for scale in _scales(config):
+    softcap = getattr(lm.text_config, "final_logit_softcapping", None)
+    for scale in _scales(lm.text_config):
         found = Unembedding(
             norm=lm.model.get_submodule(norm_path), norm_path=norm_path, head=head, scale=scale, softcap=softcap
         )
