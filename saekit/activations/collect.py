@@ -1,0 +1,272 @@
+"""Texts through a model into a cache: token rows, then one forward a batch, then shards, then statistics."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from saekit.activations.capture import BatchCapture, CapturedBatch
+from saekit.activations.config import CacheConfig
+from saekit.activations.layout import (
+    INDEX_NAME,
+    KINDS_NAME,
+    STATISTICS_NAME,
+    TOKENS_RECORD_NAME,
+    HookIndex,
+    ShardRecord,
+    ShardSpan,
+    file_problems,
+    hook_folder,
+    read_record,
+    record_files,
+    record_name,
+    shard_name,
+    shard_spans,
+    write_record,
+)
+from saekit.activations.plan import free_bytes, plan_cache
+from saekit.activations.rows import TokenTable, read_token_table, write_token_table
+from saekit.activations.statistics import Statistics, compute_statistics, tell_massive, write_statistics
+from saekit.activations.store import ActivationStore, cache_identity
+from saekit.activations.stored import AnyArray, Chunks, numpy_dtype, read_arrays, to_torch, write_arrays
+from saekit.activations.verify import reopen_stage, verify_store
+from saekit.activations.writer import Shard, ShardWriter, staged
+from saekit.errors import ResourceError, StoreError
+from saekit.manifest import begin_stage, file_sha256, finish_stage, read_manifest
+from saekit.models.hooks import resolve
+from saekit.models.load import LanguageModel, load_model
+from saekit.models.texts import iter_documents, text_fingerprint
+from saekit.models.tokens import TokenCounts, check_context_len, iter_token_rows
+from saekit.progress import NO_PROGRESS, Progress
+
+__all__ = ["cache_activations"]
+
+
+def cache_activations(
+    config: CacheConfig, out: str | Path, *, lm: LanguageModel | None = None, progress: Progress = NO_PROGRESS
+) -> ActivationStore:
+    """Returns the finished cache in `out`, after doing what is missing of it.
+
+    A run that was stopped goes on at its first missing shard, and ends with the same bytes as one that was not. A finished
+    cache is only checked for missing and truncated files, which are made anew.
+
+    Args:
+        lm: the model of `config.model`, if it is loaded already.
+
+    Raises:
+        ConfigError: `out` holds a cache of another config, or of a model or text that has changed; the keys are named.
+        HookPointError: a hook point that the model does not have.
+        DataError: the text cannot be read or is empty.
+        NonFiniteError: NaN or Inf in the activations; says where.
+        StoreError: a value that the stored dtype cannot hold; says where.
+        ResourceError: the disk is full or not writable; what is finished stays.
+    """
+    out = Path(out)
+    lm = load_model(config.model) if lm is None else lm
+    for hook_point in config.hook_points:
+        resolve(lm, hook_point)
+    check_context_len(config.tokens.context_len, lm)
+    if read_manifest(out) is None:
+        progress.say(plan_cache(config, out, lm=lm).summary())
+    inputs = {
+        "model": lm.fingerprint,
+        "text": text_fingerprint(config.text),
+        "tokenizer": lm.tokenizer_fingerprint,
+    }
+    if begin_stage(out, "cache", config, inputs) == "complete":
+        problems = verify_store(out, checksums=False)
+        if not problems:
+            return ActivationStore.open(out, config.hook_points[0])
+        progress.say(f"{problems[0]}{f' (and {len(problems) - 1} more)' if len(problems) > 1 else ''}: made anew")
+        reopen_stage(out)
+    _Collector(config, out, lm, progress).run()
+    return ActivationStore.open(out, config.hook_points[0])
+
+
+class _Collector:
+    """One run of the cache stage."""
+
+    def __init__(self, config: CacheConfig, out: Path, lm: LanguageModel, progress: Progress) -> None:
+        manifest = read_manifest(out)
+        assert manifest is not None, "begin_stage has written it"
+        self.config = config
+        self.out = out
+        self.lm = lm
+        self.progress = progress
+        self.cache = cache_identity(manifest)
+
+    def run(self) -> None:
+        """Does every missing part, then declares the cache finished."""
+        table = self._token_table()
+        spans = shard_spans(table.num_rows, self.config.shard_rows)
+        self._capture_shards(table, spans)
+        counts: dict[str, object] = {
+            "rows": table.num_rows,
+            "tokens": table.tokens.size,
+            "documents": len(table.document_keys),
+            "shards": len(spans) * len(self.config.hook_points),
+        }
+        content = {"tokens": file_sha256(self.out / TOKENS_RECORD_NAME)}
+        hooks: dict[str, object] = {}
+        for hook_point in self.config.hook_points:
+            statistics = _finish_hook_point(self, hook_point, table, spans)
+            content[hook_point] = file_sha256(hook_folder(self.out, hook_point) / INDEX_NAME)
+            hooks[hook_point] = {
+                "normal": statistics.num_normal,
+                "padding": statistics.num_padding,
+                "special": statistics.num_special,
+                "massive": statistics.num_massive,
+            }
+        finish_stage(self.out, counts | {"tokens_by_kind": hooks, "sha256": content})
+
+    def _token_table(self) -> TokenTable:
+        table = read_token_table(self.out, cache=self.cache)
+        if table is not None:
+            return table
+        counts = TokenCounts()
+        context_len = self.config.tokens.context_len
+        table = write_token_table(
+            self.out,
+            iter_documents(self.config.text),
+            lambda documents: iter_token_rows(documents, self.lm.tokenizer, self.config.tokens, counts=counts),
+            cache=self.cache,
+            num_rows=math.ceil(self.config.num_tokens / context_len),
+            context_len=context_len,
+        )
+        for note in counts.notes():
+            self.progress.say(note)
+        if table.tokens.size < self.config.num_tokens:
+            self.progress.say(
+                f"the text ends after {table.tokens.size:,} of the {self.config.num_tokens:,} tokens asked for:"
+                " all of it is cached"
+            )
+        return table
+
+    def _capture_shards(self, table: TokenTable, spans: list[ShardSpan]) -> None:
+        missing = {
+            span.index: [h for h in self.config.hook_points if self._shard_record(h, span) is None] for span in spans
+        }
+        row_tokens = table.context_len
+        done = sum(span.num_rows for span in spans if not missing[span.index]) * row_tokens
+        with (
+            self.progress.task("cache", table.tokens.size, "tokens", done=done) as task,
+            ShardWriter(len(self.config.hook_points)) as writer,
+        ):
+            for span in spans:
+                if not missing[span.index]:
+                    continue
+                buffers: dict[str, _Buffer] = {}
+                rows = np.arange(span.first_row, span.first_row + span.num_rows)
+                capture = BatchCapture(self.lm, missing[span.index], self.config.dtype, shard=span.index)
+                for batch in capture.batches(table, rows, self.config.batch_size):
+                    self._keep(batch, span, row_tokens, buffers)
+                    task.advance(len(batch.rows) * row_tokens)
+                self._check_disk(buffers)
+                writer.submit([buffer.shard(self, name, span) for name, buffer in buffers.items()])
+
+    def _keep(self, batch: CapturedBatch, span: ShardSpan, context_len: int, buffers: dict[str, "_Buffer"]) -> None:
+        place = slice(int(batch.rows[0]) - span.first_row, int(batch.rows[-1]) - span.first_row + 1)
+        for name, stored in batch.stored.items():
+            if name not in buffers:
+                shape = (span.num_rows, context_len, stored.shape[-1])
+                buffers[name] = _Buffer(shape, self.config.dtype)
+            buffers[name].activations[place] = stored
+            buffers[name].norm[place] = batch.norm[name]
+
+    def _check_disk(self, buffers: dict[str, "_Buffer"]) -> None:
+        needed, free = sum(buffer.activations.nbytes for buffer in buffers.values()), free_bytes(self.out)
+        if needed > free:
+            raise ResourceError(
+                f"cache {str(self.out)!r}: {free / 1e9:,.2f} GB free on that disk, the next shard needs {needed / 1e9:,.2f}"
+                " GB; free some and run the same command again to go on"
+            )
+
+    def _shard_record(self, hook_point: str, span: ShardSpan) -> ShardRecord | None:
+        """Returns the record of a shard that is in place, or None."""
+        folder = hook_folder(self.out, hook_point)
+        try:
+            record = read_record(folder / record_name(span.index), ShardRecord)
+        except StoreError:
+            return None
+        if record is None or record.cache != self.cache or record.span != span or record.hook_point != hook_point:
+            return None
+        return None if file_problems(folder, record, verify=False) else record
+
+
+class _Buffer:
+    """One shard of one hook point while it fills."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: str) -> None:
+        self.activations: AnyArray = np.empty(shape, numpy_dtype(dtype))
+        self.norm = np.empty(shape[:2], np.float32)
+
+    def shard(self, run: _Collector, hook_point: str, span: ShardSpan) -> Shard:
+        return Shard(
+            folder=hook_folder(run.out, hook_point),
+            cache=run.cache,
+            hook_point=hook_point,
+            span=span,
+            dtype=run.config.dtype,
+            activations=self.activations,
+            norm=self.norm,
+        )
+
+
+def _finish_hook_point(run: _Collector, hook_point: str, table: TokenTable, spans: list[ShardSpan]) -> Statistics:
+    """Tells massive tokens, writes the statistics, and writes the index of the hook point."""
+    folder = hook_folder(run.out, hook_point)
+    records = [run._shard_record(hook_point, span) for span in spans]
+    shards = [record for record in records if record is not None]
+    assert len(shards) == len(spans), "every shard has just been written or checked"
+    norms = np.concatenate(
+        [read_arrays(folder / shard_name(span.index), "norm")[0] for span in spans], dtype=np.float32
+    )
+    kinds, threshold = tell_massive(table.kinds, norms, factor=run.config.massive_factor)
+    first_rows = np.array([span.first_row for span in spans])
+    chunks = [
+        Chunks(
+            folder / shard_name(shard.span.index) / "activations",
+            chunk_shape=(shard.chunk_rows, table.context_len, shard.d_in),
+            dtype=shard.dtype,
+        )
+        for shard in shards
+    ]
+
+    def read_rows(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        out = np.empty((len(rows), table.context_len, shards[0].d_in), numpy_dtype(run.config.dtype))
+        bounds = np.append(np.searchsorted(rows, first_rows), len(rows))
+        for shard in np.flatnonzero(np.diff(bounds)):
+            part = slice(bounds[shard], bounds[shard + 1])
+            chunks[shard].rows(rows[part] - first_rows[shard], out[part])
+        values: npt.NDArray[np.float32] = to_torch(out, run.config.dtype).to(torch.float32).numpy()
+        return values
+
+    statistics = compute_statistics(read_rows, kinds, norms, massive_threshold=threshold, progress=run.progress)
+    _tell(run.progress, hook_point, statistics)
+    with staged(folder / KINDS_NAME) as temporary:
+        write_arrays(temporary, {"kind": kinds, "norm": norms})
+    write_statistics(folder / STATISTICS_NAME, statistics)
+    index = HookIndex(
+        cache=run.cache,
+        hook_point=hook_point,
+        d_in=shards[0].d_in,
+        dtype=run.config.dtype,
+        shards=tuple(shards),
+        files=record_files(folder, KINDS_NAME, STATISTICS_NAME),
+    )
+    write_record(folder / INDEX_NAME, index)
+    return statistics
+
+
+def _tell(progress: Progress, hook_point: str, statistics: Statistics) -> None:
+    if not statistics.num_massive:
+        return
+    counted = statistics.num_tokens - statistics.num_padding
+    progress.say(
+        f"{hook_point}: {statistics.num_massive:,} massive activations of {counted:,} tokens"
+        f" ({statistics.num_massive / counted:.2%}) hold {statistics.massive_variance_share:.0%} of the variance"
+        f" (norm above {statistics.massive_threshold:,.0f}, up to {statistics.max_norm:,.0f}, against a median of"
+        f" {statistics.median_norm:,.0f}): kept in the cache, left out of training and statistics"
+    )

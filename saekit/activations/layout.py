@@ -1,0 +1,197 @@
+"""What lies where in a cache folder, and the records that declare a part of it whole.
+
+    manifest.json               stage, config, inputs, counts (saekit.manifest)
+    tokens.zarr                 group: token, document [R, T] int32, kind [R, T] uint8, document_key [num_documents] uint64
+    tokens.json                 PartRecord of the above and of documents.jsonl
+    documents.jsonl             one line a document: index, source, title, start, sha256, num_tokens
+    hooks/<hook point>/
+        shard-00000.zarr        group: activations [rows, T, D], norm [rows, T] float32
+        shard-00000.json        ShardRecord: written last, so a shard without it does not exist
+        kinds.zarr              group: kind [R, T] uint8 with massive activations told, norm [R, T] float32
+        statistics.json         Statistics over normal tokens
+        index.json              HookIndex: all of the above with sizes and checksums
+
+R rows of T tokens; a token's flat index is `row * T + position`.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import Field, ValidationError
+
+from saekit.config import Config
+from saekit.errors import StoreError
+from saekit.manifest import file_sha256, write_json
+
+__all__ = [
+    "DOCUMENTS_NAME",
+    "INDEX_NAME",
+    "KINDS_NAME",
+    "STATISTICS_NAME",
+    "TOKENS_NAME",
+    "TOKENS_RECORD_NAME",
+    "FileRecord",
+    "HookIndex",
+    "PartRecord",
+    "ShardRecord",
+    "ShardSpan",
+    "file_problems",
+    "hook_folder",
+    "read_record",
+    "record_files",
+    "record_name",
+    "shard_name",
+    "shard_spans",
+    "write_record",
+]
+
+TOKENS_NAME = "tokens.zarr"
+TOKENS_RECORD_NAME = "tokens.json"
+DOCUMENTS_NAME = "documents.jsonl"
+KINDS_NAME = "kinds.zarr"
+STATISTICS_NAME = "statistics.json"
+INDEX_NAME = "index.json"
+
+
+class FileRecord(Config):
+    """One file as it was written."""
+
+    size_bytes: int
+    """Length."""
+    sha256: str
+    """Of its bytes."""
+
+
+class PartRecord(Config):
+    """Declares a group of files whole."""
+
+    cache: str
+    """Identity of the cache that they belong to: hash of its config and inputs."""
+    files: dict[str, FileRecord]
+    """Path relative to the record's folder -> what must be there."""
+    counts: dict[str, int] = Field(default_factory=dict)
+    """What the part holds."""
+
+
+class ShardSpan(Config):
+    """Which rows a shard holds."""
+
+    index: int
+    """Place among the shards, from 0."""
+    first_row: int
+    """Row of the whole cache that its first row is."""
+    num_rows: int
+    """How many."""
+
+
+class ShardRecord(PartRecord):
+    """Declares one shard of one hook point whole."""
+
+    hook_point: str
+    """Where the activations were taken."""
+    span: ShardSpan
+    """Which rows."""
+    d_in: int
+    """Width of an activation."""
+    dtype: str
+    """Of the stored activations."""
+    chunk_rows: int
+    """Rows a chunk file holds; the last one is filled up."""
+
+
+class HookIndex(PartRecord):
+    """All shards of one hook point; `files` are its kinds and statistics."""
+
+    hook_point: str
+    """Where the activations were taken."""
+    d_in: int
+    """Width of an activation."""
+    dtype: str
+    """Of the stored activations."""
+    shards: tuple[ShardRecord, ...]
+    """In order of rows."""
+
+
+AnyRecord = TypeVar("AnyRecord", bound=PartRecord)
+
+
+def hook_folder(cache: Path, hook_point: str) -> Path:
+    """Returns the folder of a hook point; `:` becomes `@`, since archives and some file systems refuse a colon."""
+    return cache / "hooks" / hook_point.replace(":", "@")
+
+
+def shard_name(index: int) -> str:
+    """Returns a shard's folder name."""
+    return f"shard-{index:05d}.zarr"
+
+
+def record_name(index: int) -> str:
+    """Returns the name of a shard's record."""
+    return f"shard-{index:05d}.json"
+
+
+def shard_spans(num_rows: int, shard_rows: int) -> list[ShardSpan]:
+    """Returns the shards of a cache of `num_rows` rows; the last one may be shorter."""
+    starts = range(0, num_rows, shard_rows)
+    return [
+        ShardSpan(index=index, first_row=first, num_rows=min(shard_rows, num_rows - first))
+        for index, first in enumerate(starts)
+    ]
+
+
+def _files_below(path: Path) -> Iterator[Path]:
+    if path.is_dir():
+        yield from (file for file in sorted(path.rglob("*")) if file.is_file())
+    else:
+        yield path
+
+
+def record_files(folder: Path, *names: str) -> dict[str, FileRecord]:
+    """Returns size and checksum of every file at or below `folder / name`."""
+    return {
+        file.relative_to(folder).as_posix(): FileRecord(size_bytes=file.stat().st_size, sha256=file_sha256(file))
+        for name in names
+        for file in _files_below(folder / name)
+    }
+
+
+def file_problems(folder: Path, record: PartRecord, *, verify: bool) -> list[str]:
+    """Returns one phrase for each file that is not as recorded.
+
+    Args:
+        verify: read every byte and compare checksums; else only presence and length.
+    """
+    problems = []
+    for name, expected in record.files.items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != expected.size_bytes:
+                problems.append(f"{name} has {size:,} bytes, needs {expected.size_bytes:,}")
+            elif verify and file_sha256(path) != expected.sha256:
+                problems.append(f"{name} has changed since it was written (sha256 differs)")
+        except FileNotFoundError:
+            problems.append(f"{name} is missing")
+        except OSError as error:
+            problems.append(f"{name} cannot be read: {error.strerror or error}")
+    return problems
+
+
+def write_record(path: Path, record: PartRecord) -> None:
+    """Writes a record atomically; this is the moment its part comes into being."""
+    write_json(path, record.to_dict())
+
+
+def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord | None:
+    """Returns a record, or None where there is none.
+
+    Raises:
+        StoreError: the file is there but does not hold one.
+    """
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValidationError, OSError) as error:
+        raise StoreError(f"{str(path)!r}: not a record of a cache, needs the file as it was written") from error

@@ -1,0 +1,56 @@
+"""How well batches are mixed: the documents in a batch against those in a batch of a full shuffle."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from saekit.activations.shuffle import ShuffledBatches
+
+__all__ = ["Mixing", "expected_documents", "measure_mixing"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mixing:
+    """Mean numbers of distinct documents in a global batch."""
+
+    documents: float
+    """As the batches are."""
+    ideal: float
+    """Expected of tokens drawn uniformly without replacement."""
+
+    @property
+    def ratio(self) -> float:
+        """1.0 is a full shuffle."""
+        return self.documents / self.ideal
+
+
+def measure_mixing(batches: ShuffledBatches, num_batches: int = 16) -> Mixing:
+    """Returns the mixing of evenly spaced batches of the first epoch; reads no activations."""
+    documents = batches.view.store.documents().ravel()
+    total = batches.batches_per_epoch
+    chosen = np.unique(np.linspace(0, total - 1, min(num_batches, total)).astype(np.int64)).tolist()
+    found = [len(np.unique(documents[batches.batch_indices(0, batch)])) for batch in chosen]
+    sizes = np.bincount(documents[batches.view.indices])
+    return Mixing(documents=float(np.mean(found)), ideal=expected_documents(sizes, batches.global_batch_size))
+
+
+def expected_documents(sizes: npt.NDArray[np.int64], num_drawn: int) -> float:
+    """Returns the expected number of distinct documents among tokens drawn uniformly without replacement.
+
+    A document of c of n tokens is missed by m draws with probability C(n - c, m) / C(n, m), the hypergeometric's zero.
+
+    Args:
+        sizes: tokens of each document.
+        num_drawn: m, at most the sum of `sizes`.
+    """
+    total = int(sizes.sum())
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, total + 1)))])
+    kept = sizes[sizes > 0].astype(np.int64)
+    left = total - kept
+    can_miss = left >= num_drawn
+    left = left[can_miss]
+    log_missed = (
+        log_factorial[left] - log_factorial[left - num_drawn] - log_factorial[total] + log_factorial[total - num_drawn]
+    )
+    return float(len(kept) - np.exp(log_missed).sum())

@@ -1,0 +1,116 @@
+"""What a cache will cost, told before it is made."""
+
+import itertools
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from saekit.activations.config import CacheConfig
+from saekit.activations.stored import ITEM_BYTES
+from saekit.errors import ResourceError
+from saekit.models.hooks import capture, resolve
+from saekit.models.load import LanguageModel, load_model
+from saekit.models.texts import iter_documents
+from saekit.models.tokens import check_context_len, iter_token_rows
+
+__all__ = ["CachePlan", "plan_cache"]
+
+# Token ids, documents and kinds before compression, and norm and kind once more for each hook point.
+_ROW_BYTES_A_TOKEN = 9
+_HOOK_BYTES_A_TOKEN = 2 * (4 + 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CachePlan:
+    """Sizes of a cache that is not there yet."""
+
+    num_tokens: int
+    """Asked for, rounded up to whole rows."""
+    num_rows: int
+    """Token rows."""
+    num_shards: int
+    """Of each hook point."""
+    widths: dict[str, int]
+    """Hook point -> width of its activations."""
+    size_bytes: int
+    """On disk, when finished."""
+    free_bytes: int
+    """On that disk now."""
+    tokens_per_second: float
+    """Of one short forward to the last hook point; a busy machine shows."""
+
+    @property
+    def seconds(self) -> float:
+        """Estimated time of the forwards."""
+        return self.num_tokens / self.tokens_per_second
+
+    def summary(self) -> str:
+        """Returns the plan as one line."""
+        hooks = ", ".join(f"{name} (width {width:,})" for name, width in self.widths.items())
+        return (
+            f"caching {self.num_tokens:,} tokens in {self.num_rows:,} rows at {hooks}:"
+            f" {self.size_bytes / 1e9:,.2f} GB in {self.num_shards:,} shards ({self.free_bytes / 1e9:,.0f} GB free),"
+            f" about {_duration(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s"
+        )
+
+
+def plan_cache(config: CacheConfig, out: str | Path, *, lm: LanguageModel | None = None) -> CachePlan:
+    """Returns what caching will cost, from one short timed forward on the first rows of the text.
+
+    Raises:
+        ResourceError: the disk cannot hold the cache.
+        HookPointError: a hook point that the model does not have.
+        DataError: the text cannot be read, or holds too little for one row.
+    """
+    lm = load_model(config.model) if lm is None else lm
+    for hook_point in config.hook_points:
+        resolve(lm, hook_point)
+    check_context_len(config.tokens.context_len, lm)
+    rows = iter_token_rows(iter_documents(config.text), lm.tokenizer, config.tokens)
+    tokens = torch.stack([torch.from_numpy(row.tokens) for row in itertools.islice(rows, config.batch_size)]).long()
+    capture(lm, tokens[:1], config.hook_points)
+    started = time.perf_counter()
+    hidden = capture(lm, tokens, config.hook_points)
+    for values in hidden.values():
+        values.flatten()[-1].item()  # waits for the device
+    seconds = time.perf_counter() - started
+
+    num_rows = math.ceil(config.num_tokens / config.tokens.context_len)
+    num_tokens = num_rows * config.tokens.context_len
+    widths = {name: values.shape[-1] for name, values in hidden.items()}
+    a_token = _ROW_BYTES_A_TOKEN + sum(
+        width * ITEM_BYTES[config.dtype] + _HOOK_BYTES_A_TOKEN for width in widths.values()
+    )
+    plan = CachePlan(
+        num_tokens=num_tokens,
+        num_rows=num_rows,
+        num_shards=math.ceil(num_rows / config.shard_rows),
+        widths=widths,
+        size_bytes=num_tokens * a_token,
+        free_bytes=free_bytes(Path(out)),
+        tokens_per_second=tokens.numel() / seconds,
+    )
+    if plan.size_bytes > plan.free_bytes:
+        raise ResourceError(
+            f"cache {str(out)!r}: {plan.free_bytes / 1e9:,.2f} GB free on that disk, needs {plan.size_bytes / 1e9:,.2f} GB"
+            f" for {num_tokens:,} tokens; free some, choose another disk, or cache fewer tokens"
+        )
+    return plan
+
+
+def free_bytes(path: Path) -> int:
+    """Returns the free bytes of the disk that `path` is or will be on."""
+    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,269 @@
+"""A finished cache, opened: activations by row or by token, each with its token, document and kind."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from saekit.activations.layout import (
+    DOCUMENTS_NAME,
+    INDEX_NAME,
+    KINDS_NAME,
+    STATISTICS_NAME,
+    TOKENS_RECORD_NAME,
+    HookIndex,
+    PartRecord,
+    file_problems,
+    hook_folder,
+    read_record,
+    shard_name,
+)
+from saekit.activations.rows import NORMAL, TokenTable, read_token_table
+from saekit.activations.statistics import Statistics, read_statistics
+from saekit.activations.stored import ITEM_BYTES, Chunks, numpy_dtype, read_arrays, to_torch
+from saekit.activations.view import StoreView, split_documents
+from saekit.config import config_sha256
+from saekit.errors import StoreError
+from saekit.manifest import Manifest, manifest_sha256, read_manifest
+from saekit.models.load import LanguageModel
+
+__all__ = ["ActivationStore", "cache_identity", "hook_points_of"]
+
+_OPEN_SHARDS = 512
+
+
+def cache_identity(manifest: Manifest) -> str:
+    """Returns what every part of a cache is stamped with: the hash of its config and its inputs."""
+    return config_sha256({"config": manifest.config_sha256, "inputs": dict(sorted(manifest.inputs.items()))})
+
+
+class ActivationStore:
+    """The activations of one hook point, read from disk on demand.
+
+    Attributes:
+        path: folder of the cache.
+        hook_point: whose activations this object reads.
+        hook_points: all that the cache holds.
+        d_in: width of an activation.
+        num_rows: token rows.
+        context_len: tokens of a row, T.
+        num_tokens: num_rows * context_len, padding included; flat indices run below it.
+        dtype: of the stored activations.
+        config: of the cache stage, as plain values.
+        statistics: over normal tokens, and the counts of the others.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, index: HookIndex, tokens: PartRecord) -> None:
+        """Use `ActivationStore.open`."""
+        self.path = path
+        self.config = manifest.config
+        self.hook_point = index.hook_point
+        self.hook_points = tuple(hook_points_of(manifest))
+        self.d_in = index.d_in
+        self.dtype = index.dtype
+        self.num_rows = tokens.counts["rows"]
+        self.context_len = tokens.counts["context_len"]
+        self.num_documents = tokens.counts["documents"]
+        self.num_tokens = self.num_rows * self.context_len
+        self.statistics: Statistics = read_statistics(hook_folder(path, index.hook_point) / STATISTICS_NAME)
+        self._manifest = manifest
+        self._index = index
+        self._first_rows = np.array([shard.span.first_row for shard in index.shards], np.int64)
+        self._shard = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
+
+    @classmethod
+    def open(cls, path: str | Path, hook_point: str | None = None, *, verify: bool = False) -> "ActivationStore":
+        """Opens a finished cache without reading its activations.
+
+        Args:
+            hook_point: may be left out where the cache holds one only.
+            verify: read every byte and compare checksums; else presence and length of every file are checked.
+
+        Raises:
+            StoreError: no cache, an unfinished one, one without this hook point, or files missing, truncated or changed.
+        """
+        path = Path(path)
+        where = f"cache {str(path)!r}"
+        manifest = read_manifest(path)
+        if manifest is None or manifest.stage != "cache":
+            raise StoreError(f"{where}: no cache there, needs the output folder of the cache stage")
+        if manifest.status != "complete":
+            raise StoreError(f"{where}: not finished; run the cache command again to go on")
+        present = hook_points_of(manifest)
+        if hook_point is None:
+            if len(present) > 1:
+                raise StoreError(f"{where}: holds {', '.join(present)}; name one of them as hook_point")
+            hook_point = present[0]
+        hook_point = hook_point.removesuffix(":output")
+        if hook_point not in present:
+            raise StoreError(f"{where}: no activations of {hook_point!r}, it holds {', '.join(present)}")
+        folder = hook_folder(path, hook_point)
+        index = read_record(folder / INDEX_NAME, HookIndex)
+        tokens = read_record(path / TOKENS_RECORD_NAME, PartRecord)
+        if index is None or tokens is None:
+            missing = folder / INDEX_NAME if index is None else path / TOKENS_RECORD_NAME
+            raise StoreError(
+                f"{where}: {missing.relative_to(path)} is missing; run the cache command again to repair it"
+            )
+        identity = cache_identity(manifest)
+        for part in (tokens, index, *index.shards):
+            if part.cache != identity:
+                raise StoreError(f"{where}: holds parts of another cache; verify it and run the cache command again")
+        for at, part in ((path, tokens), (folder, index), *((folder, shard) for shard in index.shards)):
+            problems = file_problems(at, part, verify=verify)
+            if problems:
+                more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+                place = "" if at == path else f"{hook_point}: "
+                raise StoreError(f"{where}: {place}{problems[0]}{more}; run the cache command again to repair it")
+        return cls(path, manifest, index, tokens)
+
+    @property
+    def model_name(self) -> str:
+        """The model as the config names it."""
+        model = self.config["model"]
+        assert isinstance(model, dict)
+        return str(model["name"])
+
+    @property
+    def model_fingerprint(self) -> str:
+        """Identity of the model that wrote the cache."""
+        return self._manifest.inputs["model"]
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Identity of the cache, for the manifests of what is made from it."""
+        return manifest_sha256(self.path)
+
+    @property
+    def documents_path(self) -> Path:
+        """One JSON line a document, in the order of their indices: source, title, first characters, sha256, tokens."""
+        return self.path / DOCUMENTS_NAME
+
+    def check_model(self, lm: LanguageModel) -> None:
+        """Checks that `lm` is the model that wrote the cache.
+
+        Raises:
+            StoreError: weights, config or dtype differ.
+        """
+        if lm.fingerprint != self.model_fingerprint:
+            raise StoreError(
+                f"cache {str(self.path)!r}: written by {self.model_name!r} with fingerprint"
+                f" {self.model_fingerprint[:12]}, asked for {lm.name!r} with {lm.fingerprint[:12]};"
+                " use the same model, revision and dtype, or cache anew"
+            )
+
+    @functools.cached_property
+    def _table(self) -> TokenTable:
+        table = read_token_table(self.path, cache=cache_identity(self._manifest))
+        if table is None:
+            raise StoreError(f"cache {str(self.path)!r}: its token rows are gone; run the cache command again")
+        return table
+
+    @functools.cached_property
+    def _kinds_and_norms(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+        kinds, norms = read_arrays(hook_folder(self.path, self.hook_point) / KINDS_NAME, "kind", "norm")
+        return kinds.astype(np.uint8, copy=False), norms.astype(np.float32, copy=False)
+
+    def tokens(self) -> npt.NDArray[np.int32]:
+        """Returns the token ids, `[R, T]`."""
+        return self._table.tokens
+
+    def documents(self) -> npt.NDArray[np.int32]:
+        """Returns the document of each token, `[R, T]`; -1 for padding."""
+        return self._table.documents
+
+    def document_keys(self) -> npt.NDArray[np.uint64]:
+        """Returns, for each document, the first 8 bytes of its text's sha256, `[num_documents]`: equal texts, equal keys."""
+        return self._table.document_keys
+
+    def kinds(self) -> npt.NDArray[np.uint8]:
+        """Returns 0 normal, 1 padding, 2 special, 3 massive for each token, `[R, T]`."""
+        return self._kinds_and_norms[0]
+
+    def norms(self) -> npt.NDArray[np.float32]:
+        """Returns the norm of each stored activation, `[R, T]`."""
+        return self._kinds_and_norms[1]
+
+    def view(self, *, kinds: Sequence[int] = (NORMAL,)) -> StoreView:
+        """Returns all tokens of the given kinds."""
+        return StoreView(self, np.isin(self.kinds(), kinds))
+
+    def split(self, test_fraction: float = 0.05, *, seed: int = 0) -> tuple[StoreView, StoreView]:
+        """Returns normal tokens as (train, test), with no text on both sides.
+
+        Documents go to the test side in the order of a hash of their text and the seed, until it holds `test_fraction` of
+        the tokens as nearly as whole documents allow; documents of equal text stay together. Both sides get at least one.
+
+        Raises:
+            StoreError: fewer than two different documents.
+            ConfigError: a fraction that is not between 0 and 1.
+        """
+        return split_documents(self, test_fraction=test_fraction, seed=seed)
+
+    def read_rows(self, rows: npt.NDArray[np.int64] | Sequence[int]) -> Tensor:
+        """Returns `[n, T, D]` activations of rows, in any order, in the stored dtype."""
+        wanted = np.asarray(rows, np.int64)
+        _check_range(wanted, self.num_rows, "row")
+        order = None if _is_ascending(wanted) else np.argsort(wanted, kind="stable")
+        ascending = wanted if order is None else wanted[order]
+        out = np.empty((len(wanted), self.context_len, self.d_in), numpy_dtype(self.dtype))
+        for shard, part in self._shards_of(ascending):
+            self._shard(shard).rows(ascending[part] - self._first_rows[shard], out[part])
+        return self._tensor(out, order)
+
+    def read_tokens(self, flat: npt.NDArray[np.int64]) -> Tensor:
+        """Returns `[n, D]` activations of tokens (`row * T + position`), in any order, in the stored dtype."""
+        wanted = np.asarray(flat, np.int64)
+        _check_range(wanted, self.num_tokens, "token")
+        order = None if _is_ascending(wanted) else np.argsort(wanted, kind="stable")
+        ascending = wanted if order is None else wanted[order]
+        out = np.empty((len(wanted), self.d_in), numpy_dtype(self.dtype))
+        for shard, part in self._shards_of(ascending // self.context_len):
+            first = self._first_rows[shard] * self.context_len
+            self._shard(shard).tokens(ascending[part] - first, out[part])
+        return self._tensor(out, order)
+
+    def _tensor(self, ascending: npt.NDArray[np.generic], order: npt.NDArray[np.int64] | None) -> Tensor:
+        if order is None:
+            return to_torch(ascending, self.dtype)
+        out = np.empty_like(ascending)
+        out[order] = ascending
+        return to_torch(out, self.dtype)
+
+    def _shards_of(self, rows: npt.NDArray[np.int64]) -> list[tuple[int, slice]]:
+        """Returns (shard, place in `rows`) for ascending rows."""
+        bounds = np.append(np.searchsorted(rows, self._first_rows), len(rows))
+        return [(shard, slice(int(bounds[shard]), int(bounds[shard + 1]))) for shard in np.flatnonzero(np.diff(bounds))]
+
+    def _open_shard(self, shard: int) -> Chunks:
+        record = self._index.shards[shard]
+        path = hook_folder(self.path, self.hook_point) / shard_name(record.span.index) / "activations"
+        return Chunks(path, chunk_shape=(record.chunk_rows, self.context_len, self.d_in), dtype=self.dtype)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one stored activation."""
+        return self.d_in * ITEM_BYTES[self.dtype]
+
+    def __repr__(self) -> str:
+        return f"ActivationStore({str(self.path)!r}, {self.hook_point!r}, num_tokens={self.num_tokens:,}, d_in={self.d_in})"
+
+
+def hook_points_of(manifest: Manifest) -> list[str]:
+    """Returns the hook points that a cache's config names."""
+    names = manifest.config.get("hook_points")
+    assert isinstance(names, list | tuple), "a cache's config names its hook points"
+    return [str(name) for name in names]
+
+
+def _is_ascending(values: npt.NDArray[np.int64]) -> bool:
+    return bool(np.all(values[1:] >= values[:-1]))
+
+
+def _check_range(values: npt.NDArray[np.int64], size: int, what: str) -> None:
+    if len(values) and (values.min() < 0 or values.max() >= size):
+        bad = int(values.min()) if values.min() < 0 else int(values.max())
+        raise StoreError(f"{what} {bad}: outside the cache, needs 0 to {size - 1}")

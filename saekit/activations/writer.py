@@ -1,0 +1,153 @@
+"""One commit per part: written aside, flushed to disk, moved into place, then declared by its record."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from saekit.activations.layout import ShardRecord, ShardSpan, record_files, record_name, shard_name, write_record
+from saekit.activations.stored import AnyArray, chunk_rows, write_arrays
+from saekit.errors import ResourceError
+
+__all__ = ["Shard", "ShardWriter", "staged", "write_shard"]
+
+_MAX_WORKERS = 4
+
+
+@contextlib.contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """Yields a path beside `target`; what the block makes there is flushed and takes the place of `target` at the end.
+
+    Raises:
+        ResourceError: the disk is full, or the folder cannot be written.
+    """
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)
+        yield temporary
+        _flush(temporary)
+        _remove(target)
+        temporary.rename(target)
+        _flush_one(target.parent)
+    except OSError as error:
+        _remove(temporary)
+        if isinstance(error, ResourceError):
+            raise
+        raise ResourceError(
+            f"{str(target)!r}: cannot be written: {error.strerror or error}; what is finished stays:"
+            " run the same command again to go on"
+        ) from error
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir():
+        for entry in path.rglob("*"):
+            _flush_one(entry)
+    _flush_one(path)
+
+
+def _flush_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """The contents of one shard of one hook point."""
+
+    folder: Path
+    """Of the hook point."""
+    cache: str
+    """Identity of the cache."""
+    hook_point: str
+    """Where the activations were taken."""
+    span: ShardSpan
+    """Which rows."""
+    dtype: str
+    """Of the activations."""
+    activations: AnyArray
+    """`[rows, T, D]` in the stored form."""
+    norm: npt.NDArray[np.float32]
+    """`[rows, T]`."""
+
+
+def write_shard(shard: Shard) -> ShardRecord:
+    """Writes a shard and then its record.
+
+    Raises:
+        ResourceError: the disk is full, or the folder cannot be written.
+    """
+    name = shard_name(shard.span.index)
+    with staged(shard.folder / name) as temporary:
+        arrays: dict[str, AnyArray] = {"activations": shard.activations, "norm": shard.norm}
+        write_arrays(temporary, arrays, plain={"activations": shard.dtype})
+    record = ShardRecord(
+        cache=shard.cache,
+        hook_point=shard.hook_point,
+        span=shard.span,
+        d_in=shard.activations.shape[-1],
+        dtype=shard.dtype,
+        chunk_rows=chunk_rows(shard.activations.shape, shard.activations.itemsize),
+        files=record_files(shard.folder, name),
+    )
+    write_record(shard.folder / record_name(shard.span.index), record)
+    return record
+
+
+class ShardWriter:
+    """Writes shards in threads, so that hashing and flushing overlap with the model's forward.
+
+    At most one group of shards (one a hook point) is in the making while the next one is being filled.
+    """
+
+    def __init__(self, num_hook_points: int) -> None:
+        """Starts no thread yet."""
+        self._pool = ThreadPoolExecutor(min(num_hook_points, _MAX_WORKERS), thread_name_prefix="saekit-write")
+        self._running: list[Future[ShardRecord]] = []
+
+    def submit(self, shards: Sequence[Shard]) -> None:
+        """Hands over one group, after waiting for the group before.
+
+        Raises:
+            ResourceError: the group before could not be written.
+        """
+        self._wait()
+        self._running = [self._pool.submit(write_shard, shard) for shard in shards]
+
+    def _wait(self) -> None:
+        running, self._running = self._running, []
+        for future in running:
+            future.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Also after an error elsewhere, shards in the making are finished: a rerun need not compute them again.
+        self._pool.shutdown(wait=True)
+        if error is None:
+            self._wait()
