@@ -24,11 +24,12 @@ from torch import Tensor
 INTERPRETED = triton.knobs.runtime.interpret
 
 _CHUNK_BYTES = 1 << 30
+# A multiple of the row block, so that no chunk but the last leaves part of one idle.
+_CHUNK_ROWS_STEP = 128
 _INT32_MIN = tl.constexpr(-(2**31))
 _INT32_MAX = tl.constexpr(2**31 - 1)
-# What one program of the selection can hold: past it, chunks are sorted by torch.
-_MAX_GROUPS = 16384
-_MAX_CANDIDATES = 16384
+# Keys that one program of the selection can hold in registers; past it, torch sorts the rows of z.
+MAX_SELECTED_FROM = 16384
 
 
 class Tile(NamedTuple):
@@ -41,7 +42,7 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# 16-bit operands: wgmma on sm_90, 168 to 200 registers, no spills, two programs fit on a multiprocessor.
+# 16-bit operands: wgmma on sm_90, 138 to 183 registers, no spills; with 4 warps the epilogue spills 0.7 KB a thread.
 HALF_TILE = Tile(128, 128, 64, 8, 3)
 # float32 without TF32 runs on the FMA units; a smaller tile keeps it in registers.
 FLOAT_TILE = Tile(64, 64, 32, 4, 2)
@@ -244,7 +245,7 @@ def topk(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tenso
             BLOCK_N=tile.block_n, BLOCK_F=tile.block_f, BLOCK_D=tile.block_d, GROUP_SIZE=group_size,
             UPCAST=INTERPRETED, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-        _select(z, keys, values[rows], indices[rows], group_size)
+        _select(z, keys, values[rows], indices[rows])
     # The selection yields rising columns; a stable sort by value keeps that order among equals.
     values, order = torch.sort(values, dim=1, descending=True, stable=True)
     return values.relu_(), indices.gather(1, order)
@@ -276,8 +277,9 @@ def threshold(x: Tensor, weight: Tensor, bias: Tensor, bound: Tensor) -> tuple[T
         pre_acts.append(x.new_empty(num_entries, dtype=torch.float32))
         indices.append(torch.empty(num_entries, dtype=torch.int64, device=x.device))
         threshold_fill_fwd_kernel[(len(part),)](
-            bits, z, starts, pre_acts[-1], indices[-1], num_features, num_words, BLOCK_WORDS=block_words
-        )
+            bits, z, starts, pre_acts[-1], indices[-1], num_features, num_words,
+            BLOCK_WORDS=block_words, num_warps=fill_warps(block_words),
+        )  # fmt: skip
         all_counts.append(counts)
     return torch.cat(pre_acts), torch.cat(indices), torch.cat(all_counts).cumsum(0)
 
@@ -290,22 +292,40 @@ def group_size_of(num_features: int, k: int) -> int:
     return group_size
 
 
-def _select(z: Tensor, keys: Tensor, values: Tensor, indices: Tensor, group_size: int) -> None:
+def fill_warps(block_words: int) -> int:
+    """Warps of `threshold_fill_fwd_kernel`: at most 8 words a thread, or it spills."""
+    return min(16, max(4, block_words // 256))
+
+
+def selection_launch(num_features: int, k: int) -> tuple[dict[str, int], int]:
+    """Constants and warps of `topk_select_fwd_kernel`."""
+    group_size = group_size_of(num_features, k)
+    num_groups = int(triton.cdiv(num_features, group_size))
+    num_best = min(k, num_groups)
+    constants = {
+        "K": k,
+        "NUM_BEST": num_best,
+        "BLOCK_BEST": int(triton.next_power_of_2(num_best)),
+        "GROUP_SIZE": group_size,
+        "BLOCK_GROUPS": int(triton.next_power_of_2(num_groups)),
+    }
+    held = max(constants["BLOCK_GROUPS"], constants["BLOCK_BEST"] * group_size)
+    return constants, 4 if held <= 2048 else 8 if held <= 8192 else 16
+
+
+def _select(z: Tensor, keys: Tensor, values: Tensor, indices: Tensor) -> None:
     """Write the k largest of each row of z to `values` and `indices` [B, k], by rising column."""
     k, num_groups = values.shape[1], keys.shape[1]
-    num_best = min(k, num_groups)
-    block_best, block_groups = triton.next_power_of_2(num_best), triton.next_power_of_2(num_groups)
-    if block_groups > _MAX_GROUPS or block_best * group_size > _MAX_CANDIDATES:
+    constants, num_warps = selection_launch(z.shape[1], k)
+    if max(constants["BLOCK_GROUPS"], constants["BLOCK_BEST"] * constants["GROUP_SIZE"]) > MAX_SELECTED_FROM:
         order = torch.sort(z, dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
         indices.copy_(order)
         values.copy_(z.gather(1, order))
         return
-    scratch = torch.empty(len(z), num_best, dtype=torch.int32, device=z.device)
+    scratch = torch.empty(len(z), constants["NUM_BEST"], dtype=torch.int32, device=z.device)
     topk_select_fwd_kernel[(len(z),)](
-        z, keys, scratch, values, indices, z.shape[1], num_groups,
-        K=k, NUM_BEST=num_best, BLOCK_BEST=block_best, GROUP_SIZE=group_size, BLOCK_GROUPS=block_groups,
-        num_warps=8 if max(block_groups, block_best * group_size) > 2048 else 4,
-    )  # fmt: skip
+        z, keys, scratch, values, indices, z.shape[1], num_groups, **constants, num_warps=num_warps
+    )
 
 
 def _operands(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -321,7 +341,8 @@ def _tile(dtype: torch.dtype) -> Tile:
 
 def _chunks(x: Tensor, num_features: int) -> Iterator[tuple[slice, Tensor]]:
     """(rows, uninitialised z [rows, F] float32) over all rows of x; the memory of z is reused."""
-    num_rows = min(len(x), max(128, _CHUNK_BYTES // (4 * num_features) // 128 * 128))
+    fitting = _CHUNK_BYTES // (4 * num_features) // _CHUNK_ROWS_STEP * _CHUNK_ROWS_STEP
+    num_rows = min(len(x), max(_CHUNK_ROWS_STEP, fitting))
     buffer = x.new_empty(num_rows, num_features, dtype=torch.float32)
     for start in range(0, len(x), max(num_rows, 1)):
         stop = min(start + num_rows, len(x))
