@@ -128,7 +128,8 @@ class SAE(nn.Module, ABC):
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Scales every decoder row to unit norm; the features' activations are left as they are."""
-        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny)
+        norms = self.W_dec.norm(dim=1, keepdim=True)
+        self.W_dec.div_(norms.clamp_min(torch.finfo(norms.dtype).tiny))
 
     def encoder_input(self, x: Tensor) -> Tensor:
         """Returns what the encoder multiplies: `x`, less b_dec where the config says so, as [N, d_in] in the SAE's dtype.

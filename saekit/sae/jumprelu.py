@@ -68,4 +68,4 @@ class JumpReLUSAE(SAE):
     @torch.no_grad()
     def scale_thresholds(self, factor: float) -> None:
         """Multiplies every threshold by `factor`."""
-        self.threshold *= factor
+        self.threshold.mul_(factor)

@@ -1,0 +1,88 @@
+"""How an SAE is trained, apart from what it is."""
+
+import math
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from saekit.config import Config
+
+__all__ = ["SparsityConfig", "TrainConfig"]
+
+
+class SparsityConfig(Config):
+    """How the thresholds of a JumpReLU SAE are steered to its target L0."""
+
+    start_factor: float = Field(default=2.0, ge=1)
+    """L0 at the first step, in multiples of the target; thresholds start at the quantiles of the data that give it."""
+    ramp_fraction: float = Field(default=0.5, gt=0, lt=1)
+    """Part of training in which the wanted L0 falls, evenly in its logarithm, from the start to the target."""
+    threshold_lr: float = Field(default=5e-3, gt=0)
+    """Learning rate of log-thresholds: the largest relative change of a threshold in one step."""
+    integral_gain: float = Field(default=0.02, gt=0)
+    """How far the coefficient's logarithm moves in a step per unit of log(L0 / wanted L0)."""
+    proportional_gain: float = Field(default=2.0, ge=0)
+    """How much the coefficient's logarithm answers the present log(L0 / wanted L0) at once."""
+    dead_loss: Literal["auxk", "pre_act"] = "auxk"
+    """How silent features are brought back: AuxK, or a pull of their pre-activations towards the threshold."""
+    pre_act_coefficient: float = Field(default=3e-6, ge=0)
+    """Weight of the `pre_act` loss."""
+
+
+class TrainConfig(Config):
+    """How long, how fast and with which losses an SAE is trained. Counts of tokens are over all processes together."""
+
+    num_tokens: int = Field(gt=0)
+    """Tokens to train on; the data is repeated, newly shuffled, as often as needed."""
+    batch_size: int = Field(default=4096, gt=0)
+    """Tokens in one step, over all processes."""
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate; None = 2e-4 * sqrt(2^14 / d_sae)."""
+    seed: int = 0
+    """Seed of the first weights and of the order of the data."""
+    init: Literal["tied", "given"] = "tied"
+    """`tied` draws new directions from the seed; `given` goes on from the weights of the SAE that is passed in."""
+    warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Part of training in which the learning rate rises from 0, at most 1,000 steps."""
+    decay_fraction: float = Field(default=0.2, ge=0, lt=1)
+    """Part of training, at its end, in which the learning rate falls to 0."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of Adam's moments."""
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    """Largest norm of the whole gradient; None = no limit."""
+    auxk_alpha: float = Field(default=1 / 32, ge=0)
+    """Weight of the AuxK loss; 0 = off."""
+    k_aux: int | None = Field(default=None, gt=0)
+    """Dead features a token may use in the AuxK loss; None = the power of two nearest to d_in / 2."""
+    dead_after_tokens: int | None = Field(default=None, gt=0)
+    """A feature that was silent for so many tokens is dead; None = a tenth of num_tokens, at most 10 million."""
+    log_every_tokens: int | None = Field(default=None, gt=0)
+    """Tokens between two rows of training figures; None = a two-hundredth of num_tokens."""
+    eval_every_tokens: int | None = Field(default=None, gt=0)
+    """Tokens between two evaluations on held-out tokens; None = a tenth of num_tokens."""
+    eval_tokens: int = Field(default=16_384, gt=0)
+    """Held-out tokens of one evaluation while training."""
+    checkpoint_every_tokens: int | None = Field(default=None, gt=0)
+    """Tokens between two checkpoints; None = a fifth of num_tokens, at most 50 million."""
+    sparsity: SparsityConfig = SparsityConfig()
+    """Control of L0; read for JumpReLU only."""
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        if self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError(
+                f"warmup_fraction + decay_fraction is {self.warmup_fraction + self.decay_fraction}, needs at most 1"
+            )
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        return math.ceil(self.num_tokens / self.batch_size)
+
+    def every_steps(self, tokens: int | None, *, parts: int, most: int | None = None) -> int:
+        """Returns a distance in steps for one given in tokens, or for `num_tokens / parts` where none is given."""
+        if tokens is None:
+            tokens = self.num_tokens // parts
+            tokens = tokens if most is None else min(tokens, most)
+        return max(1, tokens // self.batch_size)

@@ -1,0 +1,79 @@
+"""Figures of the SAE in training on tokens that it is not trained on."""
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from saekit.sae.base import SAE
+from saekit.sae.fold import Normalization
+
+__all__ = ["HeldOutFigures", "TokenView", "evaluate_heldout", "read_evenly"]
+
+BLOCK_TOKENS = 256
+
+
+class TokenView(Protocol):
+    """Some tokens of an activation store, e.g. a `StoreView`."""
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+
+    @property
+    def indices(self) -> NDArray[np.int64]:
+        """The tokens, in order."""
+
+    def read(self, indices: NDArray[np.int64], /) -> Tensor:
+        """Returns activations [n, d_in]."""
+
+
+class HeldOutFigures(NamedTuple):
+    """FVU pooled over tokens, mean L0, and the part of features that never fired."""
+
+    fvu: float
+    l0: float
+    dead_fraction: float
+
+
+def read_evenly(view: TokenView, num_tokens: int) -> Tensor:
+    """Returns about `num_tokens` activations [n, d_in], in blocks spread evenly over the view; all when it has fewer."""
+    indices = view.indices
+    blocks = [indices[start : start + BLOCK_TOKENS] for start in range(0, len(indices), BLOCK_TOKENS)]
+    wanted = max(1, min(len(blocks), num_tokens // BLOCK_TOKENS))
+    chosen = np.linspace(0, len(blocks) - 1, wanted).round().astype(int) if blocks else []
+    kept = [blocks[place] for place in chosen]
+    return view.read(np.concatenate(kept)) if kept else torch.empty(0, view.d_in)
+
+
+@torch.no_grad()
+def evaluate_heldout(
+    sae: SAE, x: Tensor, normalization: Normalization | None = None, *, batch_size: int = 2048
+) -> HeldOutFigures:
+    """Returns figures of an SAE with its inference nonlinearity on raw activations x [n, d_in].
+
+    Args:
+        sae: of raw activations, or of normalised ones where `normalization` is given.
+        x: held-out tokens.
+        normalization: applied to `x` first; changes none of the figures' meaning, as FVU does not depend on it.
+        batch_size: tokens at a time.
+
+    FVU is 1 - (explained variance): sum ||x - x_hat||^2 / sum ||x - mean of x||^2, sums over all tokens in float64.
+    """
+    squared_error = squared = num_active = 0.0
+    total = torch.zeros(sae.d_in, dtype=torch.float64, device=sae.b_dec.device)
+    fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.b_dec.device)
+    for batch in x.split(batch_size):
+        normal = batch.to(sae.b_dec)
+        if normalization is not None:
+            normal = normalization.apply(normal)
+        x_hat, top_acts, top_indices = sae(normal)
+        squared_error += float((normal - x_hat).double().square().sum())
+        squared += float(normal.double().square().sum())
+        total += normal.double().sum(0)
+        num_active += float((top_acts > 0).sum())
+        fired[top_indices[top_acts > 0]] = True
+    variance = squared - float(total.square().sum()) / len(x)
+    return HeldOutFigures(squared_error / variance, num_active / len(x), 1.0 - float(fired.double().mean()))

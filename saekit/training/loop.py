@@ -1,0 +1,126 @@
+"""The loop around the steps: rows of figures, held-out evaluation, checkpoints, resume and Ctrl-C."""
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from saekit.progress import Progress
+from saekit.training.heldout import evaluate_heldout
+from saekit.training.interrupt import StopRequest
+from saekit.training.metrics import MetricsLog, RunningMeans
+from saekit.training.run import StepFigures, TrainRun
+from saekit.training.state import latest_checkpoint, load_checkpoint, publish_checkpoint, write_part
+
+__all__ = ["TrainingLoop"]
+
+CHECKPOINT_TOKENS = 50_000_000
+
+
+class TrainingLoop:
+    """Runs a `TrainRun` to its end, from its newest checkpoint in `out` where there is one."""
+
+    def __init__(self, run: TrainRun, out: Path, *, held_out: Tensor | None, progress: Progress) -> None:
+        """Loads the newest checkpoint.
+
+        Raises:
+            FormatError: the checkpoint is broken.
+            StoreError: it belongs to other data.
+        """
+        config = run.config
+        self.run = run
+        self.out = out
+        self.held_out = held_out
+        self.progress = progress
+        self.means = RunningMeans()
+        self.log_steps = config.every_steps(config.log_every_tokens, parts=200)
+        self.eval_steps = config.every_steps(config.eval_every_tokens, parts=10)
+        self.checkpoint_steps = config.every_steps(config.checkpoint_every_tokens, parts=5, most=CHECKPOINT_TOKENS)
+        self.metrics: MetricsLog | None = None
+        self._resume()
+        self._since = (time.perf_counter(), run.step)
+
+    def go(self) -> None:
+        """Trains to the last step.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
+        """
+        run, config = self.run, self.run.config
+        total = config.num_steps * config.batch_size
+        with StopRequest() as stop, self.progress.task("train", total, "tokens", done=run.tokens) as task:
+            while run.step < config.num_steps:
+                figures = run.train_step(stop_asked=stop.is_set)
+                self._record(figures)
+                task.advance(config.batch_size, fvu=figures.fvu, l0=figures.l0, dead=figures.dead_fraction)
+                if figures.stop_asked:
+                    self.save()
+                    message = (
+                        f"interrupted after {run.tokens:,} tokens, checkpoint written; run the same again to go on"
+                    )
+                    self.progress.say(message)
+                    raise KeyboardInterrupt(message)
+                if run.step % self.checkpoint_steps == 0 and run.step < config.num_steps:
+                    self.save()
+
+    def save(self) -> None:
+        """Writes a checkpoint of everything, by all processes together."""
+        run, accelerator = self.run, self.run.accelerator
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            assert self.metrics is not None
+            state = {
+                "run": run.state_dict(),
+                "means": self.means.state_dict(),
+                "metrics_position": self.metrics.position,
+            }
+            write_part(self.out, run.step, "run", state)
+        own = {"source": run.source.state_dict(), "rng": torch.get_rng_state()}
+        write_part(self.out, run.step, f"process_{accelerator.process_index}", own)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            publish_checkpoint(self.out, run.step)
+        accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        run, accelerator = self.run, self.run.accelerator
+        position = 0
+        checkpoint = latest_checkpoint(self.out)
+        if checkpoint is not None:
+            state = load_checkpoint(checkpoint, "run")
+            run.load_state_dict(state["run"])
+            self.means.load_state_dict(state["means"])
+            position = state["metrics_position"]
+            own = load_checkpoint(checkpoint, f"process_{accelerator.process_index}")
+            run.source.load_state_dict(own["source"])
+            torch.set_rng_state(own["rng"])
+            self.progress.say(f"going on after {run.tokens:,} tokens")
+        if accelerator.is_main_process:
+            self.metrics = MetricsLog(self.out, position=position)
+
+    def _record(self, figures: StepFigures) -> None:
+        run = self.run
+        self.means.add({"loss": figures.loss, "fvu": figures.fvu, "auxk": figures.auxiliary, "l0": figures.l0})
+        is_last = run.step == run.config.num_steps
+        if run.step % self.log_steps == 0 or is_last:
+            now, (then, step) = time.perf_counter(), self._since
+            speed = (run.step - step) * run.config.batch_size / max(now - then, 1e-9)
+            self._since = (now, run.step)
+            row = {
+                "dead_fraction": figures.dead_fraction,
+                "lr": figures.lr,
+                "l0_coefficient": figures.coefficient,
+                "tokens_per_second": speed,
+            }
+            self._write("train", self.means.take() | row)
+        if self.held_out is not None and (run.step % self.eval_steps == 0 or is_last):
+            before = time.perf_counter()
+            found = evaluate_heldout(run.sae, self.held_out, run.normalization)
+            self._write("test", found._asdict())
+            # Time spent here is not training time.
+            self._since = (self._since[0] + time.perf_counter() - before, self._since[1])
+
+    def _write(self, split: str, figures: dict[str, float]) -> None:
+        if self.metrics is not None:
+            self.metrics.append({"split": split, "step": self.run.step, "tokens": self.run.tokens, **figures})

@@ -1,0 +1,50 @@
+"""Adam for a decoder with unit rows: projected gradient, one norm for all, one learning rate a group."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from saekit.training.config import TrainConfig
+
+__all__ = ["build_optimizer", "clip_gradients", "project_decoder_gradient", "set_learning_rates"]
+
+
+def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig, *, lr: float) -> torch.optim.Adam:
+    """Returns Adam over the named parameters; log-thresholds have a learning rate of their own."""
+    groups = [
+        {
+            "params": [parameter],
+            "name": name,
+            "peak_lr": config.sparsity.threshold_lr if name == "log_threshold" else lr,
+        }
+        for name, parameter in parameters.items()
+    ]
+    # The unfused loops read and write every moment several times: 44 ms instead of 10 ms for 5.3 M weights on one core.
+    return torch.optim.Adam(groups, lr=lr, betas=config.betas, fused=True)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Sets every group to its peak times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+@torch.no_grad()
+def project_decoder_gradient(W_dec: nn.Parameter) -> None:
+    """Removes from each row of W_dec's gradient the part along the row, which only the renormalisation would undo."""
+    assert W_dec.grad is not None, "projection before backward"
+    along = (W_dec.grad * W_dec).sum(1, keepdim=True)
+    W_dec.grad.addcmul_(along, W_dec, value=-1)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Mapping[str, nn.Parameter], limit: float | None) -> Tensor:
+    """Scales all gradients together so that their norm is at most `limit`; returns the norm before, a scalar."""
+    gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    if limit is not None:
+        factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(factor)
+    return norm

@@ -1,0 +1,182 @@
+"""One training run in memory: what changes from step to step, a step, and its exact state."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from saekit.activations.source import ActivationSource
+from saekit.errors import NonFiniteError
+from saekit.sae.base import SAE
+from saekit.sae.fold import Normalization
+from saekit.sae.jumprelu import JumpReLUSAE
+from saekit.training.config import TrainConfig
+from saekit.training.dead import DeadFeatures, default_dead_after
+from saekit.training.objective import JumpReLUObjective, build_objective
+from saekit.training.optim import build_optimizer, clip_gradients, project_decoder_gradient, set_learning_rates
+from saekit.training.schedule import default_lr, lr_factor
+from saekit.training.sparsity import L0Control, wanted_l0
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["StepFigures", "TrainRun"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepFigures:
+    """Figures of one step over all processes."""
+
+    loss: float
+    fvu: float
+    auxiliary: float
+    l0: float
+    dead_fraction: float
+    lr: float
+    coefficient: float
+    stop_asked: bool
+
+
+class TrainRun:
+    """Weights, optimizer, counters and data position of a training that goes on step by step.
+
+    Nothing here assumes a single process: a process sees its share of each batch, and figures, gradients and counters are
+    reduced over all of them, so that every process holds the same state.
+    """
+
+    def __init__(
+        self,
+        sae: SAE,
+        source: ActivationSource,
+        config: TrainConfig,
+        *,
+        normalization: Normalization,
+        accelerator: "Accelerator",
+    ) -> None:
+        """Takes an SAE of normalised activations, and trains it in place."""
+        self.config = config
+        self.source = source
+        self.normalization = normalization
+        self.accelerator = accelerator
+        self.sae = sae.to(accelerator.device)
+        self.objective = build_objective(
+            self.sae, config, total_variance=normalization.total_variance, sum_over_processes=self._sum
+        ).to(accelerator.device)
+        self.parameters = self.objective.trained_parameters()
+        self.peak_lr = config.lr if config.lr is not None else default_lr(sae.d_sae)
+        self.optimizer = build_optimizer(self.parameters, config, lr=self.peak_lr)
+        self.dead = DeadFeatures(sae.d_sae, default_dead_after(config), accelerator.device)
+        self.control = self._build_control()
+        self.step = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far, over all processes."""
+        return self.step * self.config.batch_size
+
+    def train_step(self, *, stop_asked: bool = False) -> StepFigures:
+        """Reads a batch and moves the weights by one step.
+
+        Args:
+            stop_asked: whether this process was asked to stop; told to all of them.
+
+        Raises:
+            NonFiniteError: the batch, the loss or a gradient has NaN or Inf; the weights are as before the step.
+        """
+        factor = lr_factor(self.step, self.config)
+        set_learning_rates(self.optimizer, factor)
+        coefficient = self.control.coefficient if self.control else 0.0
+        raw = self.source.next_batch().to(self.accelerator.device)
+        x = self.normalization.apply(raw)
+        self.optimizer.zero_grad(set_to_none=True)
+        result = self.objective(x, self.dead.mask.nonzero().flatten(), coefficient)
+        result.loss.backward()
+        self._average_gradients()
+        project_decoder_gradient(self.sae.W_dec)
+        norm = clip_gradients(self.parameters, self.config.clip_norm)
+
+        figures = torch.stack([result.loss.detach(), result.fvu, result.auxiliary, result.num_active.to(norm)]).double()
+        stop = torch.tensor([float(stop_asked)], dtype=torch.float64, device=x.device)
+        summed = self._sum(torch.cat([figures, stop, result.fired.double()]))
+        processes = self.accelerator.num_processes
+        # One transfer a step: the device's queue is waited for here and nowhere else.
+        loss, fvu, auxiliary, num_active, stops, gradient_norm = torch.cat([summed[:5], norm.double()[None]]).tolist()
+        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+            raise self._non_finite(raw)
+
+        self.optimizer.step()
+        self.objective.after_step()
+        self.dead.update(summed[5:] > 0, self.config.batch_size)
+        self.step += 1
+        l0 = num_active / self.config.batch_size
+        if self.control:
+            self.control.update(l0, self._wanted_l0())
+        return StepFigures(
+            loss=loss / processes,
+            fvu=fvu / processes,
+            auxiliary=auxiliary / processes,
+            l0=l0,
+            dead_fraction=float(self.dead.mask.double().mean()),
+            lr=self.peak_lr * factor,
+            coefficient=coefficient,
+            stop_asked=stops > 0,
+        )
+
+    def state_dict(self) -> dict[str, object]:
+        """Returns what is the same on every process, exactly."""
+        return {
+            "step": self.step,
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "silent_tokens": self.dead.silent_tokens,
+            "control": self.control.state_dict() if self.control else {},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` returned."""
+        self.step = state["step"]
+        self.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.dead.silent_tokens.copy_(state["silent_tokens"])
+        if self.control:
+            self.control.load_state_dict(state["control"])
+
+    def _sum(self, value: Tensor) -> Tensor:
+        total: Tensor = self.accelerator.reduce(value, reduction="sum")
+        return total
+
+    def _average_gradients(self) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        for name, parameter in self.parameters.items():
+            assert parameter.grad is not None
+            # W_enc is a transposed view; collectives want memory in order.
+            gradient = parameter.grad.T if name == "W_enc" else parameter.grad
+            gradient.copy_(self._sum(gradient) / self.accelerator.num_processes)
+
+    def _build_control(self) -> L0Control | None:
+        if not isinstance(self.objective, JumpReLUObjective):
+            return None
+        # What an entry at its threshold is worth to the reconstruction: the coefficient's natural size.
+        worth = float(self.objective.log_threshold.detach().mul(2).exp().mean()) / self.normalization.total_variance
+        return L0Control(self.config.sparsity, start=worth)
+
+    def _wanted_l0(self) -> float:
+        assert isinstance(self.sae, JumpReLUSAE)
+        assert self.sae.cfg.target_l0 is not None
+        return wanted_l0(self.step / self.config.num_steps, self.sae.cfg.target_l0, self.config.sparsity)
+
+    def _non_finite(self, raw: Tensor) -> NonFiniteError:
+        bad = (~torch.isfinite(raw)).any(dim=1)
+        if bool(bad.any()):
+            return NonFiniteError(
+                f"training step {self.step + 1}: {int(bad.sum())} of {len(bad)} activations in the batch have NaN or Inf, "
+                f"needs finite ones; verify the activation cache"
+            )
+        return NonFiniteError(
+            f"training step {self.step + 1}: the loss is not finite, needs a smaller step; "
+            f"lower lr (now {self.peak_lr:.3g}) and train into a new folder"
+        )

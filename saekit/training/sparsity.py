@@ -1,0 +1,87 @@
+"""Steering a JumpReLU SAE to the L0 that was asked for."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from saekit.sae.jumprelu import JumpReLUSAE
+from saekit.training.config import SparsityConfig
+
+__all__ = ["L0Control", "calibration_factor", "init_thresholds", "wanted_l0"]
+
+MAX_LOG_STEP = 0.1
+"""Most the coefficient's logarithm moves in a step, so that one strange batch cannot throw it off."""
+
+
+def wanted_l0(progress: float, target_l0: float, config: SparsityConfig) -> float:
+    """Returns the L0 to hold after a part `progress` of training (0 to 1): geometric from the start to the target, then flat."""
+    left = max(0.0, 1.0 - progress / config.ramp_fraction)
+    return target_l0 * config.start_factor**left
+
+
+class L0Control:
+    """Proportional and integral control of the sparsity coefficient's logarithm.
+
+    In the logarithm, because useful coefficients span decades and the same relative error of L0 then asks for the same
+    relative change whatever the model, the width and the target.
+    """
+
+    def __init__(self, config: SparsityConfig, *, start: float) -> None:
+        self.config = config
+        self.log_coefficient = math.log(start)
+        self.error = 0.0
+
+    @property
+    def coefficient(self) -> float:
+        """The weight of the penalty in the next step."""
+        return math.exp(self.log_coefficient + self.config.proportional_gain * self.error)
+
+    def update(self, l0: float, wanted: float) -> None:
+        """Notes the L0 of a step and what was wanted; an L0 too high raises the coefficient."""
+        self.error = max(-2.0, min(2.0, math.log(max(l0, 1e-3) / wanted)))
+        step = self.config.integral_gain * self.error
+        self.log_coefficient += max(-MAX_LOG_STEP, min(MAX_LOG_STEP, step))
+
+    def state_dict(self) -> dict[str, float]:
+        """Returns the exact state."""
+        return {"log_coefficient": self.log_coefficient, "error": self.error}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Takes back what `state_dict` returned."""
+        self.log_coefficient, self.error = state["log_coefficient"], state["error"]
+
+
+@torch.no_grad()
+def init_thresholds(sae: JumpReLUSAE, x: Tensor, l0: float) -> None:
+    """Sets each threshold to the quantile of the feature's pre-activations on x [N, d_in] at which it fires on l0 / d_sae of them.
+
+    All features then start equally active and the selected entries are few from the first step; a common small start value
+    would make half of all entries active and leave Adam's bounded steps thousands of steps from the target.
+    """
+    keep = max(1, min(len(x), round(len(x) * l0 / sae.d_sae)))
+    for start in range(0, sae.d_sae, 1024):
+        rows = slice(start, start + 1024)
+        z = sae.encoder_input(x) @ sae.W_enc[:, rows] + sae.b_enc[rows]
+        sae.threshold[rows] = z.kthvalue(len(x) - keep + 1, dim=0).values.clamp_min(1e-3)
+
+
+@torch.no_grad()
+def calibration_factor(sae: JumpReLUSAE, batches: Iterable[Tensor], target_l0: float, *, reach: float = 1.25) -> float:
+    """Returns the one factor on all thresholds at which the mean L0 over the batches is the target, within [1/reach, reach].
+
+    Exact, no search: an entry is active exactly while the factor is below z / threshold, so the factor is an order
+    statistic of those ratios.
+    """
+    ratios, num_tokens = [], 0
+    for x in batches:
+        ratio = sae.pre_acts(x) / sae.threshold
+        ratios.append(ratio[ratio > 1 / reach])
+        num_tokens += len(x)
+    found = torch.cat(ratios)
+    keep = round(target_l0 * num_tokens)
+    if keep < 1 or keep >= len(found):
+        return 1 / reach if keep >= len(found) else reach
+    value = float(found.kthvalue(len(found) - keep).values)
+    return min(max(value, 1 / reach), reach)

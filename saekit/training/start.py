@@ -1,0 +1,47 @@
+"""What is measured on the first training tokens, before the first step."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from saekit.activations.source import ActivationSource
+from saekit.errors import NonFiniteError
+from saekit.sae.fold import Normalization
+
+__all__ = ["SAMPLE_TOKENS", "estimate_normalization", "read_sample"]
+
+SAMPLE_TOKENS = 32_768
+"""Enough for a mean that is wrong by half a percent of the spread, small enough to hold at any width."""
+
+
+def read_sample(source: ActivationSource, num_tokens: int) -> Tensor:
+    """Returns at least `num_tokens` tokens [n, d_in] from the source's present position, and moves it back there."""
+    position = source.state_dict()
+    batches, count = [], 0
+    while count < num_tokens:
+        batches.append(source.next_batch())
+        count += len(batches[-1])
+    source.load_state_dict(position)
+    return torch.cat(batches)
+
+
+def estimate_normalization(sample: Tensor, sum_over_processes: Callable[[Tensor], Tensor]) -> Normalization:
+    """Returns the normalisation measured on a sample [n, d_in] of each process, pooled over all.
+
+    Raises:
+        NonFiniteError: the sample has NaN or Inf, or its activations are all equal.
+    """
+    finite = torch.isfinite(sample).all(dim=1)
+    if not bool(finite.all()):
+        raise NonFiniteError(
+            f"training data: {int((~finite).sum())} of the first {len(sample)} activations have NaN or Inf, "
+            f"needs finite ones; verify the activation cache"
+        )
+    count = torch.tensor(float(len(sample)), dtype=torch.float64, device=sample.device)
+    total = sum_over_processes(count)
+    mean = sum_over_processes(sample.sum(0, dtype=torch.float64)) / total
+    centred = sample.double() - mean
+    moments = torch.stack([centred.norm(dim=1).sum(), centred.square().sum()])
+    mean_norm, mean_square = (sum_over_processes(moments) / total).tolist()
+    return Normalization.from_moments(mean, mean_norm_centred=mean_norm, mean_square_centred=mean_square)

@@ -1,0 +1,193 @@
+"""The training stage: from a source of activations to a folder that holds an SAE of raw activations."""
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from saekit.activations.shuffle import ShuffledBatches
+from saekit.activations.source import ActivationSource
+from saekit.activations.view import StoreView
+from saekit.errors import ConfigError
+from saekit.manifest import StageState, begin_stage, finish_stage
+from saekit.progress import NO_PROGRESS, Progress
+from saekit.sae.base import SAE
+from saekit.sae.checkpoint import load_sae_folder
+from saekit.sae.jumprelu import JumpReLUSAE
+from saekit.training.config import TrainConfig
+from saekit.training.heldout import TokenView, evaluate_heldout, read_evenly
+from saekit.training.loop import TrainingLoop
+from saekit.training.run import TrainRun
+from saekit.training.sparsity import calibration_factor, init_thresholds
+from saekit.training.start import SAMPLE_TOKENS, estimate_normalization, read_sample
+from saekit.training.state import keep_newest
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Trainer"]
+
+
+class Trainer:
+    """Trains one SAE from a view of a store, or from any source of activations.
+
+    Attributes:
+        sae: what is trained; holds its final weights, for raw activations, after `fit`.
+        config: how.
+    """
+
+    def __init__(
+        self,
+        sae: SAE,
+        train: StoreView | ActivationSource,
+        config: TrainConfig,
+        *,
+        test: TokenView | None = None,
+    ) -> None:
+        """Reads no activations yet.
+
+        Args:
+            sae: gives architecture and width; its weights too where `config.init` is "given".
+            train: tokens to train on. A source of one's own gives this process's share of each batch.
+            test: held-out tokens for the figures while training; None = none.
+
+        Raises:
+            ConfigError: widths differ, or a JumpReLU SAE has no target L0.
+        """
+        self.sae = sae
+        self.config = config
+        self._train = train
+        self._test = test
+        for what, data in (("training", train), ("test", test)):
+            if data is not None and data.d_in != sae.d_in:
+                raise ConfigError(f"{what} data: activations are {data.d_in} wide, needs the SAE's d_in = {sae.d_in}")
+        if isinstance(sae, JumpReLUSAE) and sae.cfg.target_l0 is None:
+            raise ConfigError("sae: no target_l0, needs one to train a JumpReLU SAE")
+
+    def fit(self, out: str | Path, *, progress: Progress = NO_PROGRESS) -> SAE:
+        """Trains into the folder `out`; the same call again goes on where a run ended, or loads a finished one.
+
+        The folder gets `cfg.json` and `sae.safetensors` (for raw activations), `metrics.jsonl`, `checkpoints/` and a manifest.
+
+        Returns:
+            The SAE that was passed in, with its final weights, on the CPU.
+
+        Raises:
+            ConfigError: the folder holds another run, or the batch cannot be shared evenly by the processes.
+            NonFiniteError: NaN or Inf in the data, the loss or the gradients; the folder stays resumable.
+            ResourceError: the folder cannot be written.
+            KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
+        """
+        from accelerate import Accelerator
+
+        # Off CUDA everything runs on the CPU: the sums here need float64, which other accelerators lack.
+        accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        out = Path(out)
+        source = self._open_source(accelerator)
+        if self._begin(out, accelerator) == "complete":
+            progress.say(f"{out}: already trained")
+            return self._take(load_sae_folder(out))
+        run = self._start(source, accelerator)
+        held_out = None if self._test is None else read_evenly(self._test, self.config.eval_tokens)
+        TrainingLoop(run, out, held_out=held_out, progress=progress).go()
+        facts = self._finish(run, held_out)
+        if accelerator.is_main_process:
+            run.sae.hook_point, run.sae.source = self._hook_point(), self._source() | facts
+            run.sae.save(out)
+            keep_newest(out, 1)
+            finish_stage(out, {"tokens": run.tokens, "steps": run.step, **facts})
+        accelerator.wait_for_everyone()
+        return self._take(load_sae_folder(out))
+
+    def _begin(self, out: Path, accelerator: "Accelerator") -> StageState:
+        from accelerate.utils import broadcast_object_list
+
+        state: list[StageState | None] = [None]
+        if accelerator.is_main_process:
+            values: dict[str, object] = {"sae": self.sae.cfg.to_dict(), "training": self.config.to_dict()}
+            inputs = {}
+            if isinstance(self._train, StoreView):
+                values["hook_point"] = self._train.store.hook_point
+                inputs["cache"] = self._train.store.sha256
+            state[0] = begin_stage(out, "train", values, inputs)
+        broadcast_object_list(state)
+        assert state[0] is not None
+        return state[0]
+
+    def _open_source(self, accelerator: "Accelerator") -> ActivationSource:
+        share, rest = divmod(self.config.batch_size, accelerator.num_processes)
+        if rest:
+            processes = accelerator.num_processes
+            raise ConfigError(
+                f"training: batch_size {self.config.batch_size}, needs a multiple of {processes} processes"
+            )
+        if not isinstance(self._train, StoreView):
+            return self._train
+        return ShuffledBatches(
+            self._train,
+            batch_size=share,
+            seed=self.config.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+
+    def _start(self, source: ActivationSource, accelerator: "Accelerator") -> TrainRun:
+        """Measures the data and sets the first weights, the same on every process."""
+
+        def sum_over_processes(value: Tensor) -> Tensor:
+            total: Tensor = accelerator.reduce(value, reduction="sum")
+            return total
+
+        sample = read_sample(source, SAMPLE_TOKENS // accelerator.num_processes).to(accelerator.device)
+        normalization = estimate_normalization(sample, sum_over_processes)
+        sae = copy.deepcopy(self.sae).float().to(accelerator.device)
+        if self.config.init == "given":
+            normalization.unfold(sae)
+        else:
+            sae.reset_parameters(self.config.seed)
+            if isinstance(sae, JumpReLUSAE):
+                assert sae.cfg.target_l0 is not None
+                start_l0 = sae.cfg.target_l0 * self.config.sparsity.start_factor
+                init_thresholds(sae, normalization.apply(sample), start_l0)
+                mean = sum_over_processes(sae.threshold.detach().clone()) / accelerator.num_processes
+                sae.threshold.data.copy_(mean)
+        return TrainRun(sae, source, self.config, normalization=normalization, accelerator=accelerator)
+
+    def _finish(self, run: TrainRun, held_out: Tensor | None) -> dict[str, object]:
+        """Turns the trained weights into those of an SAE of raw activations; returns the figures worth keeping with it."""
+        facts: dict[str, object] = {"normalization_scale": run.normalization.scale}
+        if held_out is not None and isinstance(run.sae, JumpReLUSAE):
+            facts["l0_before_calibration"] = evaluate_heldout(run.sae, held_out, run.normalization).l0
+        if isinstance(run.sae, JumpReLUSAE):
+            facts["threshold_factor"] = self._calibrate(run, run.sae)
+        run.normalization.fold(run.sae)
+        if held_out is not None:
+            facts |= evaluate_heldout(run.sae, held_out)._asdict()
+        return facts
+
+    def _calibrate(self, run: TrainRun, sae: JumpReLUSAE) -> float:
+        """Scales all thresholds by the one factor at which L0 on training tokens is the target."""
+        assert sae.cfg.target_l0 is not None
+        sample = read_sample(run.source, SAMPLE_TOKENS // run.accelerator.num_processes)
+        batches = (run.normalization.apply(part.to(sae.b_dec.device)) for part in sample.split(2048))
+        own = torch.tensor(calibration_factor(sae, batches, sae.cfg.target_l0), device=sae.b_dec.device)
+        factor = float(run.accelerator.reduce(own, reduction="mean"))
+        sae.scale_thresholds(factor)
+        return factor
+
+    def _hook_point(self) -> str | None:
+        return self._train.store.hook_point if isinstance(self._train, StoreView) else self.sae.hook_point
+
+    def _source(self) -> dict[str, object]:
+        facts = dict(self.sae.source) | {"trained_tokens": self.config.num_steps * self.config.batch_size}
+        if isinstance(self._train, StoreView):
+            store = self._train.store
+            facts |= {"model": store.model_name, "model_fingerprint": store.model_fingerprint, "cache": store.sha256}
+        return facts
+
+    def _take(self, trained: SAE) -> SAE:
+        self.sae.load_state_dict(trained.state_dict())
+        self.sae.hook_point, self.sae.source = trained.hook_point, trained.source
+        return self.sae.eval()
