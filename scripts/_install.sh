@@ -10,7 +10,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 readonly root venv
 
-say() { printf '\033[1m%s\033[0m\n' "$*" >&2; }
+say() { if [[ -t 2 ]]; then printf '\033[1m%s\033[0m\n' "$*" >&2; else printf '%s\n' "$*" >&2; fi; }
 die() {
   printf '%s\n' "$*" >&2
   exit 2

@@ -116,9 +116,12 @@ def _advance_to(now: int, shown: int, task: Task) -> int:
 
 def _largest(folder: Path, filename: str) -> int:
     sizes = [0]
-    for path in folder.rglob(filename):
-        with contextlib.suppress(OSError):  # pip moves it at the end
-            sizes.append(path.stat().st_size)
+    for parent, _, names in os.walk(
+        folder
+    ):  # os.walk, because pip removes folders meanwhile and Path.rglob trips over that
+        if filename in names:
+            with contextlib.suppress(OSError):
+                sizes.append((Path(parent) / filename).stat().st_size)
     return max(sizes)
 
 

@@ -144,7 +144,7 @@ def iter_pages(lines: Iterable[bytes]) -> Iterator[Page]:
             xml = b"".join(page).decode("utf-8", errors="replace")
             page = None
             title = re.search(r"<title>(.*?)</title>", xml)
-            text = re.search(r"<text[^<>]*[^/]>(.*)</text>", xml, re.S)
+            text = re.search(r"<text(?: [^<>]*)?(?<!/)>(.*)</text>", xml, re.S)
             if title is not None and text is not None:
                 yield Page(_unescape_xml(title[1]), _unescape_xml(text[1]))
         elif page is not None:
