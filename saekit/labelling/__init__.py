@@ -1,0 +1,43 @@
+"""Labels for features: contexts and token effects as evidence, rules or a language model as labelers, honest scores."""
+
+from saekit.labelling.chat import ChatClient, ChatReply, ChatRequest, LLMConfig
+from saekit.labelling.collect import ContextConfig, collect_contexts
+from saekit.labelling.contexts import CodeSample, Context, FeatureContexts
+from saekit.labelling.evidence.effects import TokenEffects, effects_path
+from saekit.labelling.evidence.tokenchange import TokenChangeConfig, steering_contexts, steering_strengths, token_change
+from saekit.labelling.evidence.vocabproj import vocab_projection
+from saekit.labelling.label import CONTEXTS_FOLDER, LabelConfig, label_features
+from saekit.labelling.records import Label, Score
+from saekit.labelling.rules import Clause, Rule
+from saekit.labelling.scoring.rule import RuleScoringConfig, score_rules
+from saekit.labelling.store import read_labels, read_scores
+
+__all__ = [
+    "CONTEXTS_FOLDER",
+    "ChatClient",
+    "ChatReply",
+    "ChatRequest",
+    "Clause",
+    "CodeSample",
+    "Context",
+    "ContextConfig",
+    "FeatureContexts",
+    "LLMConfig",
+    "Label",
+    "LabelConfig",
+    "Rule",
+    "RuleScoringConfig",
+    "Score",
+    "TokenChangeConfig",
+    "TokenEffects",
+    "collect_contexts",
+    "effects_path",
+    "label_features",
+    "read_labels",
+    "read_scores",
+    "score_rules",
+    "steering_contexts",
+    "steering_strengths",
+    "token_change",
+    "vocab_projection",
+]

@@ -1,6 +1,7 @@
 """The labeler that needs no language model: each feature's best token rule on the training documents, in words."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 from saekit.activations import ActivationStore
 from saekit.labelling.contexts import FeatureContexts
@@ -61,6 +62,11 @@ class LexicalLabeler:
             best = self._best[feature]
             if candidate is not None and (best is None or candidate.f1 - _HANDICAP["nearby"] > best.f1):
                 self._best[feature] = candidate
+
+    @property
+    def confidence(self) -> NDArray[np.float64]:
+        """F1 of each feature's rule on the training documents [F]; 0 without a rule."""
+        return np.array([0.0 if candidate is None else candidate.f1 for candidate in self._best])
 
     def label(self, feature: int, effects: TokenEffects | None = None) -> Label:
         """Returns a feature's label; `effects` give its output side."""

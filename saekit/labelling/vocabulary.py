@@ -1,15 +1,15 @@
 """A tokenizer's tokens as text: what each piece looks like inside a sentence, which pieces are one word, how to show them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from saekit.errors import DataError
+from saekit.models import Tokenizer
 
-__all__ = ["Tokenizer", "Vocabulary"]
+__all__ = ["Vocabulary"]
 
 _NAMES = {
     "\n": "line break",
@@ -18,20 +18,6 @@ _NAMES = {
     "\r": "carriage return",
     "\u00a0": "no-break space",
 }
-
-
-class Tokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that labelling needs."""
-
-    def __len__(self) -> int: ...
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
-
-    def decode(self, ids: Sequence[int], *, clean_up_tokenization_spaces: bool = False) -> str: ...
-
-    def batch_decode(
-        self, ids: Sequence[Sequence[int]], *, clean_up_tokenization_spaces: bool = False
-    ) -> list[str]: ...
 
 
 class Vocabulary:
@@ -50,11 +36,12 @@ class Vocabulary:
         if len(tokenizer) == 0:
             raise DataError("tokenizer: it has no tokens, needs the tokenizer of the cached model")
         # Decoded alone, a SentencePiece token loses its leading space; behind another token every family keeps it.
-        anchor = tokenizer.encode("a", add_special_tokens=False)[:1] or [0]
+        anchor = [int(str(token)) for token in tokenizer("a", add_special_tokens=False)["input_ids"][:1]] or [0]
         before = len(tokenizer.decode(anchor, clean_up_tokenization_spaces=False))
-        pairs = [[*anchor, token] for token in range(len(tokenizer))]
-        decoded = tokenizer.batch_decode(pairs, clean_up_tokenization_spaces=False)
-        self.texts: list[str] = [text[before:] for text in decoded]
+        self.texts: list[str] = [
+            tokenizer.decode([*anchor, token], clean_up_tokenization_spaces=False)[before:]
+            for token in range(len(tokenizer))
+        ]
 
     def __len__(self) -> int:
         return len(self.texts)

@@ -62,6 +62,19 @@ class TokenEffects:
         )
 
     @classmethod
+    def empty(cls, kind: EffectKind) -> "TokenEffects":
+        """Returns the effects of no feature."""
+        ids, values = np.empty((0, 0), dtype=np.int64), np.empty((0, 0), dtype=np.float32)
+        return cls(
+            kind,
+            np.empty(0, dtype=np.int64),
+            promoted_ids=ids,
+            promoted_values=values,
+            suppressed_ids=ids,
+            suppressed_values=values,
+        )
+
+    @classmethod
     def join(cls, parts: "list[TokenEffects]") -> "TokenEffects":
         """Returns the effects of several disjoint sets of features as one, in ascending order."""
         features = np.concatenate([part.features for part in parts])

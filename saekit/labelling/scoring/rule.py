@@ -49,10 +49,16 @@ class HeldOut:
     """
 
     def __init__(
-        self, sae: SAE, view: StoreView, vocabulary: Vocabulary, *, max_tokens: int, seed: int, progress: Progress
+        self,
+        sae: SAE,
+        view: StoreView,
+        vocabulary: Vocabulary,
+        *,
+        config: RuleScoringConfig,
+        progress: Progress = NO_PROGRESS,
     ) -> None:
         """Encodes the tokens once; a feature fires where its activation is above zero."""
-        rows = np.flatnonzero(draw_rows(view, num_tokens=max_tokens, seed=seed))
+        rows = np.flatnonzero(draw_rows(view, num_tokens=config.max_tokens, seed=config.seed))
         self.table = TokenTable(view.store, rows, vocabulary)
         self.in_view: NDArray[np.bool_] = np.asarray(view.mask[rows]).reshape(-1)
         self.num_tokens = int(self.in_view.sum())
@@ -86,15 +92,9 @@ class RuleScores:
 
 
 def score_rules(
-    sae: SAE,
-    view: StoreView,
-    *,
-    labels: Sequence[Label],
-    vocabulary: Vocabulary,
-    config: RuleScoringConfig,
-    progress: Progress = NO_PROGRESS,
+    held_out: HeldOut, labels: Sequence[Label], *, config: RuleScoringConfig, progress: Progress = NO_PROGRESS
 ) -> RuleScores:
-    """Scores every label that carries a rule against the held-out tokens of `view`.
+    """Scores every label that carries a rule against the held-out tokens.
 
     F1, precision and recall are those of "any clause holds" against "activation above zero"; `auprc` is the average precision
     of the rule's graded score, ties in one step, tokens without a score last, so that an empty rule gets the base rate.
@@ -107,7 +107,6 @@ def score_rules(
         ConfigError: a label's rule cannot be read.
     """
     ruled = [label for label in labels if label.rule is not None and label.status == "done"]
-    held_out = HeldOut(sae, view, vocabulary, max_tokens=config.max_tokens, seed=config.seed, progress=progress)
     index = TokenIndex(held_out.table)
     generator = np.random.default_rng(config.seed)
     documents = held_out.num_documents
