@@ -1,0 +1,353 @@
+"use strict";
+
+// The feature table: one columnar index in memory, filtered and sorted as arrays of feature numbers; only rows in view exist.
+saekit.table = (() => {
+  const { h, s, unpack, isNumber, number, percent, integer, fixed, token, NONE } = saekit;
+  const NO_WORD = 0xffffffff;
+  const ROW_HEIGHT = 40;
+  const COMPACT_ROW_HEIGHT = 62;
+  const COMPACT_BELOW = 720;
+  const OVERSCAN = 8;
+
+  /** The decoded index of one run. */
+  class FeatureIndex {
+    constructor(raw) {
+      this.count = raw.count;
+      this.chunkSize = raw.chunk_size;
+      this.density = unpack(raw.density);
+      this.max = unpack(raw.max);
+      this.peak = unpack(raw.peak);
+      this.promoted = unpack(raw.promoted);
+      this.words = raw.words;
+      this.labelers = raw.labelers.map((one) => ({ ...one, f1: unpack(one.f1) }));
+      this.wordsOf = (column, feature) => {
+        if (!column) return [];
+        const slots = column.length / this.count;
+        return Array.from(column.subarray(feature * slots, (feature + 1) * slots)).filter((word) => word !== NO_WORD).map((word) => this.words[word]);
+      };
+      this.tokenText = Array.from({ length: this.count }, (_, feature) => [...this.wordsOf(this.peak, feature), ...this.wordsOf(this.promoted, feature)].join("\n").toLowerCase());
+    }
+
+    /** True where the feature fired, null where nobody counted. */
+    fires(feature) {
+      return this.density ? this.density[feature] > 0 : null;
+    }
+
+    /** The label that stands for a feature: that of the asked labeler, or of the first one that has any. */
+    label(feature, labeler) {
+      for (const one of this.labelers) {
+        if ((labeler === "" || one.name === labeler) && one.labels[feature] !== null) return { text: one.labels[feature], labeler: one.name, scorer: one.scorer, f1: one.f1[feature] };
+      }
+      return null;
+    }
+  }
+
+  const RANGES = [
+    { key: "density", title: "Density, %", factor: 0.01 },
+    { key: "max", title: "Max activation", factor: 1 },
+    { key: "f1", title: "F1", factor: 1 },
+  ];
+  const DEFAULTS = { q: "", in: "all", labeler: "", fires: "", sort: "" };
+
+  /** What is asked of the table, as plain text values: the part of the address after "?". */
+  function parseQuery(text) {
+    const query = { ...DEFAULTS };
+    for (const [key, value] of new URLSearchParams(text)) {
+      if (key in DEFAULTS || RANGES.some((range) => key === `${range.key}_min` || key === `${range.key}_max`)) query[key] = value;
+    }
+    return query;
+  }
+
+  function formatQuery(query) {
+    const kept = Object.entries(query).filter(([key, value]) => value !== "" && value !== DEFAULTS[key]);
+    return new URLSearchParams(kept).toString();
+  }
+
+  const COLUMNS = [
+    { key: "id", title: "#", name: "feature number" },
+    { key: "label", title: "Label", name: "label" },
+    { key: "peak", title: "Fires on", isPlain: true },
+    { key: "promoted", title: "Promotes", isPlain: true },
+    { key: "density", title: "Density", name: "density", isDescending: true },
+    { key: "max", title: "Max act", name: "max activation", isDescending: true },
+    { key: "f1", title: "F1", name: "F1", isDescending: true },
+  ];
+
+  /** Returns the features that the query keeps, in its order. */
+  function select(index, query) {
+    const words = query.q.toLowerCase().split(/\s+/).filter(Boolean);
+    const labels = Array.from({ length: index.count }, (_, feature) => index.label(feature, query.labeler === "none" ? "" : query.labeler));
+    const f1 = labels.map((label) => (label ? label.f1 : NaN));
+    const columns = { density: index.density, max: index.max, f1 };
+    const ranges = RANGES.flatMap(({ key, factor }) => [[key, `${key}_min`, 1, factor], [key, `${key}_max`, -1, factor]]).filter(([, name]) => query[name] && Number.isFinite(Number(query[name])));
+    const kept = [];
+    for (let feature = 0; feature < index.count; feature += 1) {
+      if (query.fires === "yes" && index.fires(feature) === false) continue;
+      if (query.fires === "no" && index.fires(feature) !== false) continue;
+      if (query.labeler === "none" ? labels[feature] !== null : query.labeler !== "" && labels[feature] === null) continue;
+      if (ranges.some(([key, name, sign, factor]) => !(sign * columns[key]?.[feature] >= sign * Number(query[name]) * factor))) continue;
+      if (words.length && !matches(index, feature, words, query)) continue;
+      kept.push(feature);
+    }
+    return order(kept, query, { ...columns, labels });
+  }
+
+  function matches(index, feature, words, query) {
+    const texts = [];
+    if (query.in !== "tokens") texts.push(...index.labelers.filter((one) => query.labeler === "" || one.name === query.labeler).map((one) => one.labels[feature]?.toLowerCase() ?? ""));
+    if (query.in !== "labels") texts.push(index.tokenText[feature]);
+    return words.every((word) => word === String(feature) || word === `#${feature}` || texts.some((text) => text.includes(word)));
+  }
+
+  function defaultSort(index) {
+    return index.labelers.some((one) => one.f1.some((value) => value > 0)) ? "-f1" : index.max ? "-max" : "id";
+  }
+
+  function order(kept, query, columns) {
+    const key = query.sort.replace("-", "");
+    const sign = query.sort.startsWith("-") ? -1 : 1;
+    if (key === "label") {
+      const collator = new Intl.Collator("en", { sensitivity: "base", numeric: true });
+      const text = (feature) => columns.labels[feature]?.text ?? null;
+      return kept.sort((a, b) => {
+        const [left, right] = [text(a), text(b)];
+        if (left === null || right === null) return (left === null) - (right === null) || a - b;
+        return sign * collator.compare(left, right) || a - b;
+      });
+    }
+    const values = columns[key];
+    if (!values) return sign < 0 ? kept.reverse() : kept;
+    return kept.sort((a, b) => {
+      const [left, right] = [values[a], values[b]];
+      // What has no value stands last in both directions.
+      if (Number.isNaN(left) || Number.isNaN(right)) return Number.isNaN(left) - Number.isNaN(right) || a - b;
+      return sign * (left - right) || a - b;
+    });
+  }
+
+  /** The list pane. `open(feature)` navigates; `changed(query)` writes the address. */
+  class FeatureTable {
+    constructor(node, { open, changed }) {
+      this.node = node;
+      this.open = open;
+      this.changed = changed;
+      this.index = null;
+      this.order = [];
+      this.active = -1;
+      this.current = null;
+      this.build();
+      new ResizeObserver(() => this.resize()).observe(node);
+    }
+
+    build() {
+      const select = (key, label, options) => h("label", { class: "field" }, h("span", { class: "visually-hidden", text: label }), h("select", { "data-key": key, onchange: (event) => this.ask({ [key]: event.target.value }) }, options.map(([value, text]) => h("option", { value, text }))));
+      this.search = h("input", { type: "search", id: "search", placeholder: "Search labels and tokens", autocomplete: "off", spellcheck: "false", "aria-label": "Search features", oninput: () => this.askSoon({ q: this.search.value }), onkeydown: (event) => this.searchKey(event) });
+      this.scope = select("in", "Search in", [["all", "Labels and tokens"], ["labels", "Labels only"], ["tokens", "Tokens only"]]);
+      this.labeler = select("labeler", "Labeler", [["", "Any labeler"]]);
+      this.firing = select("fires", "Firing", [["", "Firing or not"], ["yes", "Fires"], ["no", "Never fired"]]);
+      this.sorting = select("sort", "Sort by", []);
+      this.sorting.classList.add("sort-field");
+      const rangeFields = RANGES.map(({ key, title }) => h("fieldset", {}, h("legend", { text: title }), ["min", "max"].map((end) => h("input", { type: "number", step: "any", inputmode: "decimal", placeholder: end, "aria-label": `${title}, ${end === "min" ? "at least" : "at most"}`, "data-key": `${key}_${end}`, oninput: (event) => this.askSoon({ [`${key}_${end}`]: event.target.value }) }))));
+      this.more = h("details", { class: "ranges" }, h("summary", { text: "Ranges" }), h("div", { class: "ranges-body" }, rangeFields));
+      this.summary = h("p", { class: "count", "aria-live": "polite" });
+      this.reset = h("button", { class: "link", type: "button", text: "Clear filters", onclick: () => this.ask({ ...this.clean(), sort: this.query.sort }) });
+      this.head = h("div", { class: "row head", role: "row", "aria-rowindex": "1" }, COLUMNS.map((column) => this.headCell(column)));
+      this.rows = h("div", { class: "rows", role: "rowgroup" });
+      this.scroller = h("div", { class: "scroller", tabindex: "0", role: "grid", "aria-label": "Features", "aria-colcount": COLUMNS.length, onscroll: () => this.drawSoon(), onkeydown: (event) => this.gridKey(event) }, h("div", { role: "rowgroup", class: "head-group" }, this.head), this.rows);
+      this.scroller.addEventListener("focus", () => this.active < 0 && this.order.length && this.setActive(Math.max(0, this.order.indexOf(this.current))));
+      this.node.replaceChildren(h("div", { class: "filters", role: "search" }, h("div", { class: "search" }, this.search), h("div", { class: "selects" }, this.scope, this.labeler, this.firing, this.sorting, this.more)), h("div", { class: "count-line" }, this.summary, this.reset), this.scroller);
+    }
+
+    headCell(column) {
+      const attributes = { role: "columnheader", class: `cell c-${column.key}`, "data-column": column.key };
+      if (column.isPlain) return h("div", attributes, column.title);
+      return h("div", attributes, h("button", { type: "button", title: `Sort by ${column.name}`, onclick: () => this.sortBy(column) }, column.title, h("span", { class: "sort-mark", "aria-hidden": "true" })));
+    }
+
+    sortBy(column) {
+      const first = column.isDescending ? `-${column.key}` : column.key;
+      const second = column.isDescending ? column.key : `-${column.key}`;
+      this.ask({ sort: this.query.sort === first ? second : first });
+    }
+
+    clean() {
+      return { ...DEFAULTS, ...Object.fromEntries(RANGES.flatMap(({ key }) => [[`${key}_min`, ""], [`${key}_max`, ""]])) };
+    }
+
+    /** Shows another run's index, or another query of the same one. */
+    show(index, queryText) {
+      const query = parseQuery(queryText);
+      query.sort = query.sort || defaultSort(index);
+      if (index !== this.index) {
+        this.index = index;
+        const names = index.labelers.map((one) => [one.name, one.name]);
+        this.setOptions(this.labeler, [["", names.length ? "Any labeler" : "No labels"], ...names, ["none", "Without a label"]]);
+        this.setOptions(this.sorting, COLUMNS.filter((column) => !column.isPlain).flatMap((column) => {
+          const both = [[column.key, `${column.name} \u2191`], [`-${column.key}`, `${column.name} \u2193`]];
+          return column.isDescending ? both.reverse() : both;
+        }));
+        this.selected = null;
+      }
+      const asked = formatQuery(query);
+      if (this.selected !== asked) {
+        this.selected = asked;
+        this.query = { ...this.clean(), ...query };
+        this.order = select(index, query);
+        this.place = new Map(this.order.map((feature, at) => [feature, at]));
+        this.active = -1;
+        this.fillFields();
+        this.scroller.scrollTop = 0;
+      }
+      this.resize();
+    }
+
+    setOptions(field, options) {
+      field.querySelector("select").replaceChildren(...options.map(([value, text]) => h("option", { value, text })));
+    }
+
+    fillFields() {
+      if (document.activeElement !== this.search) this.search.value = this.query.q;
+      for (const field of this.node.querySelectorAll("[data-key]")) {
+        if (document.activeElement !== field || field.tagName === "SELECT") field.value = this.query[field.dataset.key] ?? "";
+      }
+      const rangeCount = RANGES.flatMap(({ key }) => [`${key}_min`, `${key}_max`]).filter((key) => this.query[key]).length;
+      this.more.querySelector("summary").textContent = rangeCount ? `Ranges (${rangeCount})` : "Ranges";
+      const isFiltered = this.order.length !== this.index.count || formatQuery({ ...this.query, sort: "" }) !== "";
+      this.summary.textContent = isFiltered ? `${integer(this.order.length)} of ${integer(this.index.count)} features` : `${integer(this.index.count)} features`;
+      this.reset.hidden = !isFiltered;
+      for (const cell of this.head.children) {
+        const key = cell.dataset.column;
+        const isSorted = this.query.sort.replace("-", "") === key;
+        cell.setAttribute("aria-sort", isSorted ? (this.query.sort.startsWith("-") ? "descending" : "ascending") : "none");
+      }
+    }
+
+    ask(change) {
+      clearTimeout(this.timer);
+      this.changed(formatQuery({ ...this.query, ...change }));
+    }
+
+    askSoon(change) {
+      clearTimeout(this.timer);
+      this.timer = setTimeout(() => this.ask(change), 90);
+    }
+
+    searchKey(event) {
+      if (event.key === "ArrowDown" || event.key === "Enter") {
+        event.preventDefault();
+        this.ask({ q: this.search.value });
+        this.scroller.focus();
+      }
+    }
+
+    gridKey(event) {
+      const page = Math.max(1, Math.floor(this.scroller.clientHeight / this.rowHeight) - 2);
+      const steps = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -Infinity, End: Infinity };
+      if (event.key in steps && !event.altKey && !event.metaKey && !event.ctrlKey) {
+        event.preventDefault();
+        this.setActive(this.active + steps[event.key]);
+      } else if (event.key === "Enter" && event.target === this.scroller && this.active >= 0) {
+        this.open(this.order[this.active]);
+      }
+    }
+
+    setActive(place) {
+      if (this.order.length === 0) return;
+      this.active = Math.min(this.order.length - 1, Math.max(0, place));
+      this.reveal(this.active);
+      this.draw();
+      this.scroller.setAttribute("aria-activedescendant", `row-${this.order[this.active]}`);
+    }
+
+    /** Marks the feature whose panel is open and scrolls to it. */
+    setCurrent(feature) {
+      this.current = feature;
+      const place = this.place?.get(feature);
+      if (place !== undefined) {
+        this.active = place;
+        this.reveal(place);
+      }
+      this.draw();
+    }
+
+    reveal(place) {
+      const top = place * this.rowHeight;
+      const view = this.scroller.clientHeight - this.headHeight;
+      if (top < this.scroller.scrollTop) this.scroller.scrollTop = top;
+      else if (top + this.rowHeight > this.scroller.scrollTop + view) this.scroller.scrollTop = top + this.rowHeight - view;
+    }
+
+    /** The feature before or after in the current order; by number where the feature is filtered out. */
+    neighbor(feature, step) {
+      const place = this.place?.get(feature);
+      if (place === undefined) {
+        const next = feature + step;
+        return next >= 0 && next < this.index.count ? next : null;
+      }
+      return this.order[place + step] ?? null;
+    }
+
+    resize() {
+      if (!this.index || this.node.clientWidth === 0) return;
+      const isCompact = this.node.clientWidth < COMPACT_BELOW;
+      this.node.classList.toggle("compact", isCompact);
+      this.rowHeight = isCompact ? COMPACT_ROW_HEIGHT : ROW_HEIGHT;
+      this.headHeight = this.head.offsetHeight;
+      this.rows.style.height = `${this.order.length * this.rowHeight}px`;
+      this.scroller.setAttribute("aria-rowcount", this.order.length + 1);
+      if (this.current !== null && this.place.has(this.current)) this.reveal(this.place.get(this.current));
+      this.draw();
+    }
+
+    drawSoon() {
+      this.frame ??= requestAnimationFrame(() => {
+        this.frame = null;
+        this.draw();
+      });
+    }
+
+    draw() {
+      if (!this.index || !this.rowHeight) return;
+      const first = Math.max(0, Math.floor(this.scroller.scrollTop / this.rowHeight) - OVERSCAN);
+      const last = Math.min(this.order.length, Math.ceil((this.scroller.scrollTop + this.scroller.clientHeight) / this.rowHeight) + OVERSCAN);
+      const rows = [];
+      for (let place = first; place < last; place += 1) rows.push(this.row(place));
+      if (this.order.length === 0) rows.push(h("p", { class: "absent nothing", text: "No feature matches." }));
+      this.rows.replaceChildren(...rows);
+    }
+
+    row(place) {
+      const { index } = this;
+      const feature = this.order[place];
+      const label = index.label(feature, this.query.labeler === "none" ? "" : this.query.labeler);
+      const isDead = index.fires(feature) === false;
+      const classes = ["row", place % 2 && "odd", feature === this.current && "current", place === this.active && "active", isDead && "dead"].filter(Boolean).join(" ");
+      const cell = (key, ...children) => h("div", { class: `cell c-${key}`, role: "gridcell" }, ...children);
+      const density = index.density?.[feature];
+      const words = (column) => h("span", { class: "words" }, index.wordsOf(column, feature).map((word) => token(word)));
+      return h(
+        "div",
+        { class: classes, role: "row", id: `row-${feature}`, "aria-rowindex": place + 2, "aria-selected": feature === this.current ? "true" : "false", style: { top: `${place * this.rowHeight}px`, height: `${this.rowHeight}px` }, onclick: (event) => this.rowClick(event, feature) },
+        cell("id", String(feature)),
+        cell("label", h("a", { href: `${this.base}/feature/${feature}`, tabindex: "-1", class: label ? "label" : "label none", text: label ? label.text : isDead ? "never fired" : "no label" }), label && index.labelers.length > 1 && this.query.labeler === "" && h("span", { class: "tag", text: label.labeler.replace(/^llm:/, "") })),
+        cell("peak", words(index.peak)),
+        cell("promoted", words(index.promoted)),
+        cell("density", isNumber(density) ? percent(density) : NONE),
+        cell("max", index.max ? number(index.max[feature]) : NONE),
+        cell("f1", label && isNumber(label.f1) ? [h("span", { class: "value", text: fixed(label.f1, 2) }), meter(label.f1)] : NONE),
+      );
+    }
+
+    rowClick(event, feature) {
+      if (event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
+      event.preventDefault();
+      this.open(feature);
+    }
+  }
+
+  function meter(share) {
+    return s("svg", { class: "meter", width: 44, height: 6, "aria-hidden": "true" }, s("rect", { class: "meter-track", width: 44, height: 6, rx: 3 }), s("rect", { class: "meter-fill", width: Math.max(0, Math.min(1, share)) * 44, height: 6, rx: 3 }));
+  }
+
+  return { FeatureIndex, FeatureTable };
+})();
