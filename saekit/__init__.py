@@ -1,1 +1,71 @@
-"""Sparse dictionaries of language models."""
+"""Sparse dictionaries of language models: cache activations, train SAEs, label, evaluate and browse their features.
+
+Names are loaded on first use, so that `import saekit` costs nothing and changes nothing in the process.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from saekit.activations import ActivationStore, CacheConfig, StoreView, cache_activations
+    from saekit.errors import SaekitError
+    from saekit.evaluation import EvaluationConfig, evaluate
+    from saekit.hub import load_sae
+    from saekit.labelling import LabelConfig, label_features
+    from saekit.models import LanguageModel, ModelConfig, capture, load_model
+    from saekit.report import build_report
+    from saekit.sae import SAE, JumpReLUConfig, JumpReLUSAE, SAEOutput, TopKConfig, TopKSAE
+    from saekit.training import TrainConfig, Trainer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "saekit.activations": ("ActivationStore", "CacheConfig", "StoreView", "cache_activations"),
+    "saekit.errors": ("SaekitError",),
+    "saekit.evaluation": ("EvaluationConfig", "evaluate"),
+    "saekit.hub": ("load_sae",),
+    "saekit.labelling": ("LabelConfig", "label_features"),
+    "saekit.models": ("LanguageModel", "ModelConfig", "capture", "load_model"),
+    "saekit.report": ("build_report",),
+    "saekit.sae": ("SAE", "JumpReLUConfig", "JumpReLUSAE", "SAEOutput", "TopKConfig", "TopKSAE"),
+    "saekit.training": ("TrainConfig", "Trainer"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "SAE",
+    "ActivationStore",
+    "CacheConfig",
+    "EvaluationConfig",
+    "JumpReLUConfig",
+    "JumpReLUSAE",
+    "LabelConfig",
+    "LanguageModel",
+    "ModelConfig",
+    "SAEOutput",
+    "SaekitError",
+    "StoreView",
+    "TopKConfig",
+    "TopKSAE",
+    "TrainConfig",
+    "Trainer",
+    "build_report",
+    "cache_activations",
+    "capture",
+    "evaluate",
+    "label_features",
+    "load_model",
+    "load_sae",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'saekit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

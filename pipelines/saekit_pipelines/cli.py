@@ -1,0 +1,183 @@
+"""The command line: thin commands over `stages`; one line and exit code 2 for everything a user can mend."""
+
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from saekit.errors import SaekitError
+from saekit_pipelines.console import ConsoleProgress, make_progress
+
+if TYPE_CHECKING:
+    from saekit.evaluation import EvaluationTable
+
+__all__ = ["app", "main"]
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="saekit",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Sparse dictionaries of language models: cache activations, train SAEs, label, evaluate and browse their features.\n\n"
+    "Every command reads one recipe and works in the recipe's folder. Run a command again to resume it; a finished stage is skipped.\n\n"
+    "[dim]Example:[/dim]  saekit run pipelines/recipes/gpt2_resid8_topk.toml out=runs/try cache.num_tokens=1_000_000",
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The recipe to run.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Changes to the recipe, e.g. [cyan]train.topk.sae.k=64[/cyan].",
+        show_default=False,
+    ),
+]
+SaeName = Annotated[str | None, typer.Option("--sae", help="Only the SAE of this name, e.g. topk.", show_default=False)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and what it costs, then stop.")]
+
+
+P = ParamSpec("P")
+
+
+def _guarded(command: Callable[P, None]) -> Callable[P, None]:
+    """What a user can mend is one line and exit code 2; Ctrl-C says that nothing is lost."""
+
+    @functools.wraps(command)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except SaekitError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(EXIT_USER_ERROR) from error
+        except KeyboardInterrupt as interrupt:
+            typer.echo("interrupted: what is done is kept; run the same command again to resume", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from interrupt
+
+    return guarded
+
+
+@app.command(epilog="Example:  saekit run pipelines/recipes/gpt2_resid8_topk.toml --dry-run")
+@_guarded
+def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Run every stage of a recipe: cache, train, label, evaluate, report."""
+    from saekit_pipelines.stages import Pipeline
+
+    pipeline = Pipeline.load(recipe, overrides or [], progress=_progress())
+    if dry_run:
+        _print_plan(pipeline.plan())
+        return
+    typer.echo(f"report: {pipeline.run()}")
+
+
+@app.command(epilog="Example:  saekit cache RECIPE.toml cache.num_tokens=10_000_000 --dry-run")
+@_guarded
+def cache(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Stream the model's activations to disk."""
+    from saekit_pipelines.stages import Pipeline
+
+    pipeline = Pipeline.load(recipe, overrides or [], progress=_progress())
+    if dry_run:
+        _print_plan(pipeline.plan(only="cache"))
+        return
+    pipeline.cache()
+
+
+@app.command(epilog="Example:  accelerate launch -m saekit_pipelines train RECIPE.toml --sae topk")
+@_guarded
+def train(recipe: RecipePath, overrides: Overrides = None, sae: SaeName = None) -> None:
+    """Train the recipe's SAEs on the cached activations."""
+    from saekit_pipelines.stages import Pipeline
+
+    Pipeline.load(recipe, overrides or [], progress=_progress()).train(sae)
+
+
+@app.command(epilog="Example:  saekit label RECIPE.toml --sae topk label.max_features=500")
+@_guarded
+def label(recipe: RecipePath, overrides: Overrides = None, sae: SaeName = None) -> None:
+    """Describe every feature, from what makes it fire and from what it promotes, and score the descriptions."""
+    from saekit_pipelines.stages import Pipeline
+
+    Pipeline.load(recipe, overrides or [], progress=_progress()).label(sae)
+
+
+@app.command(epilog="Example:  saekit evaluate RECIPE.toml --sae jumprelu")
+@_guarded
+def evaluate(recipe: RecipePath, overrides: Overrides = None, sae: SaeName = None) -> None:
+    """Measure FVU, L0, dead features, CE and KL recovered on held-out documents, beside null rows."""
+    from saekit_pipelines.stages import Pipeline
+
+    pipeline = Pipeline.load(recipe, overrides or [], progress=_progress())
+    pipeline.evaluate(sae)
+    for name, table in pipeline.metric_tables(sae).items():
+        _print_metrics(name, table)
+
+
+@app.command(epilog="Example:  saekit report RECIPE.toml")
+@_guarded
+def report(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Build the static feature browser (opens from disk, no server)."""
+    from saekit_pipelines.stages import Pipeline
+
+    typer.echo(f"report: {Pipeline.load(recipe, overrides or [], progress=_progress()).report()}")
+
+
+@app.command(epilog="Example:  saekit status runs/quickstart")
+@_guarded
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run.", show_default=False)],
+) -> None:
+    """Show which stages of a run are finished, running or missing."""
+    from saekit_pipelines.status import stage_rows
+
+    table = Table("stage", "status", "produced", "finished", box=None, pad_edge=False)
+    for row in stage_rows(folder):
+        table.add_row(*(escape(cell) for cell in row))
+    Console().print(table)
+
+
+@app.command(epilog="Example:  saekit verify runs/quickstart/cache")
+@_guarded
+def verify(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A cache folder.", show_default=False)]) -> None:
+    """Check every activation shard against its checksum."""
+    from saekit_pipelines.status import verify_cache
+
+    problems = verify_cache(folder)
+    for problem in problems:
+        typer.echo(problem)
+    if problems:
+        raise typer.Exit(1)
+    typer.echo(f"{folder}: every shard is as it was written")
+
+
+def _progress() -> ConsoleProgress:
+    return make_progress()
+
+
+def _print_plan(rows: list[tuple[str, str]]) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for key, value in rows:
+        table.add_row(f"[bold]{escape(key)}", escape(value))
+    Console().print(table)
+
+
+def _print_metrics(name: str, metrics: "EvaluationTable") -> None:
+    table = Table(*metrics.header, title=name, box=None, pad_edge=False)
+    for row in metrics.rows:
+        table.add_row(*(escape(cell) for cell in row))
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point of `saekit`."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    app()

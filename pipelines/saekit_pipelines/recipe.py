@@ -1,0 +1,94 @@
+"""A recipe: one TOML file that says everything a run needs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field
+
+from saekit.activations.collect import CacheConfig
+from saekit.config import Config, apply_overrides, read_toml
+from saekit.errors import ConfigError
+from saekit.evaluation import EvaluationConfig
+from saekit.labelling import LabelConfig
+from saekit.sae import AnySAEConfig
+from saekit.training import TrainConfig
+
+__all__ = ["Recipe", "ReportConfig", "SplitConfig", "TrainRun", "load_recipe"]
+
+
+class SplitConfig(Config):
+    """Which documents are held out of training, for evaluation and for scoring labels."""
+
+    test_fraction: float = Field(0.1, gt=0.0, lt=1.0)
+    """Fraction of the tokens that is held out, by whole documents."""
+    seed: int = 0
+    """Chooses the documents."""
+
+
+class TrainRun(Config):
+    """One SAE of the recipe: `[train.<name>]`."""
+
+    hook_point: str | None = None
+    """Which cached hook point to train on; may be left out where the cache has only one."""
+    sae: AnySAEConfig
+    """The architecture: `kind`, `d_sae`, `k`, ...; `d_in` is the hook point's width and may be left out."""
+    training: TrainConfig
+    """Tokens, batch, learning rate, ..."""
+
+
+class ReportConfig(Config):
+    """The static site."""
+
+    title: str | None = None
+    """Heading of the site; None = the recipe's name."""
+
+
+class Recipe(Config):
+    """The whole run: text -> activations -> SAEs -> labels -> evaluation -> report."""
+
+    name: str
+    """Short name, shown in the report."""
+    out: str
+    """Folder of the run; each stage writes a folder of its own inside."""
+    cache: CacheConfig
+    """Model, text, tokens and hook points."""
+    train: dict[str, TrainRun] = Field(min_length=1)
+    """The SAEs, by name."""
+    split: SplitConfig = SplitConfig()
+    """Held-out documents."""
+    label: LabelConfig = LabelConfig()
+    """Who describes the features, from what, and how the labels are scored."""
+    evaluate: EvaluationConfig = EvaluationConfig()
+    """Metrics, null rows, intervals."""
+    report: ReportConfig = ReportConfig()
+    """The feature browser."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.out).expanduser()
+
+    def hook_point(self, name: str) -> str:
+        """Returns the hook point of the SAE called `name`.
+
+        Raises:
+            ConfigError: the run names none and the cache has several, or it names one that is not cached.
+        """
+        asked, cached = self.train[name].hook_point, self.cache.hook_points
+        if asked is None and len(cached) > 1:
+            raise ConfigError(f"train.{name}: no hook_point, needs one of {', '.join(cached)}")
+        if asked is not None and asked not in cached:
+            raise ConfigError(f"train.{name}.hook_point: found {asked!r}, the cache has {', '.join(cached)}")
+        return asked or cached[0]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Returns the recipe at `path` with `key=value` overrides applied.
+
+    Raises:
+        ConfigError: one line that names the key, what was found and what is needed.
+    """
+    recipe = Recipe.parse(apply_overrides(read_toml(path), overrides), where=f"recipe {str(path)!r}")
+    for name in recipe.train:
+        recipe.hook_point(name)
+    return recipe

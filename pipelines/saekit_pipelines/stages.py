@@ -1,0 +1,242 @@
+"""The stages of a recipe: each reads artifact folders and writes one; finished ones are skipped, broken-off ones resumed."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+
+from saekit.activations import ActivationStore, StoreView, cache_activations, plan_cache
+from saekit.errors import ConfigError, SaekitError
+from saekit.evaluation import EvaluationTable, evaluate, read_evaluation
+from saekit.hub import load_sae
+from saekit.labelling import label_features
+from saekit.manifest import manifest_sha256, read_manifest, write_json
+from saekit.models import LanguageModel, load_model
+from saekit.progress import NO_PROGRESS, Progress, Task
+from saekit.report import ReportRun, build_report
+from saekit.sae import SAE, build_sae
+from saekit.training import Trainer
+from saekit_pipelines.recipe import Recipe, load_recipe
+
+__all__ = ["RUN_NAME", "Pipeline"]
+
+RUN_NAME = "run.json"
+"""Written when the last stage is done: the recipe and what each stage's folder then held."""
+
+
+class Pipeline:
+    """One recipe, bound to its folder; each finished stage is told to `progress` in one line."""
+
+    def __init__(self, recipe: Recipe, *, progress: Progress = NO_PROGRESS) -> None:
+        self.recipe = recipe
+        self.progress = progress
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = (), *, progress: Progress = NO_PROGRESS) -> "Pipeline":
+        """Reads a recipe and its `key=value` overrides."""
+        return cls(load_recipe(path, overrides), progress=progress)
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lives."""
+        return self.recipe.folder
+
+    def stage_folder(self, stage: str, name: str | None = None) -> Path:
+        """Returns the folder of a stage: `<out>/<stage>` or, per SAE, `<out>/<stage>/<name>`."""
+        return self.folder / stage / name if name else self.folder / stage
+
+    @cached_property
+    def lm(self) -> LanguageModel:
+        """The language model, loaded when a stage first needs it."""
+        return load_model(self.recipe.cache.model)
+
+    def store(self, name: str) -> ActivationStore:
+        """Returns the finished activation store at the hook point of the SAE called `name`."""
+        return ActivationStore.open(self.stage_folder("cache"), self.recipe.hook_point(name))
+
+    def views(self, name: str) -> tuple[StoreView, StoreView]:
+        """Returns the training and the held-out documents' tokens for the SAE called `name`."""
+        split = self.recipe.split
+        return self.store(name).split(split.test_fraction, seed=split.seed)
+
+    def sae(self, name: str) -> SAE:
+        """Returns the trained SAE called `name`."""
+        return load_sae(self.stage_folder("train", name))
+
+    def run(self) -> Path:
+        """Runs every stage and returns the report's page; where all is done already, says so without loading a model."""
+        if self._is_finished():
+            self.progress.say(f"{self.recipe.name}: finished already, nothing to do")
+            return self._index()
+        self.cache()
+        self.train()
+        self.label()
+        self.evaluate()
+        index = self.report()
+        write_json(self.folder / RUN_NAME, self._record())
+        return index
+
+    def cache(self) -> None:
+        """Stores the model's activations."""
+        with self._timed("cache", self.stage_folder("cache")):
+            cache_activations(self.recipe.cache, self.stage_folder("cache"), lm=self.lm, progress=self.progress)
+
+    def train(self, only: str | None = None) -> None:
+        """Trains the recipe's SAEs, or the one called `only`."""
+        for name in self._names(only):
+            folder = self.stage_folder("train", name)
+            config = self.recipe.train[name]
+            train, test = self.views(name)
+            sae = build_sae(
+                config.sae.with_d_in(train.d_in), seed=config.training.seed, hook_point=train.store.hook_point
+            )
+            with self._timed(f"train {name}", folder):
+                Trainer(sae, train, config.training, test=test).fit(folder, progress=_Named(self.progress, name))
+
+    def label(self, only: str | None = None) -> None:
+        """Labels and scores the features of the trained SAEs."""
+        for name in self._names(only):
+            folder = self.stage_folder("label", name)
+            train, test = self.views(name)
+            with self._timed(f"label {name}", folder):
+                label_features(
+                    self.sae(name),
+                    train,
+                    test=test,
+                    lm=self.lm,
+                    out=folder,
+                    config=self.recipe.label,
+                    progress=_Named(self.progress, name),
+                )
+
+    def evaluate(self, only: str | None = None) -> None:
+        """Measures the trained SAEs on the held-out documents."""
+        for name in self._names(only):
+            folder = self.stage_folder("evaluate", name)
+            train, test = self.views(name)
+            with self._timed(f"evaluate {name}", folder):
+                evaluate(
+                    self.sae(name),
+                    test,
+                    lm=self.lm,
+                    config=self.recipe.evaluate,
+                    out=folder,
+                    train=train,
+                    progress=_Named(self.progress, name),
+                )
+
+    def report(self) -> Path:
+        """Builds the feature browser from whatever stages are finished and returns its first page."""
+        runs = [
+            ReportRun(
+                name=name,
+                sae=self.stage_folder("train", name),
+                labels=self._if_finished("label", name),
+                evaluation=self._if_finished("evaluate", name),
+            )
+            for name in self.recipe.train
+            if self._if_finished("train", name)
+        ]
+        if not runs:
+            raise ConfigError(f"{str(self.folder)!r}: no trained SAE to report on; run 'saekit train' first")
+        with self._timed("report", self.stage_folder("report")):
+            return build_report(
+                self.stage_folder("report"),
+                title=self.recipe.report.title or self.recipe.name,
+                store=self.stage_folder("cache"),
+                runs=runs,
+                tokenizer=self.lm.tokenizer,
+                progress=self.progress,
+            )
+
+    def plan(self, *, only: str | None = None) -> list[tuple[str, str]]:
+        """Returns `(stage, what it would do)` without writing anything.
+
+        Raises:
+            ResourceError: the disk cannot hold the cache.
+        """
+        rows = []
+        for stage, name in self._stages():
+            if only not in {None, stage}:
+                continue
+            manifest = read_manifest(self.stage_folder(stage, name))
+            state = "new" if manifest is None else "finished" if manifest.status == "complete" else "resume"
+            what = self._describe(stage, name) if state != "finished" else ""
+            rows.append((f"{stage} {name}" if name else stage, f"{state}  {what}".rstrip()))
+        return rows
+
+    def metric_tables(self, only: str | None = None) -> dict[str, EvaluationTable]:
+        """Returns the evaluation of each SAE as a table."""
+        return {name: read_evaluation(self.stage_folder("evaluate", name)).table() for name in self._names(only)}
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str, folder: Path) -> Iterator[None]:
+        """Says what the block took, or that its stage was finished before."""
+        manifest = read_manifest(folder)
+        was_finished = manifest is not None and manifest.status == "complete"
+        started = time.monotonic()
+        yield
+        took = "was finished already" if was_finished else f"done in {time.monotonic() - started:,.1f} s"
+        self.progress.say(f"{stage}: {took}: {folder}")
+
+    def _describe(self, stage: str, name: str | None) -> str:
+        if stage == "cache":
+            return plan_cache(self.recipe.cache, self.stage_folder("cache"), lm=self.lm).summary()
+        if stage == "train" and name is not None:
+            run = self.recipe.train[name]
+            return f"{run.sae.kind}, d_sae {run.sae.d_sae:,}, {run.training.num_tokens:,} tokens in {run.training.num_steps:,} steps"
+        if stage == "label":
+            most = self.recipe.label.max_features
+            return f"{', '.join(self.recipe.label.labelers)}, {'all' if most is None else f'{most:,}'} features"
+        return ""
+
+    def _stages(self) -> list[tuple[str, str | None]]:
+        per_sae: list[tuple[str, str | None]] = [
+            (s, n) for s in ("train", "label", "evaluate") for n in self.recipe.train
+        ]
+        return [("cache", None), *per_sae, ("report", None)]
+
+    def _names(self, only: str | None) -> list[str]:
+        if only is not None and only not in self.recipe.train:
+            raise ConfigError(f"--sae {only!r}: the recipe has {', '.join(self.recipe.train)}")
+        return [only] if only is not None else list(self.recipe.train)
+
+    def _if_finished(self, stage: str, name: str) -> Path | None:
+        folder = self.stage_folder(stage, name)
+        manifest = read_manifest(folder)
+        return folder if manifest is not None and manifest.status == "complete" else None
+
+    def _index(self) -> Path:
+        return (self.stage_folder("report") / "index.html").resolve()
+
+    def _record(self) -> dict[str, object]:
+        folders = {
+            f"{stage}/{name}" if name else stage: self.stage_folder(stage, name) for stage, name in self._stages()
+        }
+        return {
+            "recipe": self.recipe.to_dict(),
+            "stages": {key: manifest_sha256(folder) for key, folder in folders.items()},
+        }
+
+    def _is_finished(self) -> bool:
+        try:
+            recorded = json.loads((self.folder / RUN_NAME).read_text(encoding="utf-8"))
+            return recorded == self._record() and self._index().is_file()
+        except (OSError, ValueError, SaekitError):
+            return False
+
+
+class _Named:
+    """Puts an SAE's name before the tasks of a stage that several SAEs pass through."""
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        self._progress, self._name = progress, name
+
+    def task(self, name: str, total: int, unit: str, *, done: int = 0) -> AbstractContextManager[Task]:
+        return self._progress.task(f"{self._name}: {name}", total, unit, done=done)
+
+    def say(self, message: str) -> None:
+        self._progress.say(f"{self._name}: {message}")
