@@ -224,7 +224,7 @@ class _Collector:
         self, name: str, flat: NDArray[np.int64], acts: NDArray[np.float32], windows: NDArray[np.float16]
     ) -> dict[str, NDArray[np.generic]]:
         used = flat >= 0
-        largest = np.maximum(self.max_act, np.finfo(np.float32).tiny)[:, None, None]
+        largest = np.where(self.max_act > 0, self.max_act, 1)[:, None, None]
         levels = np.rint(windows.astype(np.float32) * (255 * self.top.scale / largest))
         return {
             f"{name}_row": np.where(used, flat // self.context_len, -1).astype(np.int32),

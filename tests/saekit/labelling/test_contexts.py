@@ -1,0 +1,185 @@
+"""The one-pass contexts against brute force, its independence of batches and order, and its refusals."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from saekit.errors import ConfigError, DataError, NonFiniteError, StoreError
+from saekit.labelling import ContextConfig, FeatureContexts, collect_contexts
+from saekit.labelling.collect import draw_rows
+from saekit.labelling.contexts import CONTEXTS_NAME
+from saekit.labelling.reservoir import Events, Reservoir, hash_events
+from tests.saekit.labelling.planted import FakeView, identity_sae
+
+CONFIG = ContextConfig(num_top=5, num_per_stratum=3, window=16, num_code_tokens=600, batch_tokens=256)
+
+
+@pytest.fixture(scope="module")
+def contexts(world, tmp_path_factory) -> FeatureContexts:
+    return collect_contexts(world.sae, world.train, config=CONFIG, out=tmp_path_factory.mktemp("contexts"))
+
+
+def _train_acts(world) -> np.ndarray:
+    return np.where(world.train.mask.reshape(-1)[:, None], world.acts, 0)
+
+
+def test_counts_maxima_and_means_equal_brute_force(world, contexts) -> None:
+    acts = _train_acts(world)
+    firing = acts > 0
+    np.testing.assert_array_equal(contexts.firing_count, firing.sum(axis=0))
+    np.testing.assert_array_equal(contexts.max_act, acts.max(axis=0))
+    expected = acts.sum(axis=0, dtype=np.float64) / np.maximum(firing.sum(axis=0), 1)
+    np.testing.assert_allclose(contexts.mean_act, expected, rtol=1e-6)
+    assert contexts.num_tokens == world.train.num_tokens
+    np.testing.assert_allclose(contexts.density, firing.sum(axis=0) / world.train.num_tokens)
+
+
+def test_histogram_equals_brute_force(world, contexts) -> None:
+    acts = _train_acts(world)
+    edges = contexts.histogram_edges
+    np.testing.assert_allclose(edges[1:] / edges[:-1], 2**0.75, rtol=1e-5)
+    for feature in range(contexts.num_features):
+        values = np.clip(acts[acts[:, feature] > 0, feature], edges[0], np.nextafter(edges[-1], np.float32(0)))
+        np.testing.assert_array_equal(contexts.histogram[feature], np.histogram(values, bins=edges)[0])
+
+
+def test_top_contexts_equal_brute_force(world, contexts) -> None:
+    acts, documents = _train_acts(world), world.store.documents().reshape(-1)
+    for feature in range(contexts.num_features):
+        order = np.lexsort((np.arange(len(acts)), -acts[:, feature]))
+        expected, seen = [], set()
+        for flat in order[: int((acts[:, feature] > 0).sum())]:
+            if documents[flat] not in seen and len(expected) < CONFIG.num_top:
+                seen.add(documents[flat])
+                expected.append((int(flat // 64), int(flat % 64), float(acts[flat, feature])))
+        assert [(c.row, c.position, c.act) for c in contexts.feature(feature)] == expected
+
+
+def test_windows_show_the_same_feature_in_the_same_row(world, contexts) -> None:
+    acts = _train_acts(world).reshape(*world.store.tokens().shape, -1)
+    for feature in (world.feature("digit"), world.feature("dense"), world.feature("river")):
+        for context in [*contexts.feature(feature), *contexts.sample(feature)]:
+            for offset in range(CONFIG.window):
+                position = context.position - CONFIG.window // 2 + offset
+                inside = 0 <= position < 64
+                act = acts[context.row, position, feature] if inside else 0.0
+                level = 255 * act / contexts.max_act[feature]
+                assert abs(context.window[offset] - level) <= 0.6
+
+
+def test_sample_holds_the_smallest_hashes_of_each_stratum(world, contexts) -> None:
+    acts, edges = _train_acts(world), contexts.histogram_edges
+    for feature in range(contexts.num_features):
+        flat = np.flatnonzero(acts[:, feature] > 0)
+        stratum = np.clip(np.searchsorted(edges, acts[flat, feature], side="right") - 1, 0, 15)
+        keys = hash_events(np.full(len(flat), feature), flat, seed=CONFIG.seed)
+        expected = {
+            int(f)
+            for s in range(16)
+            for f in flat[stratum == s][np.argsort(keys[stratum == s])][: CONFIG.num_per_stratum]
+        }
+        got = contexts.sample(feature)
+        assert {c.row * 64 + c.position for c in got} == expected
+        assert [c.stratum for c in got] == sorted(c.stratum for c in got)
+
+
+def test_codes_hold_every_activation_of_the_drawn_rows(world, contexts) -> None:
+    codes = contexts.codes()
+    rows = np.flatnonzero(draw_rows(world.train, num_tokens=CONFIG.num_code_tokens, seed=CONFIG.seed))
+    expected = [f for f in np.flatnonzero(world.train.mask.reshape(-1)) if f // 64 in set(rows.tolist())]
+    assert codes.tokens.tolist() == expected
+    assert CONFIG.num_code_tokens <= codes.num_tokens < CONFIG.num_code_tokens + 64
+    dense = np.zeros((codes.num_tokens, contexts.num_features), dtype=np.float32)
+    dense[codes.owners(), codes.indices] = codes.acts
+    np.testing.assert_array_equal(dense, world.acts[codes.tokens])
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 64, 100_000], ids=["row by row", "one row", "all at once"])
+def test_result_does_not_depend_on_the_batch(world, contexts, tmp_path: Path, batch_tokens: int) -> None:
+    config = CONFIG.model_copy(update={"batch_tokens": batch_tokens})
+    other = collect_contexts(world.sae, world.train, config=config, out=tmp_path)
+    assert (other.path / CONTEXTS_NAME).read_bytes() == (contexts.path / CONTEXTS_NAME).read_bytes()
+
+
+@pytest.mark.parametrize("by_document", [True, False])
+def test_reservoir_does_not_depend_on_the_order_of_rows(by_document: bool) -> None:
+    generator = np.random.default_rng(0)
+    parts = []
+    for row in range(40):
+        size = int(generator.integers(0, 60))
+        flat = row * 32 + generator.integers(0, 32, size)
+        feature = generator.integers(0, 3, size)
+        keep = np.unique(feature * 10_000 + flat, return_index=True)[1]
+        # Few different values, so that ties are everywhere.
+        parts.append((feature[keep], flat[keep], generator.integers(1, 5, len(keep)).astype(np.float32)))
+
+    def fill(order: np.ndarray) -> Reservoir:
+        reservoir = Reservoir(3, 4, width=8, scale=1.0, dtype=np.float32)
+        for feature, flat, acts in (parts[i] for i in order):
+            events = Events(feature, flat, acts, context_len=32)
+            documents = events.flat // 96 if by_document else None
+            reservoir.offer(events, events.features, -events.acts, documents=documents)
+        return reservoir
+
+    first, second = fill(np.arange(40)), fill(np.random.default_rng(1).permutation(40))
+    np.testing.assert_array_equal(first.flat, second.flat)
+    np.testing.assert_array_equal(first.windows, second.windows)
+    if by_document:
+        assert all(len(set((row // 96).tolist())) == 4 for row in first.flat)
+
+
+def test_finished_pass_is_not_done_again_and_another_config_is_refused(world, tmp_path: Path, monkeypatch) -> None:
+    collect_contexts(world.sae, world.train, config=CONFIG, out=tmp_path)
+    monkeypatch.setattr(type(world.sae), "encode_sparse", None)
+    again = collect_contexts(world.sae, world.train, config=CONFIG, out=tmp_path)
+    assert again.num_features == world.sae.d_sae
+    with pytest.raises(ConfigError, match="num_top"):
+        collect_contexts(world.sae, world.train, config=CONFIG.model_copy(update={"num_top": 6}), out=tmp_path)
+    with pytest.raises(ConfigError, match="documents"):
+        collect_contexts(world.sae, world.test, config=CONFIG, out=tmp_path)
+
+
+def test_nan_activations_are_refused_and_nothing_is_left_complete(world, tmp_path: Path, monkeypatch) -> None:
+    row, position = (int(place) for place in np.argwhere(world.train.mask)[200])
+    x = world.store.x.clone()
+    x[row, position, 0] = float("inf")
+    monkeypatch.setattr(world.store, "x", x)
+    with pytest.raises(NonFiniteError, match=f"row {row}, position {position},"):
+        collect_contexts(world.sae, world.train, config=CONFIG, out=tmp_path)
+    with pytest.raises(StoreError, match="not finished"):
+        FeatureContexts.open(tmp_path)
+
+
+def test_wrong_width_and_empty_view_are_refused(world, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"wide, the dictionary needs 3"):
+        collect_contexts(identity_sae(3), world.train, config=CONFIG, out=tmp_path)
+    with pytest.raises(DataError, match="no tokens"):
+        collect_contexts(world.sae, FakeView(world.store, np.zeros_like(world.train.mask)), config=CONFIG, out=tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda p: p.write_bytes(p.read_bytes()[:100]), lambda p: p.unlink()], ids=["truncated", "missing"]
+)
+def test_broken_file_is_refused(world, tmp_path: Path, damage) -> None:
+    collect_contexts(world.sae, world.train, config=CONFIG, out=tmp_path)
+    damage(tmp_path / CONTEXTS_NAME)
+    with pytest.raises(StoreError, match="cannot be read"):
+        FeatureContexts.open(tmp_path)
+
+
+def test_folder_without_contexts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no contexts"):
+        FeatureContexts.open(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps({"nonsense": 1}))
+    with pytest.raises(StoreError, match="not a manifest"):
+        FeatureContexts.open(tmp_path)
+
+
+def test_bfloat16_activations_are_read(world, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(world.store, "x", world.store.x.to(torch.bfloat16))
+    contexts = collect_contexts(world.sae, world.train, config=CONFIG, out=tmp_path)
+    assert contexts.firing_count[world.feature("river")] > 0
