@@ -1,5 +1,6 @@
 """How good a dictionary is: reconstruction, model loss, null rows, decoder structure, each with intervals."""
 
+from saekit.evaluation.evaluate import EvaluationConfig, evaluate
 from saekit.evaluation.record import (
     Evaluation,
     EvaluationRow,
@@ -12,10 +13,12 @@ from saekit.evaluation.record import (
 
 __all__ = [
     "Evaluation",
+    "EvaluationConfig",
     "EvaluationRow",
     "EvaluationTable",
     "FeatureMeasures",
     "Figure",
     "Histogram",
+    "evaluate",
     "read_evaluation",
 ]

@@ -46,7 +46,7 @@ def fit_sample(read: TokenReader, flat: Int64Array, *, num_tokens: int, seed: in
 
 def measured_l0(sae: SAE, x: Tensor, *, batch_tokens: int) -> float:
     """Returns the mean number of active features over tokens `[n, d_in]`."""
-    active = [int((sae.encode_sparse(part)[0] > 0).sum()) for part in x.split(batch_tokens)]
+    active = [int((sae.encode_sparse(part)[0] > 0).sum()) for part in torch.split(x, batch_tokens)]
     return sum(active) / len(x)
 
 
@@ -55,7 +55,7 @@ def pca_candidate(x: Tensor, num_components: int) -> Candidate:
     num_components = min(num_components, x.shape[-1])
     mean = x.mean(dim=0, dtype=torch.float64)
     covariance = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64)
-    for part in x.split(8192):
+    for part in torch.split(x, 8192):
         centred = part.cpu().double() - mean.cpu()
         covariance += centred.T @ centred
     _, vectors = torch.linalg.eigh(covariance)
