@@ -106,14 +106,14 @@ class TokenCounts:
     """At the very end of packing, too few to fill one more row."""
 
     def notes(self) -> list[str]:
-        """Returns one sentence for each thing that a user should know of."""
+        """Returns one line for each thing that a user should know of."""
         notes = []
         if self.empty:
-            notes.append(f"{self.empty:,} of {self.documents:,} documents are empty and were skipped")
+            notes.append(f"empty documents skipped: {self.empty:,} of {self.documents:,}")
         if self.split:
-            notes.append(f"{self.split:,} of {self.documents:,} documents go over more than one row")
+            notes.append(f"documents over more than one row: {self.split:,} of {self.documents:,}")
         if self.dropped_tokens:
-            notes.append(f"{self.dropped_tokens:,} tokens at the very end do not fill a row and were left out")
+            notes.append(f"tokens at the very end left out, too few for a row: {self.dropped_tokens:,}")
         return notes
 
 
@@ -280,7 +280,7 @@ def _checked(rows: Iterator[TokenRow], counts: TokenCounts, config: TokenConfig)
     if not counts.documents:
         raise DataError("text: no documents, needs at least one")
     if counts.empty == counts.documents:
-        raise DataError(f"text: all {counts.documents:,} documents are empty, needs at least one with text")
+        raise DataError(f"text: nothing but empty documents ({counts.documents:,}), needs at least one with text")
     raise DataError(
         f"text: {counts.dropped_tokens:,} tokens in all, needs at least {config.context_len:,} for one row;"
         " lower context_len, or use packing = 'per_document'"
