@@ -181,8 +181,9 @@ def scatter_sum(values: Tensor, reverse: ReverseIndex, rows: Tensor, *, dtype: t
 
 def feature_sum(values: Tensor, reverse: ReverseIndex, *, dtype: torch.dtype) -> Tensor:
     """See `Primitives.feature_sum`."""
-    ones = values.new_ones(reverse.entries.num_rows, 1)
-    return scatter_sum(values, reverse, ones, dtype=dtype).view(-1)
+    # index_add_ would add atomically, in any order; this walks each feature's entries.
+    ordered = values.reshape(-1).to(torch.float32)[reverse.order]
+    return torch.segment_reduce(ordered, "sum", offsets=reverse.offsets, initial=0.0).to(dtype)
 
 
 def block_columns(num_columns: int) -> int:

@@ -37,7 +37,7 @@ class Case(NamedTuple):
 def cases() -> Iterator[Case]:
     """The kernels at the configurations that the launchers choose for the larger shapes of the bench table."""
     sizes = dict.fromkeys(("N", "F", "D", "num_groups", "num_words"), "i32")
-    for dtype, tile in (("bf16", encoding.HALF_TILE), ("fp16", encoding.HALF_TILE), ("fp32", encoding.FLOAT_TILE)):
+    for dtype, tile in (("bf16", encoding.HALF_TILE), ("fp32", encoding.FLOAT_TILE)):
         operands = {"x_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "bias_ptr": "*fp32", "z_ptr": "*fp32"}
         blocks = {"BLOCK_N": tile.block_n, "BLOCK_F": tile.block_f, "BLOCK_D": tile.block_d, "UPCAST": False}
         launch = (tile.num_warps, tile.num_stages, dtype != "fp32")

@@ -152,3 +152,13 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(_encode_triton, "_CHUNK_BYTES", 1)
         monkeypatch.setattr(_encode_triton, "_CHUNK_ROWS_STEP", 4)
+
+
+@pytest.fixture
+def short_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton cuts features of more than 8 entries into work items, as it does at 256."""
+    if importlib.util.find_spec("triton"):
+        from saekit_kernels import _decode_triton
+
+        monkeypatch.setattr(_decode_triton, "MAX_ENTRIES", 8)
+        monkeypatch.setattr(_decode_triton, "BLOCK_ENTRIES", 4)

@@ -1,0 +1,68 @@
+"""Every Triton kernel compiled for real GPUs, without one: registers, spills, shared memory and tensor cores."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+_SCRIPT = Path(__file__).parent / "compile_triton.py"
+_KERNELS = Path(__file__).parents[2] / "kernels"
+
+# Bytes of shared memory that one program may take, and the instruction of the tensor cores.
+LIMITS = {90: (232_448, "hgmma"), 80: (166_912, "hmma")}
+
+# Everything for the newer architecture; for the older one, the kernels that came nearest to its limits.
+CASES = {
+    90: [],
+    80: [
+        "topk_product-bf16-32",
+        "threshold_product-bf16",
+        "topk_select-256-65536",
+        "threshold_fill",
+        "gather_dot-fp32",
+    ],
+}
+
+
+@pytest.fixture(scope="module", params=LIMITS, ids=lambda capability: f"sm_{capability}")
+def compiled(request: pytest.FixtureRequest) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Compute capability, and what each kernel's machine code uses, by name of the case."""
+    capability = int(request.param)
+    cache = request.config.cache
+    assert cache is not None
+    environment = {**os.environ, "PYTHONPATH": str(_KERNELS), "TRITON_CACHE_DIR": str(cache.mkdir("triton"))}
+    # The process of the tests interprets kernels; compiling needs one that does not.
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(_SCRIPT), str(capability), *CASES[capability]]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    return capability, {result["case"]: result for result in results}
+
+
+def test_kernels_compile_without_spills_and_within_shared_memory(compiled: Any) -> None:
+    capability, results = compiled
+    shared_limit, _ = LIMITS[capability]
+    assert len(results) >= 5
+    spilled = {name: r for name, r in results.items() if r["stack_bytes"] or r["spills"]}
+    assert not spilled
+    assert not {name: r for name, r in results.items() if r["shared_bytes"] > shared_limit}
+
+
+def test_products_of_16_bit_operands_use_tensor_cores(compiled: Any) -> None:
+    capability, results = compiled
+    _, instruction = LIMITS[capability]
+    products = {name: r for name, r in results.items() if r["is_product"]}
+    assert products
+    assert not {name: r for name, r in products.items() if not r[instruction]}
+
+
+def test_no_kernel_adds_atomically(compiled: Any) -> None:
+    _, results = compiled
+    assert not {name: r for name, r in results.items() if r["atomics"]}
