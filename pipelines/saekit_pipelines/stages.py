@@ -8,13 +8,15 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from saekit.activations import ActivationStore, StoreView, cache_activations, plan_cache
 from saekit.errors import ConfigError, SaekitError
 from saekit.evaluation import EvaluationTable, evaluate, read_evaluation
 from saekit.hub import load_sae
 from saekit.labelling import label_features
 from saekit.manifest import manifest_sha256, read_manifest, write_json
-from saekit.models import LanguageModel, load_model
+from saekit.models import LanguageModel, capture, load_model
 from saekit.progress import NO_PROGRESS, Progress, Task
 from saekit.report import ReportRun, build_report
 from saekit.sae import SAE, build_sae
@@ -80,7 +82,12 @@ class Pipeline:
         return index
 
     def cache(self) -> None:
-        """Stores the model's activations."""
+        """Stores the model's activations.
+
+        Raises:
+            ConfigError: an SAE of the recipe asks for another width than its hook point has; nothing is written.
+        """
+        self._check_widths()
         with self._timed("cache", self.stage_folder("cache")):
             cache_activations(self.recipe.cache, self.stage_folder("cache"), lm=self.lm, progress=self.progress)
 
@@ -171,6 +178,18 @@ class Pipeline:
     def metric_tables(self, only: str | None = None) -> dict[str, EvaluationTable]:
         """Returns the evaluation of each SAE as a table."""
         return {name: read_evaluation(self.stage_folder("evaluate", name)).table() for name in self._names(only)}
+
+    def _check_widths(self) -> None:
+        for name, run in self.recipe.train.items():
+            if run.sae.d_in:
+                hook_point = self.recipe.hook_point(name)
+                one_token = torch.zeros(1, 1, dtype=torch.long, device=self.lm.device)
+                width = capture(self.lm, one_token, [hook_point])[hook_point].shape[-1]
+                if run.sae.d_in != width:
+                    raise ConfigError(
+                        f"train.{name}.sae.d_in: found {run.sae.d_in}, {hook_point!r} of {self.lm.name!r} is {width} wide;"
+                        " leave d_in out to take it"
+                    )
 
     @contextlib.contextmanager
     def _timed(self, stage: str, folder: Path) -> Iterator[None]:

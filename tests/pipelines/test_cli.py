@@ -1,0 +1,188 @@
+"""The command line: help that teaches, one line and exit code 2 for what a user can mend, nothing half-written."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from saekit_pipelines.cli import app
+from typer.testing import CliRunner, Result
+
+COMMANDS = ["run", "cache", "train", "label", "evaluate", "report", "status", "verify"]
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def one_line_error(result: Result) -> str:
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.output
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def finished_run(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Callable[[str], Path], many_documents_file: Path
+) -> tuple[Path, Path]:
+    """(recipe, run folder) of one finished run; copy it before changing it."""
+    from tests.pipelines.conftest import RECIPE
+
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = folder / "tiny.toml"
+    recipe.write_text(
+        RECIPE.format(out=folder / "run", model=tiny_model_dir("llama"), texts=many_documents_file), encoding="utf-8"
+    )
+    result = invoke("run", recipe)
+    assert result.exit_code == 0, result.output
+    return recipe, folder / "run"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command_has_an_example(command: str) -> None:
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert "Example:" in result.output
+
+
+def test_help_lists_every_command() -> None:
+    assert all(command in invoke("--help").output for command in COMMANDS)
+
+
+def test_module_runs_as_a_program_for_accelerate_launch() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "saekit_pipelines", "status", "/nowhere"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: '/nowhere': no such folder, needs the folder of a run\n"
+
+
+def test_run_leaves_every_stage_finished(finished_run: tuple[Path, Path]) -> None:
+    _, folder = finished_run
+    result = invoke("status", folder)
+    assert result.exit_code == 0
+    assert result.output.count("finished") >= 8
+    assert "unfinished" not in result.output
+    assert (folder / "report" / "index.html").is_file()
+
+
+def test_second_run_says_that_nothing_is_to_be_done_and_loads_no_model(
+    finished_run: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import saekit_pipelines.stages
+
+    monkeypatch.setattr(saekit_pipelines.stages, "load_model", lambda _: pytest.fail("a model was loaded"))
+    recipe, folder = finished_run
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    result = invoke("run", recipe)
+    assert result.exit_code == 0
+    assert "finished already, nothing to do" in result.output
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("command", "override", "message"),
+    [
+        ("cache", "cache.num_tokens=2048", "cache.num_tokens|num_tokens (4096 there, 2048 asked)"),
+        ("train", "train.topk.sae.k=5", "k (4 there, 5 asked)"),
+        ("label", "label.max_features=3", "max_features (None there, 3 asked)"),
+        ("evaluate", "evaluate.num_bootstrap=60", "num_bootstrap (50 there, 60 asked)"),
+    ],
+)
+def test_changed_config_is_refused_and_the_key_named(
+    finished_run: tuple[Path, Path], command: str, override: str, message: str
+) -> None:
+    line = one_line_error(invoke(command, finished_run[0], override))
+    assert any(part in line for part in message.split("|"))
+    assert "use another folder or the old values" in line
+
+
+def test_dry_run_writes_nothing(recipe_file: Path) -> None:
+    result = invoke("run", recipe_file, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "caching 4,096 tokens" in " ".join(result.output.split())
+    assert not (recipe_file.parent / "run").exists()
+
+
+def _texts(tmp_path: Path, name: str, content: bytes) -> str:
+    path = tmp_path / name
+    path.write_bytes(content)
+    return f'cache.text.paths=["{path}"]'
+
+
+BAD_INPUT: dict[str, tuple[Callable[[Path], list[str]], str]] = {
+    "model path does not exist": (lambda _: ["cache.model.name=/nowhere/model"], "/nowhere/model"),
+    "model is no causal LM": (lambda p: [f"cache.model.name={_bert(p)}"], "causal"),
+    "hook point does not exist": (lambda _: ['cache.hook_points=["model.layer.1"]'], "model.layers.1"),
+    "empty dataset": (lambda p: [_texts(p, "empty.jsonl", b"")], "empty.jsonl"),
+    "empty documents": (lambda p: [_texts(p, "blank.jsonl", b'{"text": ""}\n{"text": "  "}\n')], "empty"),
+    "invalid UTF-8": (lambda p: [_texts(p, "latin.txt", b"caf\xe9 au lait")], "latin.txt"),
+    "broken JSON": (lambda p: [_texts(p, "broken.jsonl", b'{"text": "a"}\n{"text": \n')], "broken.jsonl"),
+    "column missing": (lambda _: ["cache.text.column=body"], "text"),
+    "no such text": (lambda _: ['cache.text.paths=["/nowhere/*.jsonl"]'], "/nowhere/*.jsonl"),
+    "context longer than the model's": (lambda _: ["cache.tokens.context_len=512"], "64"),
+    "SAE of another width": (lambda _: ["train.topk.sae.d_in=33"], "33"),
+    "out below a file": (lambda p: [f"out={_file(p)}/run"], "cannot be written"),
+}
+
+
+def _file(folder: Path) -> Path:
+    path = folder / "a-file"
+    path.write_text("")
+    return path
+
+
+def _bert(folder: Path) -> Path:
+    from transformers import BertConfig, BertModel
+
+    path = folder / "bert"
+    BertModel(
+        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=16)
+    ).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(recipe_file: Path, tmp_path: Path, case: str) -> None:
+    overrides, message = BAD_INPUT[case]
+    line = one_line_error(invoke("run", recipe_file, *overrides(tmp_path)))
+    assert message in line
+    run = tmp_path / "run"
+    assert not [path for path in run.rglob("*") if path.is_file()] if run.exists() else True
+
+
+def test_full_disk_is_refused_before_anything_is_written(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import saekit.activations.plan
+
+    monkeypatch.setattr(saekit.activations.plan, "free_bytes", lambda _: 1000)
+    assert "GB free on that disk" in one_line_error(invoke("run", recipe_file))
+    assert not (recipe_file.parent / "run").exists()
+
+
+def test_store_of_another_model_is_refused(
+    finished_run: tuple[Path, Path], tiny_model_dir: Callable[[str], Path]
+) -> None:
+    line = one_line_error(invoke("cache", finished_run[0], f"cache.model.name={tiny_model_dir('qwen2')}"))
+    assert "model.name" in line
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_damaged_store_is_named_by_verify(finished_run: tuple[Path, Path], tmp_path: Path, damage: str) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(finished_run[1] / "cache", cache)
+    assert invoke("verify", cache).exit_code == 0
+    largest = max((path for path in cache.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content[:-1] if damage == "truncated" else content)
+    result = invoke("verify", cache)
+    assert result.exit_code == 1
+    assert "shard" in result.stdout
+
+
+def test_unknown_sae_name_lists_those_there_are(recipe_file: Path) -> None:
+    assert "the recipe has topk, jumprelu" in one_line_error(invoke("train", recipe_file, "--sae", "gated"))

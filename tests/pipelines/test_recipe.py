@@ -1,0 +1,64 @@
+"""Recipes: the golden ones are complete; mistakes are one line."""
+
+from pathlib import Path
+
+import pytest
+from saekit_pipelines.recipe import load_recipe
+
+from saekit.errors import ConfigError
+
+RECIPES = sorted((Path(__file__).parents[2] / "pipelines" / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_golden_recipe_is_complete(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.folder.as_posix().startswith("runs/")
+    for name, run in recipe.train.items():
+        assert recipe.hook_point(name) in recipe.cache.hook_points
+        assert run.training.num_steps > 100
+
+
+def test_golden_recipes_are_these() -> None:
+    assert [path.stem for path in RECIPES] == [
+        "gemma2_2b_resid12_jumprelu",
+        "gpt2_resid8_topk",
+        "llama3_8b_resid15_batchtopk",
+        "quickstart",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("cache.num_token=5", r"unknown key 'cache.num_token'; did you mean 'num_tokens'\?"),
+        ("train.topk.sae.kk=5", "unknown key 'train.topk.sae.topk.kk'"),
+        ("train.topk.sae.kind=topp", "unknown kind 'topp', needs one of"),
+        ("cache.text.kind=file", "unknown kind 'file', needs one of"),
+        ("cache.num_tokens=many", "cache.num_tokens: found 'many'"),
+        ("train.topk.sae.d_sae=0", "d_sae"),
+        ("train.topk.sae.k=0", "k"),
+        ("train.topk.sae.k=65", "k is 65"),
+        ("train.jumprelu.sae.target_l0=-1", "target_l0 is -1"),
+        (
+            "train.topk.hook_point=model.layers.2",
+            "train.topk.hook_point: found 'model.layers.2', the cache has model.layers.1",
+        ),
+        (
+            'cache.hook_points=["model.layers.0","model.layers.1"]',
+            "train.topk: no hook_point, needs one of model.layers.0, model.layers.1",
+        ),
+        ("cache.hook_points=[]", "cache.hook_points"),
+        ("split.test_fraction=1.5", "split.test_fraction: found 1.5"),
+        ("labl.max_features=3", r"unknown key 'labl'; did you mean 'label'\?"),
+    ],
+)
+def test_load_recipe_refuses_in_one_line(recipe_file: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_recipe(recipe_file, [override])
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(("recipe ", "train."))
+
+
+def test_one_hook_point_need_not_be_named(recipe_file: Path) -> None:
+    assert load_recipe(recipe_file).hook_point("topk") == "model.layers.1"
