@@ -33,18 +33,13 @@ class ContextPieces:
         self.nothing = int(np.iinfo(self.dtype).max)
         self.context_len = self.pieces.shape[1]
 
-    def places(self, block: ContextBlock) -> NDArray[np.int64]:
-        """Returns the place of each context's row among the shown rows [C]."""
-        return np.searchsorted(self.rows, block.row)
-
-    def windows(
-        self, places: NDArray[np.int64], position: NDArray[np.int32], width: int
-    ) -> NDArray[np.uint16] | NDArray[np.uint32]:
+    def windows(self, places: NDArray[np.int64], position: NDArray[np.int32], width: int) -> NDArray[np.generic]:
         """Returns the pieces around each peak [C, W]; the largest number of the type where the row has no token."""
         columns = position[:, None].astype(np.int64) - width // 2 + np.arange(width)
         inside = (columns >= 0) & (columns < self.context_len)
         found = self.pieces[places[:, None], np.clip(columns, 0, self.context_len - 1)]
-        return np.where(inside, found, self.nothing).astype(self.dtype)
+        window: NDArray[np.generic] = np.where(inside, found, self.nothing).astype(self.dtype)
+        return window
 
 
 def row_chunks(shown: ContextPieces, chunk_size: int) -> Iterator[dict[str, JSONValue]]:

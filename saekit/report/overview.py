@@ -24,7 +24,7 @@ KINDS = {"normal": 0, "special": 2, "massive": 3}
 def describe_store(store: ActivationStore) -> dict[str, JSONValue]:
     """Returns the norm profile of one hook point: what was kept, what was left out, and why it matters."""
     statistics = store.statistics
-    counts = {
+    counts: dict[str, JSONValue] = {
         "normal": statistics.num_normal,
         "padding": statistics.num_padding,
         "special": statistics.num_special,

@@ -110,9 +110,11 @@ def _is_current(out: Path, values: dict[str, object], inputs: dict[str, str]) ->
     """
     if out.is_file():
         raise ConfigError(f"report {str(out)!r}: is a file, needs a folder")
+    if not out.is_dir():
+        return False
     found = read_manifest(out)
     if found is None:
-        if out.is_dir() and any(out.iterdir()):
+        if any(out.iterdir()):
             raise ConfigError(f"report {str(out)!r}: holds files that are no report, needs a folder of its own")
         return False
     if found.stage != "report":

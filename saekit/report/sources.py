@@ -186,7 +186,7 @@ def _check_sizes(source: RunSource) -> None:
                 f"run {source.name!r}: its {name} speak of {size} features, the SAE has {source.d_sae};"
                 " give folders of one SAE"
             )
-    spoken_of = [feature for feature, *_ in (*source.labels, *source.scores)]
+    spoken_of = [feature for feature, _ in source.labels] + [feature for feature, _, _ in source.scores]
     spoken_of += [int(effects.features.max()) for effects in source.effects.values() if len(effects.features)]
     if spoken_of and max(spoken_of) >= source.d_sae:
         raise FormatError(

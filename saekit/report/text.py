@@ -209,4 +209,5 @@ class Pieces:
 
     def of_tokens(self, tokens: NDArray[np.integer]) -> NDArray[np.int32]:
         """Returns the piece ids of tokens shown on their own, same shape."""
-        return self._dense[tokens].astype(np.int32)
+        found: NDArray[np.int32] = self._dense[tokens].astype(np.int32)
+        return found

@@ -17,7 +17,7 @@ from saekit import __version__
 from saekit.activations import ActivationStore
 from saekit.config import Config
 from saekit.errors import StoreError
-from saekit.manifest import manifest_sha256, read_manifest
+from saekit.manifest import MANIFEST_NAME, manifest_sha256, read_manifest
 from saekit.progress import Progress
 from saekit.report.chunks import ContextPieces, feature_chunks, row_chunks
 from saekit.report.overview import describe_manifest, describe_run, describe_store
@@ -104,7 +104,7 @@ def write_site(
     write_payload(data / "pieces.js", "pieces", _pieces_payload(pieces, shown, tokens, config))
     write_payload(data / "report.js", "report", _report_payload(title, store, files))
     _write_pages(folder, title)
-    written = [path for path in folder.rglob("*") if path.is_file()]
+    written = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME]
     return {
         "features": num_features,
         "contexts": sum(len(block.row) for run in files for block in run.blocks),

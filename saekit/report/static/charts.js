@@ -25,7 +25,9 @@ saekit.charts = (() => {
     if (ticks.length >= 2) return ticks;
     const wide = [];
     for (let power = first - 1; power <= last + 1; power += 1) wide.push(...[1, 2, 5].map((factor) => factor * 10 ** power));
-    return wide.filter((tick) => tick >= low * 0.999 && tick <= high * 1.001);
+    const fitting = wide.filter((tick) => tick >= low * 0.999 && tick <= high * 1.001);
+    // Less than one 1-2-5 step: a logarithm over so short a range is nearly a line.
+    return fitting.length >= 2 ? fitting : niceTicks(low, high, 3).filter((tick) => tick > 0);
   }
 
   /** Maps [low, high] to [from, to], linearly or by logarithm. */
@@ -71,7 +73,8 @@ saekit.charts = (() => {
     }
     const xTicks = x.ticks(Math.max(2, Math.floor((width - margin.left) / 90)));
     for (const tick of xTicks) {
-      texts.append(s("text", { x: x(tick), y: bottom + 15, "text-anchor": "middle", text: xFormat(tick) }));
+      const isAtEdge = x(tick) > width - margin.right - 14;
+      texts.append(s("text", { x: isAtEdge ? width - 2 : x(tick), y: bottom + 15, "text-anchor": isAtEdge ? "end" : "middle", text: xFormat(tick) }));
     }
     svg.append(grid, texts, s("line", { class: "axis", x1: margin.left, x2: width - margin.right, y1: bottom, y2: bottom }));
     if (xLabel) {

@@ -91,14 +91,17 @@ const saekit = (() => {
   const fixed = (value, digits) => (isNumber(value) ? signed(value.toFixed(digits)) : NONE);
   const integer = (value) => (isNumber(value) ? Math.round(value).toLocaleString("en-US") : NONE);
 
-  /** A share as a percentage with about three significant digits. */
+  /** A share as a percentage with two or three significant digits. */
   function percent(value) {
     if (!isNumber(value)) return NONE;
     const hundredth = value * 100;
     if (hundredth === 0) return "0 %";
     if (hundredth < 0.001) return "<0.001 %";
-    return `${hundredth >= 99.95 ? hundredth.toFixed(0) : Number(hundredth.toPrecision(hundredth < 0.1 ? 2 : 3))} %`;
+    return `${hundredth >= 99.95 ? hundredth.toFixed(0) : hundredth.toPrecision(hundredth < 0.1 ? 2 : 3)} %`;
   }
+
+  /** The same without trailing zeros, for axes. */
+  const percentTick = (value) => `${Number((value * 100).toPrecision(3))} %`;
 
   /** 1234567 to "1.23M". */
   function compact(value) {
@@ -143,6 +146,6 @@ const saekit = (() => {
 
   return {
     receive, load, loadChunk, unpack, chunkName, h, s, isNumber, NONE,
-    number, fixed, integer, percent, compact, oneIn, token, showTooltip, hideTooltip,
+    number, fixed, integer, percent, percentTick, compact, oneIn, token, showTooltip, hideTooltip,
   };
 })();

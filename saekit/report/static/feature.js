@@ -4,6 +4,8 @@
 saekit.feature = (() => {
   const { h, s, unpack, isNumber, number, fixed, integer, percent, compact, oneIn, token, NONE } = saekit;
   const FIRST_CONTEXTS = 10;
+  /** Stands for a token that only continues the character of the one before. */
+  const TIE = "\u203f";
   const EFFECT_NAMES = { vocabproj: ["Decoder direction", "VocabProj: logits of the decoder vector alone, relative to their mean"], tokenchange: ["Steering the model", "TokenChange: mean change of the model's logits while the feature is added, relative to their mean"] };
 
   /** A chunk's packed arrays, unpacked once. */
@@ -191,7 +193,7 @@ saekit.feature = (() => {
       const isPeak = peakAct !== null && peakAct !== undefined;
       const share = isPeak && this.maxAct > 0 ? peakAct / this.maxAct : byte / 255;
       const isOn = byte > 0 || isPeak;
-      const classes = ["t", isOn && "on", isPeak && "peak", byte === undefined && "beyond", this.pieces.specialSet.has(piece) && "special"].filter(Boolean).join(" ");
+      const classes = ["t", isOn && "on", isPeak && "peak", byte === undefined && "beyond", text === TIE && "tie", this.pieces.specialSet.has(piece) && "special"].filter(Boolean).join(" ");
       const act = byte === undefined ? undefined : isPeak ? peakAct : share * this.maxAct;
       const span = h("span", { class: classes, "data-piece": piece, "data-act": act, "data-share": share, "data-exact": isPeak, style: isOn ? { "--a": (0.14 + 0.86 * Math.min(1, share)).toFixed(3) } : {} }, text.slice(blank.length), isPeak && h("span", { class: "visually-hidden", text: ` (peak, activation ${number(peakAct)})` }));
       return [blank, span];

@@ -2,7 +2,7 @@
 
 // The overview of one run: key figures, training curves, metrics beside null rows, feature statistics, the store, provenance.
 saekit.overview = (() => {
-  const { h, isNumber, number, fixed, integer, percent, compact, NONE } = saekit;
+  const { h, isNumber, number, fixed, integer, percent, percentTick, compact, NONE } = saekit;
   const { lines, histogram } = saekit.charts;
 
   const BETTER = {
@@ -74,7 +74,7 @@ saekit.overview = (() => {
   function compare(report) {
     if (report.runs.length < 2) return null;
     const columns = [["fvu", "FVU", 3], ["l0", "L0", 1], ["dead_fraction", "dead", 3], ["ce_recovered_zero", "CE recovered", 3], ["delta_ce", "\u0394 CE", 3], ["kl", "KL", 3]];
-    const head = h("tr", {}, h("th", { scope: "col", text: "SAE" }), h("th", { scope: "col", text: "architecture", class: "left" }), columns.map(([, title]) => h("th", { scope: "col", text: title })), h("th", { scope: "col", text: "median F1" }));
+    const head = h("tr", {}, h("th", { scope: "col", class: "left", text: "SAE" }), h("th", { scope: "col", text: "architecture", class: "left" }), columns.map(([, title]) => h("th", { scope: "col", text: title })), h("th", { scope: "col", text: "median F1" }));
     const rows = report.runs.map((run) => {
       const scored = run.labelers.flatMap((one) => Object.values(one.scorers)).find((one) => isNumber(one.f1));
       const cells = columns.map(([name, , digits]) => figureCell(saeFigure(run, name), digits));
@@ -120,7 +120,7 @@ saekit.overview = (() => {
     return section(
       "Training",
       null,
-      h("div", { class: "grid four" }, chart("loss", "Loss", { isLogY: true, fromZero: false }), chart("fvu", "FVU", {}), chart("l0", "L0", {}), chart("dead_fraction", "Dead features", { yFormat: percent })),
+      h("div", { class: "grid four" }, chart("loss", "Loss", { isLogY: true, fromZero: false }), chart("fvu", "FVU", {}), chart("l0", "L0", {}), chart("dead_fraction", "Dead features", { yFormat: percentTick })),
     );
   }
 
@@ -133,7 +133,7 @@ saekit.overview = (() => {
           title: "How often features fire",
           note: run.scanned_tokens ? `over ${compact(run.scanned_tokens)} training tokens; ${integer(density.never)} never fired` : `${integer(density.never)} never fired`,
           edges: density.edges.map((edge) => 10 ** edge), series: [{ name: "features", color: "--series-1", counts: density.counts }],
-          isLogX: true, xLabel: "share of tokens (log)", xFormat: percent,
+          isLogX: true, xLabel: "share of tokens (log)", xFormat: percentTick,
         }),
       );
     }
@@ -202,7 +202,7 @@ saekit.overview = (() => {
     node.replaceChildren(
       h("div", { class: "hero" }, h("h1", { text: run.name }), h("p", { class: "lead", text: architectureLine(run) }), h("p", { class: "where", text: where }), h("p", { class: "hero-action" }, h("a", { class: "button primary", href: `#/${run.slug}/features`, text: `Browse ${integer(run.features.total)} features` }))),
       tiles(run),
-      ...[training(run), metricTable(run), compare(report), featureStatistics(run), storeBlock(report, run), provenance(report, run)].filter(Boolean),
+      ...[compare(report), training(run), metricTable(run), featureStatistics(run), storeBlock(report, run), provenance(report, run)].filter(Boolean),
       h("footer", { class: "foot", text: `Built by saekit ${report.version} on ${report.created.slice(0, 10)}. A folder of static files: nothing is loaded from a network.` }),
     );
   }

@@ -329,7 +329,7 @@ saekit.table = (() => {
         "div",
         { class: classes, role: "row", id: `row-${feature}`, "aria-rowindex": place + 2, "aria-selected": feature === this.current ? "true" : "false", style: { top: `${place * this.rowHeight}px`, height: `${this.rowHeight}px` }, onclick: (event) => this.rowClick(event, feature) },
         cell("id", String(feature)),
-        cell("label", h("a", { href: `${this.base}/feature/${feature}`, tabindex: "-1", class: label ? "label" : "label none", text: label ? label.text : isDead ? "never fired" : "no label" }), label && index.labelers.length > 1 && this.query.labeler === "" && h("span", { class: "tag", text: label.labeler.replace(/^llm:/, "") })),
+        cell("label", h("a", { href: `${this.base}/feature/${feature}`, tabindex: "-1", class: label ? "label" : "label none", text: label ? label.text : isDead ? "never fired" : "no label" }), label && label.labeler !== index.labelers[0].name && this.query.labeler === "" && h("span", { class: "tag", text: label.labeler.replace(/^llm:/, "") })),
         cell("peak", words(index.peak)),
         cell("promoted", words(index.promoted)),
         cell("density", isNumber(density) ? percent(density) : NONE),

@@ -1,5 +1,6 @@
 """A small real store, and SAE, label and evaluation folders written by hand in the formats of their rooms."""
 
+import base64
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from saekit.evaluation.definitions import METRICS, definitions
 from saekit.evaluation.record import Evaluation, EvaluationRow, FeatureMeasures, Figure, Histogram, write_evaluation
 from saekit.labelling.evidence.effects import TokenEffects, effects_path
 from saekit.manifest import begin_stage, finish_stage, manifest_sha256
-from saekit.report import ReportRun
+from saekit.report import ReportRun, build_report
 
 HOOK_POINT = "model.layers.1"
 CONTEXT_LEN = 48
@@ -308,3 +309,52 @@ def _figures(values: dict[str, float], factor: float) -> dict[str, Figure]:
         else Figure()
         for name in METRICS
     }
+
+
+def read_payload_file(path: Path) -> dict[str, object]:
+    """Returns the value that a data file hands over, having checked under which name."""
+    script = path.read_text(encoding="utf-8")
+    assert script.startswith("saekit.receive(")
+    assert script.endswith(");\n")
+    name, end = json.JSONDecoder().raw_decode(script[len("saekit.receive(") :])
+    assert path.as_posix().endswith(f"data/{name}.js")
+    return json.loads(script[len("saekit.receive(") + end + 1 : -len(");\n")])  # type: ignore[no-any-return]
+
+
+def unpack_array(packed: str) -> np.ndarray:
+    """Returns the numbers of a packed array, flat."""
+    return np.frombuffer(base64.b64decode(packed[3:]), dtype=f"<{packed[0]}{packed[1]}")
+
+
+@pytest.fixture(scope="session")
+def read_payload() -> Callable[[Path], dict[str, object]]:
+    """The function `read_payload_file`."""
+    return read_payload_file
+
+
+@pytest.fixture(scope="session")
+def unpack() -> Callable[[str], np.ndarray]:
+    """The function `unpack_array`."""
+    return unpack_array
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Built:
+    """A report on disk and what it was built from."""
+
+    folder: Path
+    runs: tuple[ReportRun, ...]
+    store: Path
+
+
+@pytest.fixture(scope="session")
+def report(tmp_path_factory: pytest.TempPathFactory, store: Path, write_run: WriteRun, tokenizer: object) -> Built:
+    """A report of three runs: two labelers and hostile texts; the default; nothing but the SAE."""
+    runs = (
+        write_run("topk", labelers=("lexical", "llm:judge-1"), hostile=True),
+        write_run("jumprelu", num_features=70, num_dead=3),
+        write_run("bare", num_features=20, with_labels=False, with_evaluation=False),
+    )
+    folder = tmp_path_factory.mktemp("site") / "report"
+    build_report(folder, title="A <b>report</b>", store=store, runs=runs, tokenizer=tokenizer)  # type: ignore[arg-type]
+    return Built(folder=folder, runs=runs, store=store)
