@@ -54,33 +54,11 @@ TEXT_TEMPLATES = frozenset(
         "mathvar",
     }
 )
-DROPPED_SECTIONS = frozenset(
-    {
-        "bibliography",
-        "books",
-        "discography",
-        "external link",
-        "external links",
-        "external links and references",
-        "filmography",
-        "footnotes",
-        "further reading",
-        "gallery",
-        "links",
-        "notes",
-        "notes and references",
-        "reference",
-        "references",
-        "references and external links",
-        "references and further reading",
-        "related articles",
-        "related topics",
-        "see also",
-        "source",
-        "sources",
-        "timeline",
-        "track listing",
-    }
+# Sections at the end of an article that hold lists and notes, whatever stands in them as sentences.
+DROPPED_SECTIONS = re.compile(
+    r"bibliography|books|discography|external links?(?: and references)?|filmography|footnotes|further reading|gallery|links|"
+    r"notes(?: and references)?|references?(?: and (?:external links|further reading))?|related (?:articles|topics)|see also|"
+    r"sources?|timeline|track listing"
 )
 
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.S)
@@ -95,7 +73,7 @@ _BLOCK = re.compile(r"</?(?:p|blockquote|center|div|ul|ol|dl|hr|h[1-6])\b[^<>]*>
 _BREAK = re.compile(r"<\s*/?\s*br\b[^<>]*>", re.I)
 _TABLE_TAG = re.compile(r"<(/?table)\b[^<>]*>", re.I)
 _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,300}>")
-_BRACKET = re.compile(r"\[\[|\]\]|\{\{|\}\}|^[ :*]*\{\||^[ ]*\|\}(?!\})|</?table>", re.M)
+_BRACKET = re.compile(r"\[\[|\]\]|\{\{|\}\}|\{\||\|\}(?!\})|</?table>")
 _CLOSES = {"]]": "[[", "}}": "{{", "|}": "{|", "</table>": "<table>"}
 _LABELLED_URL = re.compile(r"\[(?:(?:https?|ftp|irc|news|gopher|telnet)://|mailto:)[^\s\[\]]+ *([^\[\]\n]*)\]")
 _BARE_URL = re.compile(r"(?:https?|ftp)://[^\s<>\[\]]+")
@@ -103,7 +81,9 @@ _POSSESSIVE = re.compile(r"(?<!')''([^'\n]+)'''s\b")
 _QUOTES = re.compile(r"'{2,5}")
 _HEADING = re.compile(r"(={1,6})\s*(.*?)\s*=+\s*")
 _MAGIC = re.compile(r"__[A-Z]+__")
-_SPACES = re.compile(r"[\s\x01\u00a0\u2000-\u200a\u202f\u3000]+")
+_BLANK = r"\s\x01\u00a0\u2000-\u200a\u202f\u3000"
+# Not simply [_BLANK]+, which would replace every single space by itself.
+_SPACES = re.compile(rf"(?: (?=[{_BLANK}])|(?! )[{_BLANK}])[{_BLANK}]*")
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060\ufeff]")
 _EMPTY_PARENTHESES = re.compile(r" ?[(\[][\s,;:/\u2013\u2014-]*[)\]]")
 _OPEN_PUNCTUATION = re.compile(r"\(\s*[,;:]?\s+")
@@ -227,9 +207,11 @@ def _resolve_brackets(text: str) -> str:
     stack = [_Frame("", [])]
     position = 0
     for match in _BRACKET.finditer(text):
+        token = match[0]
+        if "|" in token and not _starts_line(text, match.start()):
+            continue
         stack[-1].parts.append(text[position : match.start()])
         position = match.end()
-        token = match[0].lstrip(" :*")
         opener = _CLOSES.get(token)
         if opener is None:
             stack.append(_Frame(token, []))
@@ -242,6 +224,11 @@ def _resolve_brackets(text: str) -> str:
     while len(stack) > 1:
         _abandon(stack)
     return "".join(stack[0].parts)
+
+
+def _starts_line(text: str, position: int) -> bool:
+    """Whether only blanks and indents stand before a table's bracket; elsewhere `{|` and `|}` are arguments of templates."""
+    return not text[text.rfind("\n", 0, position) + 1 : position].strip(" :*")
 
 
 def _abandon(stack: list[_Frame]) -> None:
@@ -302,7 +289,7 @@ def _paragraphs(text: str) -> Iterator[str]:
         if heading is not None:
             level, title = len(heading[1]), _QUOTES.sub("", heading[2]).strip().lower()
             if skipped_level is None or level <= skipped_level:
-                skipped_level = level if title in DROPPED_SECTIONS else None
+                skipped_level = level if DROPPED_SECTIONS.fullmatch(title) else None
     if lines:
         yield " ".join(lines)
 
@@ -313,8 +300,8 @@ def _finish(paragraph: str) -> str:
     paragraph = _INVISIBLE.sub("", html.unescape(paragraph))
     had_gone = GONE in paragraph
     paragraph = _SPACES.sub(" ", paragraph)
-    paragraph = _EMPTY_PARENTHESES.sub("", paragraph)
-    if had_gone or "(" in paragraph:
+    if any(mark in paragraph for mark in "()["):
+        paragraph = _EMPTY_PARENTHESES.sub("", paragraph)
         paragraph = _OPEN_PUNCTUATION.sub("(", paragraph)
         paragraph = _CLOSE_PUNCTUATION.sub(")", paragraph)
     paragraph = _SPACE_BEFORE.sub(r"\1", paragraph).strip()

@@ -15,6 +15,7 @@ from scripts import run_quickstart
 from scripts.prepare_quickstart import Prepared
 from scripts.run_quickstart import RECIPE, ROOT, SHORT, main, overrides_for, remember, run_pipeline
 
+PYTHON = sys.executable
 PREPARED = Prepared(model=Path("/m o/del"), text=Path("/t/ext.jsonl"), download_seconds=1.0, convert_seconds=2.0)
 
 
@@ -48,7 +49,7 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_run_pipeline_tells_code_time_and_memory_of_the_child(child: Path, tmp_path: Path) -> None:
     child.write_text(
-        f"#!{sys.orig_argv[0]}\nimport sys, time\ntime.sleep(0.2)\nblock = b'x' * 200_000_000\n"
+        f"#!{PYTHON}\nimport sys, time\ntime.sleep(0.2)\nblock = b'x' * 200_000_000\n"
         f"open({str(tmp_path / 'arguments')!r}, 'w').write(' '.join(sys.argv[1:]))\nsys.exit(3)\n"
     )
     code, seconds, peak = run_pipeline(["a=b c"])
@@ -64,7 +65,7 @@ def test_run_pipeline_waits_for_an_interrupted_child(number: signal.Signals, to_
     marks.mkdir()
     child = tmp_path / "child"
     child.write_text(
-        f"#!{sys.orig_argv[0]}\nimport pathlib, sys, time\nmarks = pathlib.Path({str(marks)!r})\n"
+        f"#!{PYTHON}\nimport pathlib, sys, time\nmarks = pathlib.Path({str(marks)!r})\n"
         "try:\n    (marks / 'started').touch()\n    time.sleep(60)\n"
         "except KeyboardInterrupt:\n    time.sleep(0.3)\n    (marks / 'finished').touch()\n    sys.exit(130)\n"
     )
