@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from saekit_kernels.backend import Backend, load_primitives, resolve_backend
-from saekit_kernels.primitives import Primitives, compute_dtype
+from saekit_kernels.primitives import Primitives, compute_dtype, without_autocast
 from saekit_kernels.sparse_code import ReverseIndex, reverse_index
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ def decode(
     _check_weights(values, W_dec, b_dec)
     operands = [values, W_dec] if b_dec is None else [values, W_dec, b_dec]
     primitives = load_primitives(resolve_backend(backend, *operands))
-    x_hat: Tensor = _Decode.apply(values, indices, W_dec, b_dec, offsets, primitives)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    with without_autocast(values):
+        x_hat: Tensor = _Decode.apply(values, indices, W_dec, b_dec, offsets, primitives)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return x_hat
 
 
@@ -86,10 +87,13 @@ class _Decode(torch.autograd.Function):
         values, W_dec = ctx.saved_tensors
         needs_values, _, needs_weight, needs_bias = ctx.needs_input_grad[:4]
         primitives, reverse = ctx.primitives, ctx.reverse
-        grad_values = None
-        if needs_values:
-            grad_values = primitives.gather_dot(grad, reverse.entries, W_dec, dtype=values.dtype).view(values.shape)
-        grad_weight = primitives.scatter_sum(values, reverse, grad, dtype=W_dec.dtype) if needs_weight else None
+        grad_values, grad_weight = None, None
+        with without_autocast(grad):
+            if needs_values:
+                dots = primitives.gather_dot(grad, reverse.entries, W_dec, dtype=values.dtype)
+                grad_values = dots.view(values.shape)
+            if needs_weight:
+                grad_weight = primitives.scatter_sum(values, reverse, grad, dtype=W_dec.dtype)
         grad_bias = grad.sum(0).to(ctx.bias_dtype) if needs_bias else None
         return grad_values, None, grad_weight, grad_bias, None, None
 

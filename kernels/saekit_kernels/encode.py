@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from saekit_kernels.backend import Backend, load_primitives, resolve_backend
-from saekit_kernels.primitives import Primitives, compute_dtype
+from saekit_kernels.primitives import Primitives, compute_dtype, without_autocast
 from saekit_kernels.sparse_code import ReverseIndex, ThresholdCode, TopKCode, reverse_index
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, backend: Bac
     """relu of the k largest entries of z = x @ W_enc + b_enc of each token, exactly.
 
     Selection is by value, largest first, and by lowest index among equals. Selected entries that are not positive
-    have value 0 and pass no gradient. Sums are accumulated in float32 (float64 for float64 operands); gradients come
-    back in each operand's dtype, and W_enc's in the memory layout of a transposed [F, D] array.
+    have value 0 and pass no gradient. Sums are accumulated in float32 (float64 for float64 operands), autocast or not;
+    gradients come back in each operand's dtype, and W_enc's in the memory layout of a transposed [F, D] array.
 
     Args:
         x: [N, D] float; needs no gradient, or gets one.
@@ -54,7 +54,8 @@ def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, backend: Bac
     if not 1 <= k <= num_features:
         raise ValueError(f"encode_topk: k is {k}, needs 1 to d_sae = {num_features}")
     primitives = load_primitives(resolve_backend(backend, x, W_enc, b_enc))
-    values, indices = _EncodeTopK.apply(x, W_enc, b_enc, k, primitives)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    with without_autocast(x):
+        values, indices = _EncodeTopK.apply(x, W_enc, b_enc, k, primitives)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return TopKCode(values, indices)
 
 
@@ -101,7 +102,8 @@ def encode_threshold(
         raise ValueError(f"encode_threshold: bandwidth is {bandwidth}, needs a finite number, at least 0")
     primitives = load_primitives(resolve_backend(backend, x, W_enc, b_enc, threshold))
     bound = threshold.detach().to(compute_dtype(x, W_enc, b_enc, threshold)) - bandwidth / 2
-    pre_acts, indices, offsets = _EncodeThreshold.apply(x, W_enc, b_enc, bound, primitives)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    with without_autocast(x):
+        pre_acts, indices, offsets = _EncodeThreshold.apply(x, W_enc, b_enc, bound, primitives)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return ThresholdCode(pre_acts, indices, offsets)
 
 
@@ -161,10 +163,11 @@ def _linear_gradients(
         raise RuntimeError("encode: its indices were changed in place, needs them as they were for the backward")
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     primitives, reverse = ctx.primitives, ctx.reverse
-    grad_x = primitives.gather_sum(grad_z, reverse.entries, W_enc.T, dtype=x.dtype) if needs_x else None
-    # [F, D] sums handed back as a view: the layout of the parameter, and no transposed copy.
-    grad_weight = primitives.scatter_sum(grad_z, reverse, x, dtype=W_enc.dtype).T if needs_weight else None
-    grad_bias = primitives.feature_sum(grad_z, reverse, dtype=b_enc.dtype) if needs_bias else None
+    with without_autocast(x):
+        grad_x = primitives.gather_sum(grad_z, reverse.entries, W_enc.T, dtype=x.dtype) if needs_x else None
+        # [F, D] sums handed back as a view: the layout of the parameter, and no transposed copy.
+        grad_weight = primitives.scatter_sum(grad_z, reverse, x, dtype=W_enc.dtype).T if needs_weight else None
+        grad_bias = primitives.feature_sum(grad_z, reverse, dtype=b_enc.dtype) if needs_bias else None
     return grad_x, grad_weight, grad_bias
 
 

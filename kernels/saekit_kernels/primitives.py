@@ -1,5 +1,6 @@
 """The six primitives that every backend implements; the public ops and their backwards are made of nothing else."""
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -47,3 +48,9 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 if an operand is float64, else float32: what sums are accumulated in and codes are returned in."""
     is_double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if is_double else torch.float32
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    """A context in which products run in the operands' own precision, whatever autocast the caller is under."""
+    context: AbstractContextManager[None] = torch.autocast(tensor.device.type, enabled=False)
+    return context

@@ -143,6 +143,27 @@ def test_decode_gradients_of_uneven_features(
     assert_close(mine_weight.grad, true_weight.grad, 3e-6)
 
 
+@pytest.mark.parametrize("layout", ["pairs", "csr"])
+def test_dense_sums_equal_the_sparse_ones(monkeypatch: pytest.MonkeyPatch, layout: str, assert_close: Any) -> None:
+    from saekit_kernels import _cpu_dense
+
+    monkeypatch.setattr(_cpu_dense, "BLOCK_ROWS", 4)
+    indices = torch.randint(9, (11, 3), generator=torch.Generator().manual_seed(0))
+    offsets = None
+    if layout == "csr":
+        indices, offsets = indices.flatten(), torch.tensor([0, 0, 5, 5, 5, 6, 20, 21, 30, 33, 33])
+    values, W_dec = torch.randn(indices.shape, dtype=torch.float64), torch.randn(9, 7, dtype=torch.float64)
+    results = []
+    for min_density in (0.0, 2.0):
+        monkeypatch.setattr(_cpu_dense, "MIN_DENSITY", min_density)
+        leaves = values.clone().requires_grad_(), W_dec.clone().requires_grad_()
+        x_hat = sk.decode(leaves[0], indices, leaves[1], offsets=offsets, backend="cpu")
+        x_hat.square().sum().backward()
+        results.append([x_hat, leaves[0].grad, leaves[1].grad])
+    for dense, sparse in zip(*results, strict=True):
+        assert_close(dense, sparse, 1e-12)
+
+
 def test_encode_threshold_gradients_of_a_hot_feature(
     backend: str, device: str, make_problem: Any, assert_close: Any, short_items: None, poisoned_memory: None
 ) -> None:
@@ -273,3 +294,14 @@ def test_gradient_reaches_every_code_of_one_encoder(
     (small.square().sum() + large.square().sum() / 8).backward()
     for mine_grad, true_grad in zip(mine.gradients(), truth.gradients(), strict=True):
         assert_close(mine_grad, true_grad, 3e-6)
+
+
+def test_autocast_changes_nothing(fast_backend: str, device: str, make_problem: Any) -> None:
+    plain, cast = (make_problem(5, 6, 40).to(torch.float32, device) for _ in range(2))
+    sparse_topk(plain, 3, fast_backend).sum().backward()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        sparse_topk(cast, 3, fast_backend).sum().backward()
+    for one, other in zip(plain.gradients(), cast.gradients(), strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
