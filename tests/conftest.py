@@ -53,6 +53,15 @@ def documents_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def many_documents_file(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Path:
+    """120 different short documents as a .jsonl file with the column `text`."""
+    path = tmp_path_factory.mktemp("many") / "many.jsonl"
+    lines = [json.dumps({"text": f"{documents[i % 6]} {documents[(i * 5 + 1) % 6]} Number {i}."}) for i in range(120)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
 def _tokenizer_files(folder: Path) -> int:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

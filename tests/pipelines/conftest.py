@@ -50,17 +50,6 @@ num_bootstrap = 50
 """
 
 
-@pytest.fixture(scope="session")
-def many_documents_file(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Path:
-    """Sixty different documents, one per line of a .txt file per document would be tedious: a .jsonl file."""
-    import json
-
-    path = tmp_path_factory.mktemp("many") / "many.jsonl"
-    lines = [json.dumps({"text": f"{documents[i % 6]} {documents[(i * 5 + 1) % 6]} Number {i}."}) for i in range(120)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
 @pytest.fixture
 def recipe_file(tmp_path: Path, tiny_model_dir: Callable[[str], Path], many_documents_file: Path) -> Path:
     """A recipe of every stage with two SAEs, writing to `tmp_path / "run"`."""

@@ -1,0 +1,70 @@
+"""The README's code runs as written, on a tiny model in place of GPT-2 and a local file in place of the hub's dataset."""
+
+import re
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from saekit_pipelines.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+@pytest.mark.slow
+def test_python_code_runs(
+    tiny_model_dir: Callable[[str], Path], many_documents_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_ins = {
+        '"openai-community/gpt2"': repr(str(tiny_model_dir("gpt2"))),
+        '{"kind": "huggingface", "name": "monology/pile-uncopyrighted"}': repr(
+            {"kind": "files", "paths": [str(many_documents_file)]}
+        ),
+        "num_tokens=50_000_000": 'num_tokens=8192, tokens={"context_len": 32}',
+        "num_tokens=200_000_000": "num_tokens=8192, batch_size=256",
+        "transformer.h.8": "transformer.h.1",
+        "transformer.h.10": "transformer.h.2",
+        "d_sae=24_576, k=32": "d_sae=64, k=4",
+        "test_fraction=0.01": "test_fraction=0.2",
+        "W_dec[123]": "W_dec[12]",
+    }
+    code = "\n".join(blocks("python"))
+    for written, stand_in in stand_ins.items():
+        assert written in code, f"{written!r} is not in the README any more"
+        code = code.replace(written, stand_in)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert (tmp_path / "runs/gpt2-h8/labels/labels.jsonl").stat().st_size > 0
+    assert (tmp_path / "runs/gpt2-h8/evaluation/evaluation.json").is_file()
+    assert not names["steered"].equal(names["without"])  # type: ignore[attr-defined]  # tensors
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_commands_are_there(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    program, *arguments = command
+    if program == "saekit":
+        assert arguments[0] == "run"
+        load_recipe(arguments[1], arguments[2:])
+        return
+    assert program.startswith("scripts/")
+    done = subprocess.run([program, "--help"], capture_output=True, text=True, check=True)
+    assert program in done.stdout
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
+def test_links_into_the_repository_lead_somewhere(target: str) -> None:
+    if not target.startswith("https://"):
+        assert (ROOT / target).exists(), target
