@@ -1,6 +1,5 @@
 """How good a dictionary is: reconstruction, model loss, null rows, decoder structure, each with intervals."""
 
-from saekit.evaluation.evaluate import EvaluationConfig, evaluate
 from saekit.evaluation.record import (
     Evaluation,
     EvaluationRow,
@@ -10,6 +9,7 @@ from saekit.evaluation.record import (
     Histogram,
     read_evaluation,
 )
+from saekit.evaluation.stage import EvaluationConfig, evaluate
 
 __all__ = [
     "Evaluation",

@@ -6,8 +6,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from saekit.activations.rows import MASSIVE, NORMAL, PADDING
-from saekit.activations.view import StoreView
+from saekit.activations import MASSIVE, NORMAL, PADDING, StoreView
 from saekit.errors import DataError
 
 __all__ = ["LossRows", "Selection"]

@@ -12,17 +12,22 @@ from saekit.activations.store import ActivationStore
 from saekit.models import LanguageModel, load_model
 from saekit.sae import SAE, TopKConfig, TopKSAE
 
-HOOK_POINTS = {"llama": "model.layers.1", "gpt2": "transformer.h.1"}
+_HOOK_POINTS = {"llama": "model.layers.1", "gpt2": "transformer.h.1"}
 
 
 @pytest.fixture(scope="session")
 def tiny_lm(tiny_model_dir: Callable[[str], Path]) -> Callable[[str], LanguageModel]:
-    """A function: family -> loaded model, whose weights are scaled up so that its losses differ from position to position."""
+    """A function: family -> tiny model, its weights scaled up so that what it reads changes what it predicts."""
     made: dict[str, LanguageModel] = {}
 
     def make(family: str = "llama") -> LanguageModel:
         if family not in made:
-            made[family] = load_model(str(tiny_model_dir(family)))
+            lm = load_model(str(tiny_model_dir(family)))
+            with torch.no_grad():
+                for parameter in lm.model.parameters():
+                    if parameter.ndim > 1:
+                        parameter.mul_(6.0)
+            made[family] = lm
         return made[family]
 
     return make
@@ -43,7 +48,7 @@ def tiny_store(
                     "model": {"name": lm.name},
                     "text": {"kind": "files", "paths": [str(documents_file)]},
                     "tokens": {"context_len": 16, "packing": packing},
-                    "hook_points": [HOOK_POINTS[family]],
+                    "hook_points": [_HOOK_POINTS[family]],
                     "num_tokens": 600,
                     "dtype": "float32",
                     # Norms of a random model are nearly equal: this marks a few percent of the tokens.
@@ -60,12 +65,3 @@ def tiny_store(
 def tiny_sae() -> SAE:
     """A random TopK SAE for width 32."""
     return TopKSAE(TopKConfig(d_in=32, d_sae=48, k=5), seed=1)
-
-
-def identity_sae(d_in: int) -> SAE:
-    """An SAE that writes every vector exactly: W_dec = [I; -I], k = d_in."""
-    sae = TopKSAE(TopKConfig(d_in=d_in, d_sae=2 * d_in, k=d_in))
-    with torch.no_grad():
-        sae.W_dec.copy_(torch.cat([torch.eye(d_in), -torch.eye(d_in)]))
-        sae.W_enc.copy_(sae.W_dec.T)
-    return sae

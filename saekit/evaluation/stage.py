@@ -1,8 +1,7 @@
 """The evaluate stage: one SAE and its null rows, measured on held-out documents."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -10,15 +9,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from saekit.activations.rows import NORMAL
-from saekit.activations.view import StoreView
+from saekit.activations import NORMAL, StoreView
 from saekit.config import Config
 from saekit.errors import ConfigError
-from saekit.evaluation.bootstrap import Resampled, Statistic, Sums
+from saekit.evaluation.bootstrap import Sums
 from saekit.evaluation.decoder import decoder_neighbors
-from saekit.evaluation.definitions import METRICS, definitions
-from saekit.evaluation.model_loss import LOSS_METRICS, REFERENCE, model_loss_sums
+from saekit.evaluation.definitions import definitions
+from saekit.evaluation.model_loss import model_loss_sums
 from saekit.evaluation.nulls import (
     fit_sample,
     mean_candidate,
@@ -27,29 +26,19 @@ from saekit.evaluation.nulls import (
     random_candidate,
     sae_candidate,
 )
-from saekit.evaluation.reconstruction import (
-    RECONSTRUCTION_METRICS,
-    Candidate,
-    ReconstructionSums,
-    mean_activation,
-    reconstruction_sums,
-)
-from saekit.evaluation.record import (
-    Evaluation,
-    EvaluationRow,
-    FeatureMeasures,
-    Figure,
-    Histogram,
-    read_evaluation,
-    write_evaluation,
-)
+from saekit.evaluation.reconstruction import Candidate, ReconstructionSums, mean_activation, reconstruction_sums
+from saekit.evaluation.record import Evaluation, FeatureMeasures, read_evaluation, write_evaluation
 from saekit.evaluation.selection import Selection
+from saekit.evaluation.table import MeasuredRow, cosine_histogram, density_histogram, reference_losses
 from saekit.manifest import begin_stage, finish_stage
 from saekit.models import LanguageModel
 from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae import SAE
 
 __all__ = ["EvaluationConfig", "evaluate"]
+
+# Below this, percentile intervals of a ratio cover its true value clearly less often than they say.
+_FEW_DOCUMENTS = 20
 
 
 class EvaluationConfig(Config):
@@ -112,7 +101,11 @@ def evaluate(
             return read_evaluation(folder)
     if sae.hook_point not in {None, view.store.hook_point}:
         progress.say(f"the SAE was made for {sae.hook_point!r}, it is evaluated at {view.store.hook_point!r}")
-    evaluation = _measure(sae, view, train, lm, config, progress)
+    was_training = sae.training
+    try:
+        evaluation = _measure(sae.eval(), view, train, lm, config, progress)
+    finally:
+        sae.train(was_training)
     if folder is not None:
         write_evaluation(folder, evaluation)
         counts = ("num_tokens", "num_documents", "num_loss_tokens", "num_massive")
@@ -155,44 +148,6 @@ def _inputs(sae: SAE, view: StoreView, train: StoreView, lm: LanguageModel | Non
     return inputs if lm is None else inputs | {"model": lm.fingerprint}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Measured:
-    """The sums of one row of the table."""
-
-    candidate: Candidate
-    reconstruction: ReconstructionSums
-    massive: Sums | None
-    loss: Sums | None
-
-    def parts(self) -> list[tuple[Sums, Mapping[str, Statistic]]]:
-        """Returns each table of per-document sums with the ratios that are taken of it."""
-        parts: list[tuple[Sums, Mapping[str, Statistic]]] = [(self.reconstruction.sums, RECONSTRUCTION_METRICS)]
-        if self.massive is not None:
-            parts.append((self.massive, {"fvu_massive": RECONSTRUCTION_METRICS["fvu"]}))
-        if self.loss is not None:
-            parts.append((self.loss, LOSS_METRICS))
-        return parts
-
-    def figures(self, config: EvaluationConfig) -> dict[str, Figure]:
-        """Returns every metric; those without sums are None."""
-        figures = {name: Figure() for name in METRICS}
-        for sums, metrics in self.parts():
-            resampled = Resampled.of(sums, config.num_bootstrap, seed=config.seed)
-            figures |= {name: resampled.figure(statistic) for name, statistic in metrics.items()}
-        if self.candidate.num_features:
-            figures["dead_fraction"] = Figure.of(float((self.reconstruction.firings == 0).mean()))
-        return figures
-
-    def difference(self, sae: "_Measured", config: EvaluationConfig) -> dict[str, Figure]:
-        """Returns the SAE's metrics minus this row's."""
-        figures: dict[str, Figure] = {}
-        for (theirs, metrics), (mine, _) in zip(sae.parts(), self.parts(), strict=True):
-            one = Resampled.of(theirs, config.num_bootstrap, seed=config.seed)
-            other = Resampled.of(mine, config.num_bootstrap, seed=config.seed)
-            figures |= {name: one.difference(other, statistic) for name, statistic in metrics.items()}
-        return figures
-
-
 def _measure(
     sae: SAE,
     view: StoreView,
@@ -202,25 +157,77 @@ def _measure(
     progress: Progress,
 ) -> Evaluation:
     selection = Selection.draw(view, num_tokens=config.num_tokens, seed=config.seed)
+    num_tokens, num_documents = len(selection.flat), len(np.unique(selection.documents_of(selection.flat)))
+    if num_documents < _FEW_DOCUMENTS and config.num_bootstrap:
+        progress.say(
+            f"{num_documents} held-out documents: intervals from fewer than {_FEW_DOCUMENTS} are too narrow to rely on"
+        )
     mean = mean_activation(view.read, selection.flat, batch_tokens=config.batch_tokens)
     candidates = [sae_candidate(sae), mean_candidate(mean), *_fitted_nulls(sae, train, config, progress)]
-    measured = _measured(selection, candidates, mean, lm, config, sae.W_dec.device, progress)
-    features = _features(sae, measured[0].reconstruction.firings, len(selection.flat), progress)
-    loss = measured[0].loss
+    ordinary, massive = _reconstructions(selection, candidates, mean, config, sae.W_dec.device, progress)
+    loss: dict[str, Sums] = {}
+    rows = selection.loss_rows(config.num_loss_tokens)
+    if lm is not None and rows.is_counted.any():
+        loss = model_loss_sums(
+            lm,
+            view.store.hook_point,
+            rows,
+            candidates,
+            batch_sequences=config.batch_sequences,
+            device=sae.W_dec.device,
+            progress=progress,
+        )
+    measured = [
+        MeasuredRow.of(
+            c,
+            ordinary[c.name],
+            massive=massive[c.name].sums if massive else None,
+            loss=loss.get(c.name),
+            num_bootstrap=config.num_bootstrap,
+            seed=config.seed,
+        )
+        for c in candidates
+    ]
+    features = _features(sae, ordinary["sae"].firings, num_tokens, progress)
     return Evaluation(
         hook_point=view.store.hook_point,
-        rows=tuple(_row(row, measured[0], config) for row in measured),
-        reference=_reference(loss),
-        num_tokens=len(selection.flat),
-        num_documents=len(measured[0].reconstruction.sums["tokens"]),
-        num_loss_tokens=0 if loss is None else int(loss["positions"].sum()),
+        rows=tuple(row.row(measured[0]) for row in measured),
+        reference=reference_losses(loss.get("sae")),
+        num_tokens=num_tokens,
+        num_documents=num_documents,
+        num_loss_tokens=int(rows.is_counted.sum()) if loss else 0,
         num_massive=len(selection.massive),
         num_bootstrap=config.num_bootstrap,
-        density=_density_histogram(features.density, len(selection.flat)),
-        decoder_cosine=_histogram(features.decoder_max_cosine, np.linspace(-1.0, 1.0, 41)),
+        density=density_histogram(ordinary["sae"].firings, num_tokens),
+        decoder_cosine=cosine_histogram(features.decoder_max_cosine),
         definitions=definitions(),
         features=features,
     )
+
+
+def _reconstructions(
+    selection: Selection,
+    candidates: Sequence[Candidate],
+    mean: Tensor,
+    config: EvaluationConfig,
+    device: torch.device,
+    progress: Progress,
+) -> tuple[dict[str, ReconstructionSums], dict[str, ReconstructionSums]]:
+    """Returns the sums over ordinary tokens and over massive ones; the latter are empty where there are none."""
+
+    def sums(flat: npt.NDArray[np.int64], progress: Progress) -> dict[str, ReconstructionSums]:
+        return reconstruction_sums(
+            candidates,
+            selection.view.read,
+            flat,
+            documents=selection.documents_of(flat),
+            mean=mean,
+            batch_tokens=config.batch_tokens,
+            device=device,
+            progress=progress,
+        )
+
+    return sums(selection.flat, progress), sums(selection.massive, NO_PROGRESS) if len(selection.massive) else {}
 
 
 def _fitted_nulls(sae: SAE, train: StoreView, config: EvaluationConfig, progress: Progress) -> list[Candidate]:
@@ -239,67 +246,6 @@ def _fitted_nulls(sae: SAE, train: StoreView, config: EvaluationConfig, progress
     return nulls
 
 
-def _measured(
-    selection: Selection,
-    candidates: Sequence[Candidate],
-    mean: torch.Tensor,
-    lm: LanguageModel | None,
-    config: EvaluationConfig,
-    device: torch.device,
-    progress: Progress,
-) -> list[_Measured]:
-    def sums(flat: npt.NDArray[np.int64]) -> dict[str, ReconstructionSums]:
-        return reconstruction_sums(
-            candidates,
-            selection.view.read,
-            flat,
-            documents=selection.documents_of(flat),
-            mean=mean,
-            batch_tokens=config.batch_tokens,
-            device=device,
-            progress=progress,
-        )
-
-    ordinary = sums(selection.flat)
-    massive = sums(selection.massive) if len(selection.massive) else {}
-    loss: dict[str, Sums] = {}
-    rows = selection.loss_rows(config.num_loss_tokens)
-    if lm is not None and rows.is_counted.any():
-        loss = model_loss_sums(
-            lm,
-            selection.view.store.hook_point,
-            rows,
-            candidates,
-            batch_sequences=config.batch_sequences,
-            device=device,
-            progress=progress,
-        )
-    return [
-        _Measured(
-            candidate=c,
-            reconstruction=ordinary[c.name],
-            massive=massive[c.name].sums if c.name in massive else None,
-            loss=loss.get(c.name),
-        )
-        for c in candidates
-    ]
-
-
-def _row(row: _Measured, sae: _Measured, config: EvaluationConfig) -> EvaluationRow:
-    return EvaluationRow(
-        name=row.candidate.name,
-        title=row.candidate.title,
-        metrics=row.figures(config),
-        difference={} if row is sae else row.difference(sae, config),
-    )
-
-
-def _reference(loss: Sums | None) -> dict[str, float | None]:
-    if loss is None:
-        return dict.fromkeys(REFERENCE)
-    return {name: float(loss[name].sum() / loss["positions"].sum()) for name in REFERENCE}
-
-
 def _features(sae: SAE, firings: npt.NDArray[np.int64], num_tokens: int, progress: Progress) -> FeatureMeasures:
     neighbors = decoder_neighbors(sae.W_dec, progress=progress)
     return FeatureMeasures(
@@ -308,15 +254,3 @@ def _features(sae: SAE, firings: npt.NDArray[np.int64], num_tokens: int, progres
         neighbor_indices=neighbors.indices.numpy(),
         neighbor_cosines=neighbors.cosines.numpy(),
     )
-
-
-def _density_histogram(density: npt.NDArray[np.float32], num_tokens: int) -> Histogram:
-    # Quarter decades, from the least density that this many tokens can show.
-    lowest = np.floor(-4 * np.log10(num_tokens)) / 4
-    edges = np.arange(lowest, 0.125, 0.25)
-    return _histogram(np.log10(density[density > 0]), edges if len(edges) > 1 else np.array([-0.25, 0.0]))
-
-
-def _histogram(values: npt.NDArray[np.float32], edges: npt.NDArray[np.float64]) -> Histogram:
-    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
-    return Histogram(edges=tuple(edges.tolist()), counts=tuple(counts.tolist()))
