@@ -2,6 +2,7 @@
 
 import datetime
 import email.utils
+import json
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -135,11 +136,14 @@ class OpenAIChat:
             options["response_format"] = {"type": "json_schema", "json_schema": schema}
         elif _FORMATS[answer_format] == "json_object":
             options["response_format"] = {"type": "json_object"}
-        completion = await self._client.chat.completions.create(
-            model=request.model,
-            messages=[{"role": "system", "content": request.system}, {"role": "user", "content": request.user}],
-            **options,  # type: ignore[arg-type]  # which options are sent is learnt from the server
-        )
+        try:
+            completion = await self._client.chat.completions.create(
+                model=request.model,
+                messages=[{"role": "system", "content": request.system}, {"role": "user", "content": request.user}],
+                **options,  # type: ignore[arg-type]  # which options are sent is learnt from the server
+            )
+        except json.JSONDecodeError as error:
+            raise _EmptyAnswerError(f"body is no JSON: {error}") from error
         # A proxy's HTML page with status 200 comes back as text, and some servers send errors without choices.
         if not getattr(completion, "choices", None):
             raise _EmptyAnswerError(f"no completion in {str(completion)[:80]!r}")
@@ -149,7 +153,6 @@ class OpenAIChat:
         """Returns whether the same request may succeed later."""
         if isinstance(error, self._openai.APIStatusError):
             return error.status_code in {408, 409, 425} or error.status_code >= 500
-        # A body that is no JSON at all surfaces as a decoding ValueError or as the package's validation error.
         return isinstance(error, self._openai.APIConnectionError | _EmptyAnswerError)
 
     def _adapted(self, error: "openai.APIStatusError", answer_format: int) -> int | None:
@@ -173,7 +176,7 @@ class OpenAIChat:
             if isinstance(error, self._openai.APIConnectionError):
                 return LabelerError(f"{where}: no connection ({error}), needs a reachable server; run again to resume")
             return RequestFailedError(f"{where}: {error}")
-        said = " ".join(str(error.message).split())[:200]
+        said = " ".join(str(error.message).removeprefix(f"Error code: {error.status_code} - ").split())[:200]
         if error.status_code in {401, 403}:
             return LabelerError(f"{where}: {error.status_code} {said}; check the key in {self._config.api_key_env}")
         if error.status_code == 402 or (error.status_code == 429 and _is_out_of_quota(error)):

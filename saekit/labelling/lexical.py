@@ -20,8 +20,10 @@ __all__ = ["LEXICAL", "LexicalLabeler"]
 LEXICAL = "lexical"
 MIN_FIRINGS = 3
 """A feature that fires less often has shown no pattern."""
-WEAK = 0.2
-"""Below this F1 a rule is not offered as a label."""
+WEAK = 0.35
+"""Below this fit a rule covers too little of a feature to stand as its label."""
+NOTHING = 0.15
+"""Below this fit its tokens are not even named."""
 NEARBY_BELOW = 0.6
 """Words nearby are looked for where the best other rule reaches no more than this F1."""
 SHOWN_EFFECTS = 8
@@ -36,7 +38,8 @@ _HANDICAP = {
     "nearby": 0.03,
     "always": 0.05,
 }
-"""F1 that a kind must be better by than `word`: between near-equals the rule that is easier to read wins."""
+_HANDICAP_PER_CLAUSE = 0.004
+"""Fit that a rule must be better by than a rule on a single word: between near-equals the easier to read wins."""
 
 
 class LexicalLabeler:
@@ -55,18 +58,18 @@ class LexicalLabeler:
         self._starts = np.searchsorted(self._evidence.features, np.arange(contexts.num_features + 1))
         self._best = _best_candidates(find_candidates(self._evidence))
         unclear = np.array(
-            [f for f in contexts.firing() if (best := self._best[f]) is None or best.f1 < NEARBY_BELOW], dtype=np.int64
+            [f for f in contexts.firing() if (best := self._best[f]) is None or best.fit < NEARBY_BELOW], dtype=np.int64
         )
         nearby, self._near = find_nearby(self._evidence, TokenIndex(table), unclear)
         for feature, candidate in enumerate(nearby):
             best = self._best[feature]
-            if candidate is not None and (best is None or candidate.f1 - _HANDICAP["nearby"] > best.f1):
+            if candidate is not None and (best is None or candidate.fit - _HANDICAP["nearby"] > best.fit):
                 self._best[feature] = candidate
 
     @property
     def confidence(self) -> NDArray[np.float64]:
-        """F1 of each feature's rule on the training documents [F]; 0 without a rule."""
-        return np.array([0.0 if candidate is None else candidate.f1 for candidate in self._best])
+        """Fit of each feature's rule [F], see `Candidate.fit`; 0 without a rule."""
+        return np.array([0.0 if candidate is None else candidate.fit for candidate in self._best])
 
     def label(self, feature: int, effects: TokenEffects | None = None) -> Label:
         """Returns a feature's label; `effects` give its output side."""
@@ -90,12 +93,13 @@ class LexicalLabeler:
         low, high = self._starts[feature], self._starts[feature + 1]
         fired_on = self._evidence.table.ids[self._evidence.places[low:high]]
         wording = Wording(self._reader, feature_examples(self._reader, self._contexts, feature), fired_on)
-        rule = Rule(clauses=candidate.clauses)
-        fires_on = wording.fires_on(candidate.clauses)
-        label = wording.label(candidate.clauses)
-        if candidate.f1 < WEAK or firings < MIN_FIRINGS:
+        rule = Rule(clauses=candidate.build())
+        fires_on = wording.fires_on(rule.clauses)
+        label = wording.label(rule.clauses)
+        if candidate.fit < WEAK or firings < MIN_FIRINGS:
             near = wording.near(self._near.get(feature, []))
-            label = f"no single-token pattern; near: {near}" if near else f"no single-token pattern; at times {label}"
+            at_times = f"; at times {label}" if candidate.fit >= NOTHING else ""
+            label = "no single-token pattern" + (f"; near: {near}" if near else at_times)
         share = self._contexts.density[feature]
         intro = f"Fires on {firings:,} training tokens ({share:.2%}): {fires_on}"
         examples = " | ".join(wording.excerpts(3))
@@ -109,7 +113,7 @@ class LexicalLabeler:
             suppresses=suppresses,
             rule_tokens=rule.tokens,
             rule=rule.to_dict(),  # type: ignore[arg-type]  # plain JSON values by construction
-            confidence=round(candidate.f1, 4),
+            confidence=round(candidate.fit, 4),
         )
 
     def _output_side(self, feature: int, effects: TokenEffects | None) -> tuple[str, str]:
@@ -128,7 +132,9 @@ def _best_candidates(candidates: dict[str, list[Candidate | None]]) -> list[Cand
     best: list[Candidate | None] = []
     for row in zip(*candidates.values(), strict=True):
         offered = [
-            (c.f1 - _HANDICAP[kind], -rank, c) for rank, (kind, c) in enumerate(zip(kinds, row, strict=True)) if c
+            (c.fit - _HANDICAP[kind] - _HANDICAP_PER_CLAUSE * c.size, -rank, c)
+            for rank, (kind, c) in enumerate(zip(kinds, row, strict=True))
+            if c is not None
         ]
         best.append(max(offered, key=lambda entry: entry[:2])[2] if offered else None)
     return best

@@ -1,10 +1,12 @@
 """Words that stand near a feature's firings far more often than elsewhere: for features that follow a topic, not a token."""
 
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
 from saekit.labelling.rules import Clause, TokenIndex
-from saekit.labelling.search import Candidate, Evidence
+from saekit.labelling.search import SMOOTHING, Candidate, Evidence
 from saekit.labelling.tokentable import NEARBY
 
 __all__ = ["find_nearby"]
@@ -12,8 +14,10 @@ __all__ = ["find_nearby"]
 MAX_FIRINGS = 100
 """Firings of one feature whose surroundings are read."""
 MAX_WORDS = 6
-MIN_SHARE = 0.1
+MIN_SHARE = 0.2
 """A word must stand near this share of the firings."""
+MAX_COVERAGE = 0.2
+"""Words that stand near more of all tokens than this name no topic."""
 MIN_LIFT = 3.0
 MIN_LETTERS = 3
 
@@ -33,7 +37,7 @@ def find_nearby(
     near_event, near_word = _words_before(evidence, firing)
     coverage = _coverage(evidence)
     is_content = np.array([len(text.strip()) >= MIN_LETTERS and text.strip().isalpha() for text in _texts(evidence)])
-    keep = is_content[near_word] & (coverage[near_word] < 0.5)
+    keep = is_content[near_word] & (coverage[near_word] <= MAX_COVERAGE)
     near_event, near_word = near_event[keep], near_word[keep]
 
     num_events = np.bincount(feature_of, minlength=num_features)
@@ -96,7 +100,9 @@ def _words_before(evidence: Evidence, firing: NDArray[np.int64]) -> tuple[NDArra
         reach = places[:, None] - np.arange(NEARBY)
         inside = reach >= table.segment_start[places][:, None]
         event = np.broadcast_to(np.arange(start, start + len(places))[:, None], reach.shape)
-        keys.append(np.unique(event[inside] * num_words + _words(evidence, table.ids[reach[inside]])))
+        key = np.sort(event[inside] * num_words + _words(evidence, table.ids[reach[inside]]))
+        # Sorted by hand: np.unique hashes integers since numpy 2.3, which takes three times as long here.
+        keys.append(key[np.diff(key, prepend=-1) > 0])
     merged = np.concatenate(keys) if keys else np.empty(0, dtype=np.int64)
     return np.divmod(merged, num_words)
 
@@ -139,10 +145,13 @@ def _best_prefix(
         covered[places] = True
         hit[at] = True
         recall = len(at) / num_events
-        precision = min(1.0, recall * total / max(len(places), 1))
-        clauses.append(Clause(place="nearby", tokens=tokens, precision=precision, recall=recall))
-        f1 = 2 * float(hit.mean()) * total / (float(covered.sum()) + total)
-        f1 = min(1.0, f1)
-        if best is None or f1 > best.f1:
-            best = Candidate(f1=f1, clauses=tuple(clauses))
+        precision = min(1.0, recall * total / (max(len(places), recall * total) + SMOOTHING))
+        clauses.append(Clause(place="nearby", tokens=tokens, precision=precision, recall=recall, strength=recall))
+        hits = float(hit.mean()) * total
+        predicted = max(float(covered.sum()), hits)
+        # The same shrinkage as for single tokens: what was hardly seen proves little.
+        hits *= predicted / (predicted + SMOOTHING)
+        f1 = 2 * hits / (predicted + total)
+        if best is None or f1 > best.fit:
+            best = Candidate(fit=f1, size=len(clauses), build=partial(tuple, list(clauses)))
     return best

@@ -31,7 +31,8 @@ class Label(Config):
     rule: dict[str, JsonValue] | None = None
     """The label's machine-evaluable rule (a dumped `saekit.labelling.rules.Rule`); None where it has none."""
     confidence: float | None = None
-    """In [0, 1]: for `lexical` the rule's F1 on the training documents, for an LLM what it says of itself."""
+    """In [0, 1]: for `lexical` the rule's F1 on the training documents, firings weighted by squared activation; for an LLM
+    what it says of itself."""
     prompt_version: str | None = None
     """Name of the prompt template, for an LLM."""
     model: str | None = None

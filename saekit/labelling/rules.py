@@ -34,7 +34,9 @@ class Clause(Config):
     precision: float
     """Share of such tokens on which the feature fired in training: the score that the clause gives."""
     recall: float
-    """Share of the feature's firings in training that were such tokens."""
+    """Share of the feature's firings in training that were on such tokens."""
+    strength: float = 0.0
+    """Share of the feature's squared activations in training that was on such tokens."""
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:

@@ -15,6 +15,11 @@ __all__ = ["Wording", "token_list"]
 
 SHOWN_TOKENS = 4
 """Words in a short label; more become an ellipsis."""
+SHOWN_SHARE = 0.15
+"""Words with less than this share of the first word's strength stay out of the short label."""
+DESCRIBED_CLAUSES = 5
+LOWER_CASE_SHARE = 0.25
+"""From this share of a word's firings on, it is shown in lower case, as the label means all its spellings."""
 
 
 def token_list(vocabulary: Vocabulary, tokens: Sequence[int], *, num: int) -> str:
@@ -43,19 +48,21 @@ class Wording:
         parts: list[str] = []
         for place in dict.fromkeys(clause.place for clause in clauses):
             own = [clause for clause in clauses if clause.place == place]
-            shown = list(dict.fromkeys(self._clause(clause) for clause in own))
+            telling = [clause for clause in own if clause.strength >= SHOWN_SHARE * own[0].strength]
+            shown = list(dict.fromkeys(self._clause(clause) for clause in telling))
             more = ", ..." if len(shown) > SHOWN_TOKENS else ""
             parts.append(_PREFIX.get(place, "") + ", ".join(shown[:SHOWN_TOKENS]) + more)
         return "; ".join(parts)
 
     def fires_on(self, clauses: Sequence[Clause]) -> str:
-        """Returns what a rule means in numbers, clause by clause."""
+        """Returns what a rule means in numbers, clause by clause, the strongest first."""
         parts = [
-            f"{_PREFIX.get(clause.place, '')}{self._clause(clause)} ({clause.recall:.0%} of its firings; "
-            f"it fires on {clause.precision:.0%} of them)"
-            for clause in clauses
+            f"{_PREFIX.get(clause.place, '')}{self._clause(clause)} ({clause.recall:.0%} of its firings, "
+            f"{clause.strength:.0%} of its strength; active there {clause.precision:.0%} of the time)"
+            for clause in clauses[:DESCRIBED_CLAUSES]
         ]
-        return "; ".join(parts)
+        rest = len(clauses) - DESCRIBED_CLAUSES
+        return "; ".join(parts) + (f"; and {rest} more" if rest > 0 else "")
 
     def near(self, words: Sequence[int]) -> str:
         """Returns a list of words found near the firings."""
@@ -82,6 +89,11 @@ class Wording:
     def _spelling(self, tokens: Sequence[int]) -> str:
         """Returns the spelling the feature fires on most; a piece of a word with the words it is seen in."""
         token = max(tokens, key=lambda token: (self._count[token], -token))
+        lower = [token for token in tokens if self._vocabulary.text(token).islower()]
+        if lower and sum(self._count[token] for token in lower) >= LOWER_CASE_SHARE * sum(
+            self._count[token] for token in tokens
+        ):
+            token = max(lower, key=lambda token: (self._count[token], -token))
         seen = [example for example in self._examples if example.tokens[example.peak] in tokens]
         words = Counter(self._reader.word_at(example) for example in seen)
         bare = self._vocabulary.text(token).strip()
