@@ -92,7 +92,7 @@ class BatchCapture:
                 peak[name] = _to_host(values.abs().amax(dim=-1).to(torch.float32))
         copied = None
         if any(values.is_cuda for values in hidden.values()):
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # untyped in torch 2
             copied.record()
         return _InFlight(rows=rows, hidden=hidden, stored=stored, norm=norm, peak=peak, copied=copied)
 

@@ -27,12 +27,13 @@ from saekit.activations.layout import (
     write_record,
 )
 from saekit.activations.plan import free_bytes, plan_cache
+from saekit.activations.reader import ShardReader
 from saekit.activations.rows import TokenTable, read_token_table, write_token_table
 from saekit.activations.statistics import Statistics, compute_statistics, tell_massive, write_statistics
 from saekit.activations.store import ActivationStore, cache_identity
-from saekit.activations.stored import AnyArray, Chunks, numpy_dtype, read_arrays, to_torch, write_arrays
+from saekit.activations.stored import AnyArray, numpy_dtype, read_arrays, write_arrays
 from saekit.activations.verify import reopen_stage, verify_store
-from saekit.activations.writer import Shard, ShardWriter, staged
+from saekit.activations.writer import Shard, ShardWriter, locked, remove_leftovers, staged
 from saekit.errors import ResourceError, StoreError
 from saekit.manifest import begin_stage, file_sha256, finish_stage, read_manifest
 from saekit.models.hooks import resolve
@@ -81,7 +82,8 @@ def cache_activations(
             return ActivationStore.open(out, config.hook_points[0])
         progress.say(f"{problems[0]}{f' (and {len(problems) - 1} more)' if len(problems) > 1 else ''}: made anew")
         reopen_stage(out)
-    _Collector(config, out, lm, progress).run()
+    with locked(out):
+        _Collector(config, out, lm, progress).run()
     return ActivationStore.open(out, config.hook_points[0])
 
 
@@ -99,6 +101,7 @@ class _Collector:
 
     def run(self) -> None:
         """Does every missing part, then declares the cache finished."""
+        remove_leftovers(self.out, *(hook_folder(self.out, name) for name in self.config.hook_points))
         table = self._token_table()
         spans = shard_spans(table.num_rows, self.config.shard_rows)
         self._capture_shards(table, spans)
@@ -135,12 +138,14 @@ class _Collector:
             num_rows=math.ceil(self.config.num_tokens / context_len),
             context_len=context_len,
         )
-        for note in counts.notes():
-            self.progress.say(note)
+        owned = table.documents[table.documents >= 0]
+        num_empty = len(table.document_keys) - len(np.unique(owned))
+        empty = f", {num_empty:,} of which are empty" if num_empty else ""
+        self.progress.say(f"{table.num_rows:,} rows from {len(table.document_keys):,} documents{empty}")
         if table.tokens.size < self.config.num_tokens:
             self.progress.say(
                 f"the text ends after {table.tokens.size:,} of the {self.config.num_tokens:,} tokens asked for:"
-                " all of it is cached"
+                f" all of it is cached but {counts.dropped_tokens:,} tokens that do not fill a row"
             )
         return table
 
@@ -224,23 +229,10 @@ def _finish_hook_point(run: _Collector, hook_point: str, table: TokenTable, span
         [read_arrays(folder / shard_name(span.index), "norm")[0] for span in spans], dtype=np.float32
     )
     kinds, threshold = tell_massive(table.kinds, norms, factor=run.config.massive_factor)
-    first_rows = np.array([span.first_row for span in spans])
-    chunks = [
-        Chunks(
-            folder / shard_name(shard.span.index) / "activations",
-            chunk_shape=(shard.chunk_rows, table.context_len, shard.d_in),
-            dtype=shard.dtype,
-        )
-        for shard in shards
-    ]
+    reader = ShardReader(folder, shards, context_len=table.context_len)
 
     def read_rows(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        out = np.empty((len(rows), table.context_len, shards[0].d_in), numpy_dtype(run.config.dtype))
-        bounds = np.append(np.searchsorted(rows, first_rows), len(rows))
-        for shard in np.flatnonzero(np.diff(bounds)):
-            part = slice(bounds[shard], bounds[shard + 1])
-            chunks[shard].rows(rows[part] - first_rows[shard], out[part])
-        values: npt.NDArray[np.float32] = to_torch(out, run.config.dtype).to(torch.float32).numpy()
+        values: npt.NDArray[np.float32] = reader.rows(rows).to(torch.float32).numpy()
         return values
 
     statistics = compute_statistics(read_rows, kinds, norms, massive_threshold=threshold, progress=run.progress)
@@ -251,7 +243,7 @@ def _finish_hook_point(run: _Collector, hook_point: str, table: TokenTable, span
     index = HookIndex(
         cache=run.cache,
         hook_point=hook_point,
-        d_in=shards[0].d_in,
+        d_in=reader.d_in,
         dtype=run.config.dtype,
         shards=tuple(shards),
         files=record_files(folder, KINDS_NAME, STATISTICS_NAME),

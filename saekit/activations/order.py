@@ -8,8 +8,8 @@ import numpy.typing as npt
 
 __all__ = ["EpochOrder", "Indices", "Window"]
 
-# Below this many runs a window, tokens of one run would meet in one batch too often: runs are made shorter instead.
-_MIN_RUNS = 4096
+# With fewer runs in a window than this many times the tokens of a batch, neighbours would meet in one batch too often.
+_RUNS_PER_BATCH_TOKEN = 4
 
 Indices = npt.NDArray[np.int64]
 
@@ -32,16 +32,17 @@ class EpochOrder:
     permuted, each window takes as many as fit, and its tokens are permuted.
     """
 
-    def __init__(self, num_tokens: int, *, seed: int, window_tokens: int, run_tokens: int) -> None:
+    def __init__(self, num_tokens: int, *, seed: int, window_tokens: int, run_tokens: int, batch_tokens: int) -> None:
         """Draws nothing yet.
 
         Args:
             window_tokens: how many tokens may be shuffled together.
-            run_tokens: length of a run.
+            run_tokens: length of a run; shorter where a window would hold too few of them.
+            batch_tokens: size of a global batch.
         """
         self.num_tokens = num_tokens
         self.seed = seed
-        self.run_tokens = max(1, min(run_tokens, window_tokens // _MIN_RUNS))
+        self.run_tokens = max(1, min(run_tokens, window_tokens // (_RUNS_PER_BATCH_TOKEN * batch_tokens)))
         runs = -(-num_tokens // self.run_tokens)
         self.window_runs = runs if num_tokens <= window_tokens else max(1, window_tokens // self.run_tokens)
         self.num_windows = -(-runs // self.window_runs)

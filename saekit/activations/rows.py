@@ -52,12 +52,12 @@ class TokenTable:
     @property
     def context_len(self) -> int:
         """Positions of a row."""
-        return self.tokens.shape[1]
+        return int(self.tokens.shape[1])
 
     @property
     def num_rows(self) -> int:
         """Rows."""
-        return self.tokens.shape[0]
+        return int(self.tokens.shape[0])
 
 
 class _DocumentLog:

@@ -79,7 +79,11 @@ class ShuffledBatches:
         # While one window is given out, the next one is read: each has half of the memory.
         window_tokens = fitting if view.num_tokens <= fitting else max(self.global_batch_size, fitting // 2)
         self._order = EpochOrder(
-            view.num_tokens, seed=seed, window_tokens=window_tokens, run_tokens=max(1, _RUN_BYTES // token_bytes)
+            view.num_tokens,
+            seed=seed,
+            window_tokens=window_tokens,
+            run_tokens=max(1, _RUN_BYTES // token_bytes),
+            batch_tokens=self.global_batch_size,
         )
         self._loaded: dict[tuple[int, int], Future[Tensor]] = {}
         # Two threads: one prepares the next batch and may wait for the other, which reads windows.
@@ -115,9 +119,9 @@ class ShuffledBatches:
         """Returns the flat indices in the store of a global batch, the ranks' slices one after another."""
         start = batch * self.global_batch_size
         pieces = self._pieces(epoch, start, start + self.global_batch_size)
-        return self.view.indices[
-            np.concatenate([self._order.window(number, epoch).tokens[at] for number, at in pieces])
-        ]
+        tokens = [self._order.window(number, epoch).tokens[at] for number, at in pieces]
+        flat: Indices = self.view.indices[np.concatenate(tokens)]
+        return flat
 
     def state_dict(self) -> dict[str, object]:
         """Returns the position and what it depends on, as JSON values; the same on every rank."""

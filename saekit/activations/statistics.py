@@ -209,7 +209,9 @@ def _variance_shares(total: _Sums, counts: npt.NDArray[np.int64]) -> list[float]
 def _mean_at_positions(norms: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_]) -> Float64Array:
     counts = mask.sum(axis=0)
     sums = np.where(mask, norms, np.float32(0.0)).sum(axis=0, dtype=np.float64)
-    return np.divide(sums, counts, out=np.full(len(counts), np.nan), where=counts > 0)
+    means = np.full(len(counts), np.nan)
+    np.divide(sums, counts, out=means, where=counts > 0)
+    return means
 
 
 def write_statistics(path: Path, statistics: Statistics) -> None:

@@ -19,11 +19,11 @@ from saekit.activations.layout import (
     file_problems,
     hook_folder,
     read_record,
-    shard_name,
 )
+from saekit.activations.reader import ShardReader
 from saekit.activations.rows import NORMAL, TokenTable, read_token_table
 from saekit.activations.statistics import Statistics, read_statistics
-from saekit.activations.stored import ITEM_BYTES, Chunks, numpy_dtype, read_arrays, to_torch
+from saekit.activations.stored import ITEM_BYTES, read_arrays
 from saekit.activations.view import StoreView, split_documents
 from saekit.config import config_sha256
 from saekit.errors import StoreError
@@ -31,8 +31,6 @@ from saekit.manifest import Manifest, manifest_sha256, read_manifest
 from saekit.models.load import LanguageModel
 
 __all__ = ["ActivationStore", "cache_identity", "hook_points_of"]
-
-_OPEN_SHARDS = 512
 
 
 def cache_identity(manifest: Manifest) -> str:
@@ -70,9 +68,7 @@ class ActivationStore:
         self.num_tokens = self.num_rows * self.context_len
         self.statistics: Statistics = read_statistics(hook_folder(path, index.hook_point) / STATISTICS_NAME)
         self._manifest = manifest
-        self._index = index
-        self._first_rows = np.array([shard.span.first_row for shard in index.shards], np.int64)
-        self._shard = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
+        self._reader = ShardReader(hook_folder(path, index.hook_point), index.shards, context_len=self.context_len)
 
     @classmethod
     def open(cls, path: str | Path, hook_point: str | None = None, *, verify: bool = False) -> "ActivationStore":
@@ -117,7 +113,8 @@ class ActivationStore:
             if problems:
                 more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
                 place = "" if at == path else f"{hook_point}: "
-                raise StoreError(f"{where}: {place}{problems[0]}{more}; run the cache command again to repair it")
+                remedy = "verify_store(path, repair=True), then run" if verify else "run"
+                raise StoreError(f"{where}: {place}{problems[0]}{more}; {remedy} the cache command again to repair it")
         return cls(path, manifest, index, tokens)
 
     @property
@@ -204,44 +201,20 @@ class ActivationStore:
         return split_documents(self, test_fraction=test_fraction, seed=seed)
 
     def read_rows(self, rows: npt.NDArray[np.int64] | Sequence[int]) -> Tensor:
-        """Returns `[n, T, D]` activations of rows, in any order, in the stored dtype."""
-        wanted = np.asarray(rows, np.int64)
-        _check_range(wanted, self.num_rows, "row")
-        order = None if _is_ascending(wanted) else np.argsort(wanted, kind="stable")
-        ascending = wanted if order is None else wanted[order]
-        out = np.empty((len(wanted), self.context_len, self.d_in), numpy_dtype(self.dtype))
-        for shard, part in self._shards_of(ascending):
-            self._shard(shard).rows(ascending[part] - self._first_rows[shard], out[part])
-        return self._tensor(out, order)
+        """Returns `[n, T, D]` activations of rows, in any order, in the stored dtype.
 
-    def read_tokens(self, flat: npt.NDArray[np.int64]) -> Tensor:
-        """Returns `[n, D]` activations of tokens (`row * T + position`), in any order, in the stored dtype."""
-        wanted = np.asarray(flat, np.int64)
-        _check_range(wanted, self.num_tokens, "token")
-        order = None if _is_ascending(wanted) else np.argsort(wanted, kind="stable")
-        ascending = wanted if order is None else wanted[order]
-        out = np.empty((len(wanted), self.d_in), numpy_dtype(self.dtype))
-        for shard, part in self._shards_of(ascending // self.context_len):
-            first = self._first_rows[shard] * self.context_len
-            self._shard(shard).tokens(ascending[part] - first, out[part])
-        return self._tensor(out, order)
+        Raises:
+            StoreError: a row outside the cache, or a file that cannot be read.
+        """
+        return self._reader.rows(np.asarray(rows, np.int64))
 
-    def _tensor(self, ascending: npt.NDArray[np.generic], order: npt.NDArray[np.int64] | None) -> Tensor:
-        if order is None:
-            return to_torch(ascending, self.dtype)
-        out = np.empty_like(ascending)
-        out[order] = ascending
-        return to_torch(out, self.dtype)
+    def read_tokens(self, flat: npt.NDArray[np.int64] | Sequence[int]) -> Tensor:
+        """Returns `[n, D]` activations of tokens (`row * T + position`), in any order, in the stored dtype.
 
-    def _shards_of(self, rows: npt.NDArray[np.int64]) -> list[tuple[int, slice]]:
-        """Returns (shard, place in `rows`) for ascending rows."""
-        bounds = np.append(np.searchsorted(rows, self._first_rows), len(rows))
-        return [(shard, slice(int(bounds[shard]), int(bounds[shard + 1]))) for shard in np.flatnonzero(np.diff(bounds))]
-
-    def _open_shard(self, shard: int) -> Chunks:
-        record = self._index.shards[shard]
-        path = hook_folder(self.path, self.hook_point) / shard_name(record.span.index) / "activations"
-        return Chunks(path, chunk_shape=(record.chunk_rows, self.context_len, self.d_in), dtype=self.dtype)
+        Raises:
+            StoreError: a token outside the cache, or a file that cannot be read.
+        """
+        return self._reader.tokens(np.asarray(flat, np.int64))
 
     @property
     def token_bytes(self) -> int:
@@ -257,13 +230,3 @@ def hook_points_of(manifest: Manifest) -> list[str]:
     names = manifest.config.get("hook_points")
     assert isinstance(names, list | tuple), "a cache's config names its hook points"
     return [str(name) for name in names]
-
-
-def _is_ascending(values: npt.NDArray[np.int64]) -> bool:
-    return bool(np.all(values[1:] >= values[:-1]))
-
-
-def _check_range(values: npt.NDArray[np.int64], size: int, what: str) -> None:
-    if len(values) and (values.min() < 0 or values.max() >= size):
-        bad = int(values.min()) if values.min() < 0 else int(values.max())
-        raise StoreError(f"{what} {bad}: outside the cache, needs 0 to {size - 1}")

@@ -1,0 +1,250 @@
+"""Batches: every token once an epoch, on any number of ranks, in an order that is position and seed alone."""
+
+import gc
+import itertools
+import json
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from saekit.activations import ActivationStore, ShuffledBatches, StoreView, measure_mixing
+from saekit.activations.mixing import expected_documents
+from saekit.activations.order import EpochOrder
+from saekit.errors import ConfigError, StoreError
+
+# In the fixture a token has 64 bytes: whole, windows of a few hundred tokens, windows that hold less than two batches.
+MEMORY = {"whole": 1e9, "windows": 30_000, "tight": 3_000}
+
+
+@pytest.fixture(scope="module")
+def view(store: ActivationStore) -> StoreView:
+    """The training side."""
+    return store.split(0.2)[0]
+
+
+@pytest.fixture(params=sorted(MEMORY))
+def memory_bytes(request: pytest.FixtureRequest) -> float:
+    """Room for the whole view, for a part, for hardly a batch."""
+    return MEMORY[request.param]
+
+
+def epoch_of(batches: ShuffledBatches) -> torch.Tensor:
+    return torch.cat([batches.next_batch() for _ in range(batches.batches_per_epoch)])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_token_comes_once_an_epoch_on_any_world_size(
+    world_size: int, memory_bytes: float, view: StoreView
+) -> None:
+    size = 12 // world_size
+    ranks = [
+        ShuffledBatches(view, batch_size=size, seed=0, rank=rank, world_size=world_size, memory_bytes=memory_bytes)
+        for rank in range(world_size)
+    ]
+    for epoch in range(2):
+        seen = []
+        for batch in range(ranks[0].batches_per_epoch):
+            flat = ranks[0].batch_indices(epoch, batch)
+            given = torch.cat([rank.next_batch() for rank in ranks])
+            assert given.dtype == torch.float32
+            assert torch.equal(given, view.read(flat))
+            seen.append(flat)
+        tokens = np.concatenate(seen)
+        assert len(np.unique(tokens)) == len(tokens)
+        assert np.isin(tokens, view.indices).all()
+        assert view.num_tokens - len(tokens) < 12
+    for rank in ranks:
+        rank.close()
+
+
+def test_global_batches_are_the_same_for_every_world_size(memory_bytes: float, view: StoreView) -> None:
+    alone = ShuffledBatches(view, batch_size=12, seed=3, memory_bytes=memory_bytes)
+    three = ShuffledBatches(view, batch_size=4, seed=3, rank=1, world_size=3, memory_bytes=memory_bytes)
+    for batch in range(alone.batches_per_epoch):
+        assert np.array_equal(alone.batch_indices(1, batch), three.batch_indices(1, batch))
+
+
+def test_order_depends_on_seed_and_epoch(memory_bytes: float, view: StoreView) -> None:
+    def first(seed: int, epoch: int) -> list[int]:
+        return (
+            ShuffledBatches(view, batch_size=12, seed=seed, memory_bytes=memory_bytes).batch_indices(epoch, 0).tolist()
+        )
+
+    assert first(0, 0) == first(0, 0)
+    assert len({tuple(first(seed, epoch)) for seed, epoch in itertools.product(range(3), range(3))}) == 9
+
+
+@pytest.mark.parametrize("position", [0, 1, 17, 64, 130])
+def test_state_goes_on_exactly(position: int, memory_bytes: float, view: StoreView) -> None:
+    with (
+        ShuffledBatches(view, batch_size=11, seed=5, memory_bytes=memory_bytes) as straight,
+        ShuffledBatches(view, batch_size=11, seed=5, memory_bytes=memory_bytes) as resumed,
+    ):
+        for _ in range(position):
+            straight.next_batch()
+        state = json.loads(json.dumps(straight.state_dict()))
+        # The other source has gone elsewhere and has read ahead there.
+        for _ in range(3):
+            resumed.next_batch()
+        resumed.load_state_dict(state)
+        assert resumed.tokens_read == straight.tokens_read == position * 11
+        for _ in range(150):
+            assert torch.equal(straight.next_batch(), resumed.next_batch())
+        assert straight.state_dict() == resumed.state_dict()
+
+
+def test_state_goes_on_with_other_ranks(memory_bytes: float, view: StoreView) -> None:
+    alone = ShuffledBatches(view, batch_size=12, seed=5, memory_bytes=memory_bytes)
+    for _ in range(20):
+        alone.next_batch()
+    ranks = [
+        ShuffledBatches(view, batch_size=6, seed=5, rank=rank, world_size=2, memory_bytes=memory_bytes)
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        rank.load_state_dict(alone.state_dict())
+    for _ in range(10):
+        assert torch.equal(alone.next_batch(), torch.cat([rank.next_batch() for rank in ranks]))
+
+
+@pytest.mark.parametrize(
+    "changes, key",
+    [
+        ({"seed": 1}, "seed"),
+        ({"batch_size": 6}, "global_batch_size"),
+        ({"memory_bytes": 30_000}, "window_runs"),
+    ],
+    ids=["seed", "batch-size", "memory"],
+)
+def test_state_of_another_source_is_refused(changes: dict[str, float], key: str, view: StoreView) -> None:
+    settings: dict[str, float] = {"batch_size": 12, "seed": 0, "memory_bytes": 1e9}
+    state = ShuffledBatches(view, **settings).state_dict()
+    with pytest.raises(StoreError, match=f"saved with {key} "):
+        ShuffledBatches(view, **(settings | changes)).load_state_dict(state)
+
+
+def test_state_over_other_tokens_is_refused(store: ActivationStore, view: StoreView) -> None:
+    state = ShuffledBatches(view, batch_size=12, seed=0).state_dict()
+    with pytest.raises(StoreError, match="saved with tokens "):
+        ShuffledBatches(store.split(0.2, seed=9)[0], batch_size=12, seed=0).load_state_dict(state)
+
+
+def test_order_does_not_depend_on_reading_ahead(
+    memory_bytes: float, view: StoreView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ShuffledBatches(view, batch_size=12, seed=0, memory_bytes=memory_bytes) as ahead:
+        expected = epoch_of(ahead)
+    with ShuffledBatches(view, batch_size=12, seed=0, memory_bytes=memory_bytes) as batches:
+        parts = []
+        for _ in range(batches.batches_per_epoch):
+            # What was read ahead is thrown away each time.
+            batches.load_state_dict(batches.state_dict())
+            monkeypatch.setattr(batches, "_next", None)
+            parts.append(batches.next_batch())
+    assert torch.equal(torch.cat(parts), expected)
+
+
+def test_given_batches_are_not_touched_again(view: StoreView) -> None:
+    with ShuffledBatches(view, batch_size=12, seed=0) as batches:
+        first = batches.next_batch()
+        kept = first.clone()
+        first.zero_()
+        epoch_of(batches)
+        batches.load_state_dict(ShuffledBatches(view, batch_size=12, seed=0).state_dict())
+        assert torch.equal(batches.next_batch(), kept)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Fails the test if one of our threads outlives it."""
+    before = {thread.ident for thread in threading.enumerate()}
+    yield
+    gc.collect()
+    left = [thread for thread in threading.enumerate() if thread.ident not in before and "saekit" in thread.name]
+    for thread in left:
+        thread.join(timeout=5)
+    assert not [thread.name for thread in left if thread.is_alive()]
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("is_closed", [True, False], ids=["closed", "dropped"])
+def test_no_thread_is_left(is_closed: bool, memory_bytes: float, view: StoreView) -> None:
+    batches = ShuffledBatches(view, batch_size=12, seed=0, memory_bytes=memory_bytes)
+    batches.next_batch()
+    if is_closed:
+        batches.close()
+
+
+def test_error_in_the_reading_thread_reaches_the_caller(view: StoreView, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(flat: object) -> None:
+        raise StoreError("shard 3 is gone")
+
+    monkeypatch.setattr(view.store, "read_tokens", fail)
+    with ShuffledBatches(view, batch_size=12, seed=0) as batches, pytest.raises(StoreError, match="shard 3"):
+        batches.next_batch()
+
+
+@pytest.mark.parametrize(
+    "settings, error, message",
+    [
+        ({"batch_size": 0}, ConfigError, "batch_size 0"),
+        ({"batch_size": 4, "rank": 2, "world_size": 2}, ConfigError, "rank 2 of 2"),
+        ({"batch_size": 1000, "world_size": 3}, StoreError, "one batch over all ranks needs 3,000"),
+    ],
+    ids=["no-batch", "rank-outside", "too-few-tokens"],
+)
+def test_bad_settings_are_refused(
+    settings: dict[str, int], error: type[Exception], message: str, view: StoreView
+) -> None:
+    with pytest.raises(error, match=message):
+        ShuffledBatches(view, seed=0, **settings)
+
+
+@pytest.mark.parametrize(
+    "num_tokens, window_tokens, run_tokens",
+    [(100_000, 10_000, 2), (100_001, 9_000, 2), (99_999, 50_000, 7), (5, 2, 1), (7, 7, 3), (10, 3, 5)],
+)
+def test_order_is_a_permutation_cut_into_windows(num_tokens: int, window_tokens: int, run_tokens: int) -> None:
+    order = EpochOrder(num_tokens, seed=1, window_tokens=window_tokens, run_tokens=run_tokens, batch_tokens=1)
+    for epoch in range(2):
+        given, start = [], 0
+        for number in range(order.num_windows):
+            window = order.window(number, epoch)
+            assert window.start == start == order.window_start(number, epoch)
+            assert len(window.tokens) <= max(window_tokens, order.run_tokens)
+            for place in (start, start + len(window.tokens) - 1):
+                assert order.window_of(place, epoch) == number
+            given.append(window.tokens[window.order])
+            start += len(window.tokens)
+        assert np.array_equal(np.sort(np.concatenate(given)), np.arange(num_tokens))
+
+
+def test_windows_mix_nearly_like_a_full_shuffle() -> None:
+    # 1M tokens in documents of 500, batches of 4,096, and memory for a twentieth: distinct documents of a batch.
+    order = EpochOrder(1_000_000, seed=0, window_tokens=50_000, run_tokens=113, batch_tokens=4096)
+    window = order.window(3, 0)
+    documents = window.tokens[window.order] // 500
+    found = np.mean([len(np.unique(documents[first : first + 4096])) for first in range(0, 40_960, 4096)])
+    ideal = expected_documents(np.full(2000, 500), 4096)
+    assert found / ideal > 0.95
+    in_order = len(np.unique(np.arange(4096) // 500))
+    assert in_order / ideal < 0.01
+
+
+def test_expected_documents_equals_the_mean_over_draws() -> None:
+    sizes = np.array([1, 2, 50, 7, 0, 40])
+    owners = np.repeat(np.arange(6), sizes)
+    rng = np.random.default_rng(0)
+    drawn = [len(np.unique(rng.choice(owners, 12, replace=False))) for _ in range(20_000)]
+    assert expected_documents(sizes, 12) == pytest.approx(np.mean(drawn), abs=0.02)
+    assert expected_documents(sizes, 100) == 5.0
+
+
+def test_mixing_of_a_whole_view_is_that_of_a_full_shuffle(view: StoreView) -> None:
+    mixing = measure_mixing(ShuffledBatches(view, batch_size=32, seed=0), num_batches=64)
+    assert mixing.ratio == pytest.approx(1.0, abs=0.05)
+    windows = measure_mixing(ShuffledBatches(view, batch_size=32, seed=0, memory_bytes=30_000), num_batches=64)
+    assert windows.ratio > 0.9
