@@ -153,8 +153,10 @@ saekit.table = (() => {
       this.reset = h("button", { class: "link", type: "button", text: "Clear filters", onclick: () => this.ask({ ...this.clean(), sort: this.query.sort }) });
       this.head = h("div", { class: "row head", role: "row", "aria-rowindex": "1" }, COLUMNS.map((column) => this.headCell(column)));
       this.rows = h("div", { class: "rows", role: "rowgroup" });
-      this.scroller = h("div", { class: "scroller", tabindex: "0", role: "grid", "aria-label": "Features", "aria-colcount": COLUMNS.length, onscroll: () => this.drawSoon(), onkeydown: (event) => this.gridKey(event) }, h("div", { role: "rowgroup", class: "head-group" }, this.head), this.rows);
-      this.scroller.addEventListener("focus", () => this.active < 0 && this.order.length && this.setActive(Math.max(0, this.order.indexOf(this.current))));
+      this.nothing = h("p", { class: "absent nothing", hidden: true, text: "No feature matches." });
+      this.drawn = new Map();
+      this.scroller = h("div", { class: "scroller", tabindex: "0", role: "grid", "aria-label": "Features", "aria-colcount": COLUMNS.length, onscroll: () => this.drawSoon(), onkeydown: (event) => this.gridKey(event) }, h("div", { role: "rowgroup", class: "head-group" }, this.head), this.rows, this.nothing);
+      this.scroller.addEventListener("focus", () => this.scroller.matches(":focus-visible") && this.active < 0 && this.order.length && this.setActive(Math.max(0, this.order.indexOf(this.current))));
       this.node.replaceChildren(h("div", { class: "filters", role: "search" }, h("div", { class: "search" }, this.search), h("div", { class: "selects" }, this.scope, this.labeler, this.firing, this.sorting, this.more)), h("div", { class: "count-line" }, this.summary, this.reset), this.scroller);
     }
 
@@ -193,6 +195,8 @@ saekit.table = (() => {
         this.selected = asked;
         this.query = { ...this.clean(), ...query };
         this.order = select(index, query);
+        this.rows.replaceChildren();
+        this.drawn.clear();
         this.place = new Map(this.order.map((feature, at) => [feature, at]));
         this.active = -1;
         this.fillFields();
@@ -310,24 +314,43 @@ saekit.table = (() => {
       if (!this.index || !this.rowHeight) return;
       const first = Math.max(0, Math.floor(this.scroller.scrollTop / this.rowHeight) - OVERSCAN);
       const last = Math.min(this.order.length, Math.ceil((this.scroller.scrollTop + this.scroller.clientHeight) / this.rowHeight) + OVERSCAN);
-      const rows = [];
-      for (let place = first; place < last; place += 1) rows.push(this.row(place));
-      if (this.order.length === 0) rows.push(h("p", { class: "absent nothing", text: "No feature matches." }));
-      this.rows.replaceChildren(...rows);
+      const wanted = this.order.slice(first, last);
+      // Rows that stay are kept: replacing one between pointer down and up would swallow the click.
+      const keep = new Set(wanted);
+      for (const [feature, row] of this.drawn) {
+        if (keep.has(feature)) continue;
+        row.remove();
+        this.drawn.delete(feature);
+      }
+      wanted.forEach((feature, n) => {
+        if (!this.drawn.has(feature)) this.drawn.set(feature, this.row(feature));
+        const row = this.drawn.get(feature);
+        if (this.rows.children[n] !== row) this.rows.insertBefore(row, this.rows.children[n] ?? null);
+        this.placeRow(row, feature, first + n);
+      });
+      this.nothing.hidden = this.order.length > 0;
     }
 
-    row(place) {
+    /** Where a row stands and how it is marked: what changes while it is in view. */
+    placeRow(row, feature, place) {
+      row.style.top = `${place * this.rowHeight}px`;
+      row.style.height = `${this.rowHeight}px`;
+      row.setAttribute("aria-rowindex", place + 2);
+      row.setAttribute("aria-selected", String(feature === this.current));
+      row.classList.toggle("current", feature === this.current);
+      row.classList.toggle("active", place === this.active);
+    }
+
+    row(feature) {
       const { index } = this;
-      const feature = this.order[place];
       const label = index.label(feature, this.query.labeler === "none" ? "" : this.query.labeler);
       const isDead = index.fires(feature) === false;
-      const classes = ["row", place % 2 && "odd", feature === this.current && "current", place === this.active && "active", isDead && "dead"].filter(Boolean).join(" ");
       const cell = (key, ...children) => h("div", { class: `cell c-${key}`, role: "gridcell" }, ...children);
       const density = index.density?.[feature];
       const words = (column) => h("span", { class: "words" }, index.wordsOf(column, feature).map((word) => token(word)));
       return h(
         "div",
-        { class: classes, role: "row", id: `row-${feature}`, "aria-rowindex": place + 2, "aria-selected": feature === this.current ? "true" : "false", style: { top: `${place * this.rowHeight}px`, height: `${this.rowHeight}px` }, onclick: (event) => this.rowClick(event, feature) },
+        { class: isDead ? "row dead" : "row", role: "row", id: `row-${feature}`, onclick: (event) => this.rowClick(event, feature) },
         cell("id", String(feature)),
         cell("label", h("a", { href: `${this.base}/feature/${feature}`, tabindex: "-1", class: label ? "label" : "label none", text: label ? label.text : isDead ? "never fired" : "no label" }), label && label.labeler !== index.labelers[0].name && this.query.labeler === "" && h("span", { class: "tag", text: label.labeler.replace(/^llm:/, "") })),
         cell("peak", words(index.peak)),
