@@ -139,8 +139,8 @@ def test_examples_come_from_training_documents_only(world, labeler, labels) -> N
 
 
 def test_rare_feature_is_labelled_from_its_contexts(world, vocabulary, tmp_path) -> None:
-    # 600 sampled tokens hold few firings of most features, so contexts and counts of the whole pass must speak.
-    config = ContextConfig(num_code_tokens=600)
+    # Of its 26 firings, fewer than 20 are on the sampled rows: its contexts and the counts of the whole pass must speak.
+    config = ContextConfig(num_code_tokens=4000)
     contexts = collect_contexts(world.sae, world.train, config=config, out=tmp_path)
     labeler = LexicalLabeler(world.store, contexts, vocabulary)
     assert labeler.label(world.feature("quasar")).label == '"quasar"'
