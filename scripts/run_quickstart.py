@@ -27,8 +27,14 @@ RECIPE = Path("pipelines/recipes/quickstart.toml")
 SHORT = (
     "out=runs/quickstart-short",
     "cache.num_tokens=16_384",
-    "train.topk.training.num_tokens=32_768",
-    "train.jumprelu.training.num_tokens=32_768",
+    "train.topk.sae.d_sae=1_152",
+    "train.topk.training.num_tokens=65_536",
+    "train.jumprelu.sae.d_sae=1_152",
+    "train.jumprelu.training.num_tokens=65_536",
+    "label.token_change.num_features=16",
+    "evaluate.num_tokens=4_096",
+    "evaluate.num_loss_tokens=1_024",
+    "evaluate.num_fit_tokens=4_096",
 )
 """What `--short` changes: every stage runs, on too little data for good features."""
 MAX_CALLS = 20
