@@ -1,0 +1,443 @@
+"""Explaining and judging through a stub server: every feature ends once, honestly, and no answer is paid for twice."""
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from saekit.errors import ConfigError, LabelerError, StoreError
+from saekit.labelling import ContextConfig, Label, LLMConfig, RuleScoringConfig, Score, collect_contexts
+from saekit.labelling.answers import UnusableAnswerError, parse_object
+from saekit.labelling.chat import ChatReply, ChatRequest
+from saekit.labelling.client import OpenAIChat
+from saekit.labelling.examples import ExampleReader
+from saekit.labelling.explain import Explainer
+from saekit.labelling.ledger import Ledger, RecordedClient, SpentError
+from saekit.labelling.llm import estimate_requests, explain_and_judge, least_explained
+from saekit.labelling.scoring.detection import Judge, Piece, read_answers, score_answers
+from saekit.labelling.scoring.rule import HeldOut
+from saekit.labelling.store import RecordFile
+from saekit.labelling.vocabulary import Vocabulary
+from tests.saekit.labelling.planted import WordTokenizer, World
+from tests.saekit.labelling.stub import Fault, StubServer, completion, serving
+
+ANSWER = json.dumps(
+    {"label": "rivers and lakes", "fires_on": "words for waters", "promotes": "", "suppresses": "", "confidence": 0.9}
+)
+
+
+class Bench:
+    """Explainer and judge over the planted world, and the files they write."""
+
+    def __init__(self, world: World, folder: Path, contexts_folder: Path, **options: object) -> None:
+        self.config = LLMConfig.model_validate(
+            {"model": "stub", "wait_seconds": 0.001, "max_wait_seconds": 0.01, "num_judged": 4, **options}
+        )
+        vocabulary = Vocabulary(WordTokenizer())
+        contexts = collect_contexts(world.sae, world.train, config=ContextConfig(), out=contexts_folder)
+        self.held_out = HeldOut(world.sae, world.test, vocabulary, config=RuleScoringConfig())
+        self.explainer = Explainer(ExampleReader(world.store, vocabulary), contexts, self.config)
+        self.judge = Judge(self.held_out, self.config)
+        self.folder = folder
+        self.labels = RecordFile(folder / "labels.jsonl", Label)
+        self.scores = RecordFile(folder / "scores.jsonl", Score)
+
+    def run(self, server: StubServer, features: list[int]) -> Ledger:
+        config = self.config.model_copy(update={"base_url": server.url})
+        ledger = Ledger(self.folder / "ledger.sqlite")
+        explain_and_judge(
+            RecordedClient(OpenAIChat(config), ledger, config),
+            self.explainer,
+            self.judge,
+            effects=lambda _: None,
+            features=features,
+            config=config,
+            files=(self.labels, self.scores),
+        )
+        return ledger
+
+
+@pytest.fixture(scope="module")
+def contexts_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("contexts")
+
+
+@pytest.fixture
+def bench(world, tmp_path, contexts_folder):
+    return lambda **options: Bench(world, tmp_path, contexts_folder, **options)
+
+
+def _pieces_in(user: str) -> int:
+    return len(re.findall(r"^\d+\. ", user.split("Pieces:")[1], flags=re.MULTILINE))
+
+
+def oracle(body: dict[str, object], _: int) -> str:
+    """Explains with a fixed label and judges a piece active if it has a river, River or lake."""
+    user = str(body["messages"][1]["content"])  # type: ignore[index]
+    if "Pieces:" not in user:
+        return ANSWER
+    pieces = re.findall(r"^(\d+)\. (.*)$", user.split("Pieces:")[1], flags=re.MULTILINE)
+    answers = [{"id": int(n), "active": bool(re.search(r"\b([Rr]iver|lake)\b", text))} for n, text in pieces]
+    return json.dumps({"answers": answers})
+
+
+def test_every_feature_is_labelled_and_judged_once(world, bench) -> None:
+    lab = bench(num_judged=10)
+    features = [world.feature(name) for name in ("river", "digit", "noise")]
+    with serving(oracle) as server:
+        ledger = lab.run(server, features)
+    assert sorted(label.feature for label in lab.labels.records) == sorted(features)
+    assert {label.labeler for label in lab.labels.records} == {"llm:stub"}
+    assert all(label.status == "done" and label.confidence == 0.9 for label in lab.labels.records)
+    assert len(server.requests) == ledger.num_sent == ledger.num_answers == 6
+    assert ledger.num_tokens == (600, 60)
+    scores = {score.feature: score for score in lab.scores.records}
+    assert sorted(scores) == sorted(features)
+    river = scores[world.feature("river")]
+    assert (river.f1, river.balanced_accuracy, river.num_positive, river.num_negative) == (1.0, 1.0, 10, 10)
+    assert (river.low, river.high, river.num_unparsed, river.base_rate) == (1.0, 1.0, 0, 0.5)
+    assert scores[world.feature("noise")].balanced_accuracy == pytest.approx(0.5, abs=0.3)
+
+
+def test_second_run_asks_nothing(world, bench) -> None:
+    features = [world.feature("river"), world.feature("digit")]
+    with serving(oracle) as server:
+        bench().run(server, features).close()
+        asked = len(server.requests)
+        again = bench()
+        again.run(server, features)
+    assert len(server.requests) == asked == 4
+    assert len(again.labels.records) == len(again.scores.records) == 2
+
+
+def test_lost_files_are_written_anew_from_the_ledger(world, bench, tmp_path) -> None:
+    with serving(oracle) as server:
+        first = bench()
+        first.run(server, [0, 2]).close()
+        (tmp_path / "labels.jsonl").unlink()
+        (tmp_path / "scores.jsonl").unlink()
+        again = bench()
+        again.run(server, [0, 2])
+    assert len(server.requests) == 4
+    key = lambda record: record.feature  # noqa: E731
+    assert sorted(again.labels.records, key=key) == sorted(first.labels.records, key=key)
+    assert sorted(again.scores.records, key=key) == sorted(first.scores.records, key=key)
+
+
+def _cut(text: str, finish_reason: str = "stop") -> dict[str, object]:
+    answer = completion(text)
+    answer["choices"][0]["finish_reason"] = finish_reason  # type: ignore[index]
+    answer["choices"][0]["message"]["content"] = text or None  # type: ignore[index]
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [
+        (f"```json\n{ANSWER}\n```", "rivers and lakes"),
+        (f"Here you go: {ANSWER} Hope it helps {{smile}}", "rivers and lakes"),
+        ('{"label": "  two \\n lines  "}', "two lines"),
+        ('{"label": "x", "confidence": "0.4", "promotes": ["a", "b"], "extra": 1}', "x"),
+        ('{"note": {"a": 1}} {"label": "y"}', "y"),
+    ],
+    ids=["fenced", "talk around", "line breaks", "loose types", "second object"],
+)
+def test_usable_answers_are_read(bench, answer: str, label: str) -> None:
+    lab = bench(num_judged=0)
+    lab.judge = None
+    with serving(lambda *_: answer) as server:
+        lab.run(server, [0])
+    assert [(r.status, r.label) for r in lab.labels.records] == [("done", label)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (_cut(ANSWER[:30], "length"), "cut off"),
+        (_cut(""), "empty answer"),
+        ("no idea", "no JSON object with 'label'"),
+        ('{"label": NaN}', "no JSON object"),
+        ('{"label": "  "}', "empty label"),
+        ('{"title": "x"}', "no JSON object with 'label'"),
+        (Fault(400, error={"message": "too long"}), "too long"),
+        (Fault(500), "500"),
+    ],
+    ids=["length", "null", "prose", "nan", "blank", "other key", "refused", "500 for ever"],
+)
+def test_unusable_answers_end_in_a_failure_with_its_reason(bench, answer, reason: str) -> None:
+    lab = bench(max_retries=1)
+    lab.judge = None
+    with serving(lambda *_: answer) as server:
+        lab.run(server, [0, 1])
+    assert [(r.feature, r.status, r.label) for r in sorted(lab.labels.records, key=lambda r: r.feature)] == [
+        (0, "failed", ""),
+        (1, "failed", ""),
+    ]
+    assert all(reason in str(r.reason) for r in lab.labels.records)
+    assert len(server.requests) <= 24
+
+
+def test_cut_off_answer_is_asked_again_with_more_room(bench) -> None:
+    lab = bench()
+    lab.judge = None
+    with serving(lambda _, n: _cut(ANSWER[:30], "length") if n == 0 else ANSWER) as server:
+        lab.run(server, [0])
+    assert lab.labels.records[0].status == "done"
+    assert [request["max_tokens"] for request in server.requests] == [600, 1200]
+
+
+def test_wrong_key_stops_at_once_and_labels_nothing(bench) -> None:
+    lab = bench(concurrency=4)
+    with serving(lambda *_: Fault(401)) as server, pytest.raises(LabelerError, match="check the key"):
+        lab.run(server, list(range(11)))
+    assert len(server.requests) <= 4
+    assert lab.labels.records == []
+
+
+@pytest.mark.parametrize(
+    ("cap", "message", "most"),
+    [
+        ({"max_requests": 3}, "3 requests sent, max_requests", 3),
+        ({"max_tokens": 5000}, "could pass max_tokens 5000", 5),
+        ({"max_cost": 0.005, "price_input": 1.0, "price_output": 2.0}, "could pass max_cost", 5),
+    ],
+    ids=["requests", "tokens", "cost"],
+)
+def test_cap_is_hard_keeps_what_is_paid_and_can_be_raised(
+    bench, cap: dict[str, object], message: str, most: int
+) -> None:
+    with serving(oracle) as server:
+        lab = bench(concurrency=3, **cap)
+        lab.judge = None
+        with pytest.raises(SpentError, match=message):
+            lab.run(server, list(range(11)))
+        paid = len(server.requests)
+        assert 1 <= paid <= most
+        assert len(lab.labels.records) == paid
+        raised = bench()
+        raised.judge = None
+        raised.run(server, list(range(11)))
+    assert len(server.requests) == 11
+    assert sorted(label.feature for label in raised.labels.records) == list(range(11))
+
+
+def test_cap_without_prices_is_refused() -> None:
+    with pytest.raises(ConfigError, match="max_cost needs price_input"):
+        LLMConfig.parse({"model": "m", "max_cost": 1.0})
+
+
+def test_works_inside_a_running_event_loop(bench) -> None:
+    lab = bench()
+
+    async def notebook(server: StubServer) -> None:
+        lab.run(server, [0])
+
+    with serving(oracle) as server:
+        asyncio.run(notebook(server))
+    assert lab.labels.records[0].status == "done"
+
+
+def test_estimate_counts_requests_and_does_not_fall_short_of_them(world, bench) -> None:
+    lab = bench(price_input=1.0, price_output=2.0)
+    features = [0, 2]
+    estimate = estimate_requests(lab.explainer, lab.judge, effects=lambda _: None, features=features, config=lab.config)
+    with serving(oracle) as server:
+        lab.run(server, features)
+    assert estimate.num_requests == len(server.requests) == 4
+    words = sum(len(user) for user in server.users()) / 4
+    assert words <= estimate.input_tokens
+    assert estimate.cost == pytest.approx((estimate.input_tokens + 2 * estimate.output_tokens) / 1e6)
+    assert "4 requests" in str(estimate)
+
+
+def test_explainer_and_judge_read_different_documents(world, bench) -> None:
+    lab = bench(num_judged=20)
+    for feature in range(len(world.names)):
+        shown = lab.explainer.documents_shown(feature)
+        judged = {piece.document for piece in lab.judge.pieces(feature)}
+        assert shown <= set(world.train.documents.tolist())
+        assert judged <= set(world.test.documents.tolist())
+        assert not shown & judged
+    assert lab.explainer.documents_shown(0)
+
+
+def test_negatives_are_silent_on_every_token_and_positives_are_not(world, bench) -> None:
+    lab = bench(num_judged=20)
+    flat_of = lab.held_out.table.rows[:, None] * 64 + np.arange(64)
+    for feature in range(len(world.names)):
+        pieces = lab.judge.pieces(feature)
+        assert sum(piece.is_active for piece in pieces) >= sum(not piece.is_active for piece in pieces)
+        for piece in pieces:
+            flat = flat_of.reshape(-1)[piece.start : piece.stop]
+            assert bool((world.acts[flat, feature] > 0).any()) == piece.is_active
+            assert world.test.mask.reshape(-1)[flat].all()
+            assert set(world.store.documents().reshape(-1)[flat].tolist()) == {piece.document}
+
+
+def test_pieces_are_cut_without_regard_to_the_peak(world, bench) -> None:
+    # A judge that knew the place of the feature in a piece could answer without the label.
+    lab = bench(num_judged=60)
+    firing = set(lab.held_out.firings(world.feature("river")).tolist())
+    offsets = [
+        place - piece.start
+        for piece in lab.judge.pieces(world.feature("river"))
+        if piece.is_active
+        for place in range(piece.start, piece.stop)
+        if place in firing
+    ]
+    assert len(set(offsets)) > 15
+
+
+def test_marked_tokens_are_the_active_ones(world, bench) -> None:
+    lab = bench()
+    user = lab.explainer.request(world.feature("river"), None).user
+    marked = re.findall("\u00ab(.*?)\u00bb", user)
+    assert marked
+    assert set(" ".join(marked).split()) <= {"river", "River", "lake"}
+
+
+def test_judge_that_says_the_same_to_all_gets_half(world, bench) -> None:
+    lab = bench(num_judged=10)
+    pieces = lab.judge.pieces(world.feature("river"))
+    label = Label(feature=0, labeler="x")
+    for verdict in (True, False):
+        score = score_answers(label, pieces, dict.fromkeys(range(len(pieces)), verdict), seed=0)
+        assert score.balanced_accuracy == 0.5
+
+
+def _piece(is_active: bool, document: int) -> Piece:
+    return Piece(start=0, stop=8, document=document, is_active=is_active)
+
+
+def test_missing_answers_count_as_wrong() -> None:
+    pieces = [_piece(True, 0), _piece(True, 1), _piece(False, 2), _piece(False, 3)]
+    score = score_answers(Label(feature=0, labeler="x"), pieces, {0: True, 2: False}, seed=0)
+    assert (score.num_unparsed, score.recall, score.precision, score.balanced_accuracy) == (2, 0.5, 0.5, 0.5)
+    assert score.f1 == 0.5
+    silent = score_answers(Label(feature=0, labeler="x"), pieces, {}, seed=0)
+    assert (silent.f1, silent.num_unparsed) == (None, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"answers": [{"id": 1, "active": true}, {"id": 2, "active": false}]}', {0: True, 1: False}),
+        ('```{"answers": [{"id": "1", "active": "yes"}]}```', {0: True}),
+        ('{"answers": [{"id": 1, "active": true}, {"id": 1, "active": false}]}', {}),
+        ('{"answers": [{"id": 1, "active": true}, {"id": 1, "active": true}]}', {0: True}),
+        ('{"answers": [{"id": 9, "active": true}, {"id": true, "active": true}, 3, {"active": true}]}', {}),
+        ('{"answers": "all"}', {}),
+        ("none of them", {}),
+        ("", {}),
+    ],
+    ids=["good", "loose", "contradiction", "repeated", "foreign ids", "no list", "prose", "empty"],
+)
+def test_verdicts_are_read(text: str, expected: dict[int, bool]) -> None:
+    assert read_answers(text, 2) == expected
+
+
+def test_noisy_oracle_scores_what_its_noise_allows(world, bench) -> None:
+    generator = np.random.default_rng(0)
+    pieces = [_piece(bool(i % 2), i) for i in range(4000)]
+    answers = {i: piece.is_active ^ bool(generator.random() < 0.2) for i, piece in enumerate(pieces)}
+    score = score_answers(Label(feature=0, labeler="x"), pieces, answers, seed=0)
+    assert score.balanced_accuracy == pytest.approx(0.8, abs=0.02)
+    assert score.f1 == pytest.approx(0.8, abs=0.02)
+    assert score.low < 0.8 < score.high
+
+
+def test_objects_are_found_in_talk() -> None:
+    assert parse_object('x {"a": 1} {"b": {"c": 2}}', needs="b") == {"b": {"c": 2}}
+    with pytest.raises(UnusableAnswerError):
+        parse_object('{"a": 1', needs="a")
+
+
+def test_ledger_keeps_answers_and_counts(tmp_path) -> None:
+    ledger = Ledger(tmp_path / "l.sqlite")
+    reply = ChatReply(text="t", finish_reason="stop", input_tokens=3, output_tokens=2, is_estimated=True)
+    ledger.record("k", reply, purpose="test")
+    ledger.count_sent()
+    ledger.close()
+    again = Ledger(tmp_path / "l.sqlite")
+    assert again.find("k") == reply
+    assert again.find("other") is None
+    assert (again.num_sent, again.num_tokens, again.num_answers) == (1, (3, 2), 1)
+    again.close()
+
+
+def test_broken_ledger_is_refused(tmp_path) -> None:
+    (tmp_path / "l.sqlite").write_text("nonsense" * 200)
+    with pytest.raises(StoreError, match="no ledger of answers"):
+        Ledger(tmp_path / "l.sqlite")
+
+
+def test_key_of_a_request_changes_with_everything_it_depends_on() -> None:
+    base = {
+        "model": "m",
+        "system": "s",
+        "user": "u",
+        "schema_name": "n",
+        "schema": {},
+        "temperature": 0.0,
+        "max_output_tokens": 9,
+    }
+    others = [
+        {"model": "m2"},
+        {"system": "s2"},
+        {"user": "u2"},
+        {"schema_name": "n2"},
+        {"schema": {"type": "object"}},
+        {"temperature": 0.5},
+        {"max_output_tokens": 10},
+        {"attempt": 1},
+    ]
+    keys = {ChatRequest(**{**base, **change}).key() for change in [{}, *others]}
+    assert len(keys) == len(others) + 1
+
+
+def test_least_explained_features_come_first() -> None:
+    confidence = {3: 0.9, 5: 0.1, 7: 0.5, 9: 0.1}
+    assert least_explained(confidence, num=3) == [5, 7, 9]
+    assert least_explained(confidence, num=None) == [3, 5, 7, 9]
+
+
+_PROMPTS = """
+import tempfile
+from types import SimpleNamespace
+from saekit.labelling import ContextConfig, Label, LLMConfig, RuleScoringConfig, collect_contexts
+from saekit.labelling.examples import ExampleReader
+from saekit.labelling.explain import Explainer
+from saekit.labelling.scoring.detection import Judge
+from saekit.labelling.scoring.rule import HeldOut
+from saekit.labelling.vocabulary import Vocabulary
+from tests.saekit.labelling.planted import WordTokenizer, make_world
+world, vocabulary, config = make_world(60), Vocabulary(WordTokenizer()), LLMConfig(model="m")
+contexts = collect_contexts(world.sae, world.train, config=ContextConfig(), out=tempfile.mkdtemp())
+explainer = Explainer(ExampleReader(world.store, vocabulary), contexts, config)
+judge = Judge(HeldOut(world.sae, world.test, vocabulary, config=RuleScoringConfig()), config)
+for feature in range(len(world.names)):
+    print(explainer.request(feature, None).key())
+    print(judge.request(Label(feature=feature, labeler="x", label="y"), judge.pieces(feature)).key())
+"""
+
+
+def test_prompts_are_the_same_in_every_process() -> None:
+    root = str(Path(__file__).parents[3])
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", _PROMPTS],
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": f"{root}:{root}/kernels", "PATH": "/usr/bin:/bin"},
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("0", "4711")
+    }
+    assert len(outputs) == 1
+    assert len(outputs.pop().split()) == 22
