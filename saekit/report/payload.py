@@ -1,11 +1,12 @@
-"""Data files of the site: JavaScript that hands one value to a registered function, so that `file://` pages can load it.
+"""Data files of the site: JavaScript that hands one text to a registered function, so that `file://` pages can load it.
 
-A page opened from disk may not fetch; it may add script tags. Numbers travel as base64 of little-endian arrays, which is a
-third of the size of JSON and is read without parsing.
+A page opened from disk may not fetch; it may add script tags. What it is handed is JSON, deflated, as base64. Inside of the
+JSON, numbers travel as base64 of little-endian arrays, which JavaScript reads without parsing.
 """
 
 import base64
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,10 @@ _CODES = {
 }
 
 
+# 2,304 features of a real SAE, 18 MB as plain JSON: 10.4 MB and 0.9 s at level 1, 9.5 MB and 2.1 s at level 6.
+_LEVEL = 1
+
+
 def pack(array: NDArray[np.generic]) -> str:
     """Returns `<type code>:<base64>` of an array of a type that JavaScript has typed arrays for, in C order."""
     code = _CODES[array.dtype]
@@ -39,15 +44,15 @@ def finite(value: object) -> float | None:
 
 
 def write_payload(path: Path, name: str, value: JSONValue) -> int:
-    """Writes a file that calls `saekit.receive(name, value)`; returns its size in bytes.
+    """Writes a file that calls `saekit.receive(name, base64 of deflated JSON)`; returns its size in bytes.
 
-    Texts are untrusted: `<` is escaped, so that the file stays harmless even if its content lands inside a page, and lone
-    surrogates, which no UTF-8 file can hold, become U+FFFD.
+    Texts of labels and tokens are untrusted: as base64 they cannot be anything but data on their way to JSON.parse. Lone
+    surrogates, which UTF-8 cannot hold, become U+FFFD.
     """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    script = f"saekit.receive({json.dumps(name)},{text});\n"
-    data = script.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode("utf-8")
+    data = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode("utf-8")
+    packed = base64.b64encode(zlib.compress(data, _LEVEL)).decode("ascii")
+    script = f'saekit.receive({json.dumps(name)},"{packed}");\n'
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    return len(data)
+    path.write_text(script, encoding="ascii")
+    return len(script)

@@ -22,11 +22,12 @@ saekit.charts = (() => {
     const stride = Math.max(1, Math.ceil((last - first + 1) / 7));
     const ticks = [];
     for (let power = first; power <= last; power += stride) ticks.push(10 ** power);
-    if (ticks.length >= 2) return ticks;
+    if (ticks.length >= 3) return ticks;
     const wide = [];
     for (let power = first - 1; power <= last + 1; power += 1) wide.push(...[1, 2, 5].map((factor) => factor * 10 ** power));
     const fitting = wide.filter((tick) => tick >= low * 0.999 && tick <= high * 1.001);
-    // Less than one 1-2-5 step: a logarithm over so short a range is nearly a line.
+    if (fitting.length > 7) return ticks;
+    // Less than two 1-2-5 steps: a logarithm over so short a range is nearly a line.
     return fitting.length >= 2 ? fitting : niceTicks(low, high, 3).filter((tick) => tick > 0);
   }
 
@@ -71,7 +72,7 @@ saekit.charts = (() => {
       grid.append(s("line", { x1: margin.left, x2: width - margin.right, y1: y(tick), y2: y(tick) }));
       texts.append(s("text", { x: margin.left - 7, y: y(tick), "text-anchor": "end", "dominant-baseline": "middle", text: yFormat(tick) }));
     }
-    const xTicks = x.ticks(Math.max(2, Math.floor((width - margin.left) / 90)));
+    const xTicks = x.ticks(Math.max(3, Math.floor((width - margin.left) / 80)));
     for (const tick of xTicks) {
       const isAtEdge = x(tick) > width - margin.right - 14;
       texts.append(s("text", { x: isAtEdge ? width - 2 : x(tick), y: bottom + 15, "text-anchor": isAtEdge ? "end" : "middle", text: xFormat(tick) }));

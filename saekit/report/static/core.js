@@ -7,11 +7,20 @@ const saekit = (() => {
   const loads = new Map();
   const resolvers = new Map();
 
-  /** Called by every data file. */
-  function receive(name, value) {
+  function bytesOf(base64) {
+    const binary = atob(base64);
+    const bytes = new Uint8Array(binary.length);
+    for (let at = 0; at < binary.length; at += 1) bytes[at] = binary.charCodeAt(at);
+    return bytes;
+  }
+
+  /** Called by every data file: base64 of deflated JSON. */
+  function receive(name, packed) {
     const resolve = resolvers.get(name);
     resolvers.delete(name);
-    if (resolve) resolve(value);
+    if (!resolve) return;
+    const stream = new Blob([bytesOf(packed)]).stream().pipeThrough(new DecompressionStream("deflate"));
+    resolve(new Response(stream).json());
   }
 
   /** Loads data/<name>.js once; script tags work from file://, where fetch does not. */
@@ -47,10 +56,7 @@ const saekit = (() => {
   /** "<type>:<base64>" to a typed array; null stays null. */
   function unpack(packed) {
     if (packed === null || packed === undefined) return null;
-    const binary = atob(packed.slice(3));
-    const bytes = new Uint8Array(binary.length);
-    for (let at = 0; at < binary.length; at += 1) bytes[at] = binary.charCodeAt(at);
-    return new TYPES[packed.slice(0, 2)](bytes.buffer);
+    return new TYPES[packed.slice(0, 2)](bytesOf(packed.slice(3)).buffer);
   }
 
   const chunkName = (kind, number) => `${kind}-${String(number).padStart(4, "0")}`;

@@ -106,9 +106,10 @@ saekit.feature = (() => {
         ? h("p", { class: "failed", text: `Failed: ${label.reason ?? "no reason was recorded"}` })
         : [
             h("p", { class: "label-text", text: label.label || "no label text" }),
-            label.description && label.description !== label.label && h("p", { class: "label-long", text: label.description }),
+            label.description && label.description !== label.label && parts.length === 0 && h("p", { class: "label-long", text: label.description }),
             parts.length > 0 && h("dl", { class: "label-parts" }, parts.map(([name, text]) => h("div", {}, h("dt", { text: name }), h("dd", { text })))),
             rule.length > 0 && h("div", { class: "rule" }, h("span", { class: "rule-name", text: "token rule" }), h("span", { class: "words" }, rule, label.rule.length > 24 && h("span", { class: "more", text: `and ${label.rule.length - 24} more` }))),
+            label.description && parts.length > 0 && h("details", { class: "small" }, h("summary", { text: "Whole description" }), h("p", { class: "label-long", text: label.description })),
           ];
       const scores = label.scores.length ? label.scores.map(scoreTable) : h("p", { class: "absent", text: "Not scored." });
       return h("article", { class: "card label-card" }, h("div", { class: "card-head" }, h("span", { class: "labeler", text: label.labeler }), isNumber(label.confidence) && h("span", { class: "confidence", title: "lexical: the rule's F1 on the training documents; a language model: what it says of itself", text: `confidence ${fixed(label.confidence, 2)}` })), body, scores);

@@ -30,6 +30,9 @@ saekit.overview = (() => {
     return named || (text.paths ?? []).join(", ") || text.kind;
   }
 
+  /** The last part of a local path; a hub name as it is. */
+  const shortName = (name) => (name && /^([/~.]|[A-Za-z]:\\)/.test(name) ? name.split(/[/\\]/).filter(Boolean).at(-1) : name);
+
   const saeRow = (run) => run.evaluation?.rows.find((row) => row.name === "sae") ?? null;
   const saeFigure = (run, metric) => saeRow(run)?.metrics[metric] ?? null;
 
@@ -198,7 +201,7 @@ saekit.overview = (() => {
 
   function render(node, report, run) {
     const store = report.stores[run.store];
-    const where = [store?.model, run.hook_point, store && `${compact(store.rows * store.context_len)} tokens`].filter(Boolean).join(" \u00b7 ");
+    const where = [shortName(store?.model), run.hook_point, store && `${compact(store.rows * store.context_len)} tokens`].filter(Boolean).join(" \u00b7 ");
     node.replaceChildren(
       h("div", { class: "hero" }, h("h1", { text: run.name }), h("p", { class: "lead", text: architectureLine(run) }), h("p", { class: "where", text: where }), h("p", { class: "hero-action" }, h("a", { class: "button primary", href: `#/${run.slug}/features`, text: `Browse ${integer(run.features.total)} features` }))),
       tiles(run),

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -313,12 +315,10 @@ def _figures(values: dict[str, float], factor: float) -> dict[str, Figure]:
 
 def read_payload_file(path: Path) -> dict[str, object]:
     """Returns the value that a data file hands over, having checked under which name."""
-    script = path.read_text(encoding="utf-8")
-    assert script.startswith("saekit.receive(")
-    assert script.endswith(");\n")
-    name, end = json.JSONDecoder().raw_decode(script[len("saekit.receive(") :])
-    assert path.as_posix().endswith(f"data/{name}.js")
-    return json.loads(script[len("saekit.receive(") + end + 1 : -len(");\n")])  # type: ignore[no-any-return]
+    found = re.fullmatch(r'saekit\.receive\("([^"]+)","([A-Za-z0-9+/=]*)"\);\n', path.read_text(encoding="ascii"))
+    assert found is not None
+    assert path.as_posix().endswith(f"data/{found[1]}.js")
+    return json.loads(zlib.decompress(base64.b64decode(found[2])))  # type: ignore[no-any-return]
 
 
 def unpack_array(packed: str) -> np.ndarray:
