@@ -47,7 +47,7 @@ HALF_TILE = Tile(128, 128, 64, 8, 3)
 # float32 without TF32 runs on the FMA units; a smaller tile keeps it in registers.
 FLOAT_TILE = Tile(64, 64, 32, 4, 2)
 # Interpreted, a program is a Python call: small tiles keep odd shapes odd and tests quick.
-_INTERPRETED_TILE = Tile(16, 64, 32, 4, 1)
+_INTERPRETED_TILE = Tile(16, 32, 16, 4, 1)
 
 
 @triton.jit

@@ -28,8 +28,6 @@ def dense_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) 
 def test_decode_equals_the_dense_sum(
     backend: str, device: str, shape: Shape, dtype: torch.dtype, make_problem: Any, assert_close: Any, tolerances: Any
 ) -> None:
-    if backend == "triton" and dtype == torch.float64:
-        pytest.skip("the Triton backend refuses float64")
     truth = make_problem(shape.num_tokens, shape.d_in, shape.d_sae, dtype=dtype)
     mine = truth.to(dtype, device)
     values, indices = random_pairs(shape)
