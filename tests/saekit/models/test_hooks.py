@@ -1,6 +1,8 @@
 """Hooks: what is captured equals a full forward, what is changed is changed exactly, and nothing stays behind."""
 
 import contextlib
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from saekit.errors import HookPointError, ModelError
-from saekit.models import LanguageModel, ablate, add, capture, logits, parse_hook_point, replace, resolve
+from saekit.models import LanguageModel, ablate, add, capture, load_model, logits, parse_hook_point, replace, resolve
 from tests.saekit.models.conftest import layer_path
 
 
@@ -103,6 +105,31 @@ def test_capture_leaves_out_padding_by_the_mask(lm: LanguageModel, tokens: Tenso
 def test_capture_reads_a_part_that_is_called_by_keyword(llama: LanguageModel, tokens: Tensor) -> None:
     found = capture(llama, tokens, ["model.layers.1.self_attn:input", "model.layers.1.input_layernorm"])
     assert torch.equal(found["model.layers.1.self_attn:input"], found["model.layers.1.input_layernorm"])
+
+
+def test_capture_finds_the_hidden_states_among_other_keywords(llama: LanguageModel, tokens: Tensor) -> None:
+    point = "model.layers.1.self_attn:input"
+    expected = capture(llama, tokens, [point])[point]
+    reorder = llama.model.get_submodule("model.layers.1.self_attn").register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {"extra": torch.zeros(1, 2, 3), **kwargs}), with_kwargs=True
+    )
+    try:
+        assert torch.equal(capture(llama, tokens, [point])[point], expected)
+    finally:
+        reorder.remove()
+
+
+def test_capture_of_a_module_that_runs_twice_gives_its_first_run(
+    tiny_model_dir: Callable[[str], Path], tokens: Tensor
+) -> None:
+    lm = load_model(str(tiny_model_dir("llama")))
+    layers = lm.model.get_submodule("model.layers")
+    expected = capture(lm, tokens, ["model.layers.1"])["model.layers.1"]
+    layers[2] = layers[1]
+    for stop_early in (True, False):
+        found = capture(lm, tokens, ["model.layers.1", "model.layers.2", "model.norm"], stop_early=stop_early)
+        assert torch.equal(found["model.layers.1"], expected)
+        assert torch.equal(found["model.layers.2"], expected)
 
 
 def test_capture_keeps_values_that_a_later_module_overwrites(llama: LanguageModel, tokens: Tensor) -> None:
@@ -205,15 +232,16 @@ def test_ablate_by_zero_and_by_a_mean(lm: LanguageModel, tokens: Tensor) -> None
         assert torch.equal(capture(lm, tokens, [point])[point], mean.expand(3, 17, -1))
 
 
-def test_nested_blocks_apply_from_the_outermost_in(llama: LanguageModel, tokens: Tensor) -> None:
-    point, vector = "model.layers.1", torch.randn(llama.d_model)
+@pytest.mark.parametrize("point", ["model.layers.1", "model.layers.1:input"])
+def test_nested_blocks_apply_from_the_outermost_in(llama: LanguageModel, tokens: Tensor, point: str) -> None:
+    vector = torch.randn(llama.d_model)
     clean = capture(llama, tokens, [point])[point]
     with add(llama, point, vector), replace(llama, point, lambda hidden: hidden * 3):
         assert torch.equal(capture(llama, tokens, [point])[point], (clean + vector) * 3)
     with add(llama, point, vector), replace(llama, point, lambda hidden: hidden * 3, first=True):
         assert torch.equal(capture(llama, tokens, [point])[point], clean * 3 + vector)
     with ablate(llama, "model.layers.0"), add(llama, point, vector):
-        assert torch.equal(capture(llama, tokens, ["model.layers.0"])["model.layers.0"], torch.zeros_like(clean))
+        assert not capture(llama, tokens, ["model.layers.0"])["model.layers.0"].any()
 
 
 def test_replace_works_on_a_keyword_argument(llama: LanguageModel, tokens: Tensor) -> None:
