@@ -17,7 +17,7 @@ class SparsityConfig(Config):
     """L0 at the first step, in multiples of the target; thresholds start at the quantiles of the data that give it."""
     ramp_fraction: float = Field(default=0.5, gt=0, lt=1)
     """Part of training in which the wanted L0 falls, evenly in its logarithm, from the start to the target."""
-    threshold_lr: float = Field(default=5e-3, gt=0)
+    threshold_lr: float = Field(default=2e-2, gt=0)
     """Learning rate of log-thresholds: the largest relative change of a threshold in one step."""
     integral_gain: float = Field(default=0.02, gt=0)
     """How far the coefficient's logarithm moves in a step per unit of log(L0 / wanted L0)."""
@@ -37,7 +37,7 @@ class TrainConfig(Config):
     batch_size: int = Field(default=4096, gt=0)
     """Tokens in one step, over all processes."""
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate; None = 2e-4 * sqrt(2^14 / d_sae)."""
+    """Peak learning rate; None = by width and length of training, see `default_lr`."""
     seed: int = 0
     """Seed of the first weights and of the order of the data."""
     init: Literal["tied", "given"] = "tied"
@@ -48,8 +48,8 @@ class TrainConfig(Config):
     """Part of training, at its end, in which the learning rate falls to 0."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of Adam's moments."""
-    clip_norm: float | None = Field(default=1.0, gt=0)
-    """Largest norm of the whole gradient; None = no limit."""
+    clip_factor: float | None = Field(default=2.0, gt=1)
+    """Largest norm of the whole gradient, in multiples of its running mean; None = no limit."""
     auxk_alpha: float = Field(default=1 / 32, ge=0)
     """Weight of the AuxK loss; 0 = off."""
     k_aux: int | None = Field(default=None, gt=0)

@@ -15,7 +15,15 @@ from saekit.sae.losses import auxk_loss, dead_pre_act_loss, jumprelu, reconstruc
 from saekit.sae.topk import TopKSAE
 from saekit.training.config import TrainConfig
 
-__all__ = ["JumpReLUObjective", "Objective", "StepResult", "TopKObjective", "build_objective", "default_k_aux"]
+__all__ = [
+    "JumpReLUObjective",
+    "Objective",
+    "StepResult",
+    "SumOverProcesses",
+    "TopKObjective",
+    "build_objective",
+    "default_k_aux",
+]
 
 SumOverProcesses = Callable[[Tensor], Tensor]
 

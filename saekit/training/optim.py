@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from saekit.training.config import TrainConfig
 
-__all__ = ["build_optimizer", "clip_gradients", "project_decoder_gradient", "set_learning_rates"]
+__all__ = ["GradientClip", "build_optimizer", "project_decoder_gradient", "set_learning_rates"]
+
+CLIP_MEMORY_STEPS = 20
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig, *, lr: float) -> torch.optim.Adam:
@@ -38,13 +40,31 @@ def project_decoder_gradient(W_dec: nn.Parameter) -> None:
     W_dec.grad.addcmul_(along, W_dec, value=-1)
 
 
-@torch.no_grad()
-def clip_gradients(parameters: Mapping[str, nn.Parameter], limit: float | None) -> Tensor:
-    """Scales all gradients together so that their norm is at most `limit`; returns the norm before, a scalar."""
-    gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
-    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-    if limit is not None:
-        factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            gradient.mul_(factor)
-    return norm
+class GradientClip:
+    """Limits the norm of the whole gradient to a multiple of its running mean.
+
+    A fixed limit does not work here: the usual norm is 0.02 at the end of training and 0.05 at its start (loss = FVU), and a
+    single token of fifteen times the typical norm brings it to 0.8, which Adam's second moments remember for 1,000 steps.
+    """
+
+    def __init__(self, factor: float | None) -> None:
+        self.factor = factor
+        self.mean: float | None = None
+
+    @torch.no_grad()
+    def apply(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
+        """Scales all gradients together where their norm is too large; returns the norm before, a scalar."""
+        gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        if self.factor is not None and self.mean is not None:
+            scale = (self.factor * self.mean / (norm + torch.finfo(norm.dtype).tiny)).clamp(max=1.0)
+            for gradient in gradients:
+                gradient.mul_(scale)
+        return norm
+
+    def update(self, norm: float) -> None:
+        """Notes a step's norm before clipping."""
+        if self.mean is None or self.factor is None:
+            self.mean = norm
+        else:
+            self.mean += (min(norm, self.factor * self.mean) - self.mean) / CLIP_MEMORY_STEPS

@@ -16,7 +16,7 @@ from saekit.sae.jumprelu import JumpReLUSAE
 from saekit.training.config import TrainConfig
 from saekit.training.dead import DeadFeatures, default_dead_after
 from saekit.training.objective import JumpReLUObjective, build_objective
-from saekit.training.optim import build_optimizer, clip_gradients, project_decoder_gradient, set_learning_rates
+from saekit.training.optim import GradientClip, build_optimizer, project_decoder_gradient, set_learning_rates
 from saekit.training.schedule import default_lr, lr_factor
 from saekit.training.sparsity import L0Control, wanted_l0
 
@@ -37,6 +37,7 @@ class StepFigures:
     dead_fraction: float
     lr: float
     coefficient: float
+    gradient_norm: float
     stop_asked: bool
 
 
@@ -66,8 +67,9 @@ class TrainRun:
             self.sae, config, total_variance=normalization.total_variance, sum_over_processes=self._sum
         ).to(accelerator.device)
         self.parameters = self.objective.trained_parameters()
-        self.peak_lr = config.lr if config.lr is not None else default_lr(sae.d_sae)
+        self.peak_lr = config.lr if config.lr is not None else default_lr(sae.d_sae, config.num_steps)
         self.optimizer = build_optimizer(self.parameters, config, lr=self.peak_lr)
+        self.clip = GradientClip(config.clip_factor)
         self.dead = DeadFeatures(sae.d_sae, default_dead_after(config), accelerator.device)
         self.control = self._build_control()
         self.step = 0
@@ -96,7 +98,7 @@ class TrainRun:
         result.loss.backward()
         self._average_gradients()
         project_decoder_gradient(self.sae.W_dec)
-        norm = clip_gradients(self.parameters, self.config.clip_norm)
+        norm = self.clip.apply(self.parameters)
 
         figures = torch.stack([result.loss.detach(), result.fvu, result.auxiliary, result.num_active.to(norm)]).double()
         stop = torch.tensor([float(stop_asked)], dtype=torch.float64, device=x.device)
@@ -107,6 +109,7 @@ class TrainRun:
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             raise self._non_finite(raw)
 
+        self.clip.update(gradient_norm)
         self.optimizer.step()
         self.objective.after_step()
         self.dead.update(summed[5:] > 0, self.config.batch_size)
@@ -122,6 +125,7 @@ class TrainRun:
             dead_fraction=float(self.dead.mask.double().mean()),
             lr=self.peak_lr * factor,
             coefficient=coefficient,
+            gradient_norm=gradient_norm,
             stop_asked=stops > 0,
         )
 
@@ -131,6 +135,7 @@ class TrainRun:
             "step": self.step,
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "gradient_norm": self.clip.mean,
             "silent_tokens": self.dead.silent_tokens,
             "control": self.control.state_dict() if self.control else {},
         }
@@ -140,6 +145,7 @@ class TrainRun:
         self.step = state["step"]
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.clip.mean = state["gradient_norm"]
         self.dead.silent_tokens.copy_(state["silent_tokens"])
         if self.control:
             self.control.load_state_dict(state["control"])

@@ -7,12 +7,15 @@ from torch import Tensor
 
 from saekit.activations.source import ActivationSource
 from saekit.errors import NonFiniteError
+from saekit.sae.base import SAE
 from saekit.sae.fold import Normalization
 
-__all__ = ["SAMPLE_TOKENS", "estimate_normalization", "read_sample"]
+__all__ = ["SAMPLE_TOKENS", "estimate_normalization", "read_sample", "scale_encoder"]
 
 SAMPLE_TOKENS = 32_768
 """Enough for a mean that is wrong by half a percent of the spread, small enough to hold at any width."""
+
+PART_TOKENS = 2048
 
 
 def read_sample(source: ActivationSource, num_tokens: int) -> Tensor:
@@ -45,3 +48,25 @@ def estimate_normalization(sample: Tensor, sum_over_processes: Callable[[Tensor]
     moments = torch.stack([centred.norm(dim=1).sum(), centred.square().sum()])
     mean_norm, mean_square = (sum_over_processes(moments) / total).tolist()
     return Normalization.from_moments(mean, mean_norm_centred=mean_norm, mean_square_centred=mean_square)
+
+
+@torch.no_grad()
+def scale_encoder(sae: SAE, x: Tensor, sum_over_processes: Callable[[Tensor], Tensor]) -> float:
+    """Scales encoder and thresholds so that the first reconstruction of x [n, d_in] is the best multiple of itself.
+
+    Many overlapping features add up to more than the input: with unit encoder rows the first hundred steps would be spent on
+    shrinking all of them, and a JumpReLU SAE would lose most of its active features on the way.
+
+    Returns:
+        The factor, over all processes.
+    """
+    moments = torch.zeros(2, dtype=torch.float64, device=x.device)
+    for part in x.split(PART_TOKENS):
+        x_hat = sae(part).x_hat.double()
+        moments += torch.stack([(x_hat * part).sum(), x_hat.square().sum()])
+    along, square = sum_over_processes(moments).tolist()
+    if along <= 0 or square <= 0:
+        return 1.0
+    sae.W_enc.mul_(along / square)
+    sae.scale_thresholds(along / square)
+    return float(along / square)

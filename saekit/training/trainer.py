@@ -19,9 +19,10 @@ from saekit.sae.jumprelu import JumpReLUSAE
 from saekit.training.config import TrainConfig
 from saekit.training.heldout import TokenView, evaluate_heldout, read_evenly
 from saekit.training.loop import TrainingLoop
+from saekit.training.objective import SumOverProcesses
 from saekit.training.run import TrainRun
 from saekit.training.sparsity import calibration_factor, init_thresholds
-from saekit.training.start import SAMPLE_TOKENS, estimate_normalization, read_sample
+from saekit.training.start import SAMPLE_TOKENS, estimate_normalization, read_sample, scale_encoder
 from saekit.training.state import keep_newest
 
 if TYPE_CHECKING:
@@ -147,13 +148,17 @@ class Trainer:
             normalization.unfold(sae)
         else:
             sae.reset_parameters(self.config.seed)
-            if isinstance(sae, JumpReLUSAE):
-                assert sae.cfg.target_l0 is not None
-                start_l0 = sae.cfg.target_l0 * self.config.sparsity.start_factor
-                init_thresholds(sae, normalization.apply(sample), start_l0)
-                mean = sum_over_processes(sae.threshold.detach().clone()) / accelerator.num_processes
-                sae.threshold.data.copy_(mean)
+            self._fit_start(sae, normalization.apply(sample), sum_over_processes)
         return TrainRun(sae, source, self.config, normalization=normalization, accelerator=accelerator)
+
+    def _fit_start(self, sae: SAE, x: Tensor, sum_over_processes: SumOverProcesses) -> None:
+        """Adapts random weights to normalised activations x: first the thresholds' start, then the encoder's scale."""
+        if isinstance(sae, JumpReLUSAE):
+            assert sae.cfg.target_l0 is not None
+            init_thresholds(sae, x, sae.cfg.target_l0 * self.config.sparsity.start_factor)
+            total = sum_over_processes(torch.tensor(1.0, device=x.device))
+            sae.threshold.data.copy_(sum_over_processes(sae.threshold.detach().clone()) / total)
+        scale_encoder(sae, x, sum_over_processes)
 
     def _finish(self, run: TrainRun, held_out: Tensor | None) -> dict[str, object]:
         """Turns the trained weights into those of an SAE of raw activations; returns the figures worth keeping with it."""
