@@ -81,6 +81,7 @@ def describe_run(run: RunSource) -> dict[str, JSONValue]:
         "scanned_tokens": None if run.contexts is None else run.contexts.num_tokens,
         "window": None if run.contexts is None else run.contexts.window,
         "labelers": [_labeler(run, labeler) for labeler in run.labelers],
+        "controls": _controls(run),
         "stages": {stage: describe_manifest(manifest) for stage, manifest in run.manifests.items()},
     }
 
@@ -143,6 +144,15 @@ def _labeler(run: RunSource, labeler: str) -> dict[str, JSONValue]:
         "failed": sum(label.status == "failed" for label in mine),
         "scorers": scorers,
     }
+
+
+def _controls(run: RunSource) -> JSONValue:
+    """Returns the mean rule scores of the labels beside those of labels that know nothing; None where nothing was scored."""
+    manifest = run.manifests.get("label")
+    found = manifest.counts.get("rule_scores") if manifest is not None else None
+    if not isinstance(found, dict) or not found.get("labels"):
+        return None
+    return {str(name): finite(value) for name, value in found.items()}
 
 
 def _evaluation(evaluation: Evaluation) -> dict[str, JSONValue]:

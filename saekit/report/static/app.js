@@ -17,7 +17,7 @@ saekit.app = (() => {
 
   function indexOf(run) {
     if (!state.indexes.has(run.slug)) {
-      const index = saekit.load(`${run.slug}/index`).then((raw) => new saekit.table.FeatureIndex(raw));
+      const index = saekit.load(`${run.slug}/index`).then((raw) => new saekit.query.FeatureIndex(raw));
       index.catch(() => state.indexes.delete(run.slug));
       state.indexes.set(run.slug, index);
     }
@@ -189,6 +189,7 @@ saekit.app = (() => {
     const onFeature = state.view === "feature" && state.feature !== null;
     const actions = {
       "/": () => focusSearch(),
+      ...(state.view !== "overview" && { r: () => table.openRandom() }),
       "?": () => byId("help").showModal(),
       ...(onFeature && {
         j: () => go(table.neighbor(state.feature, 1)), ArrowRight: () => go(table.neighbor(state.feature, 1)),

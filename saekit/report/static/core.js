@@ -130,7 +130,7 @@ const saekit = (() => {
     const tail = lead === text.length ? 0 : / *$/.exec(text)[0].length;
     const blank = (count) => count > 0 && h("span", { class: "blank", text: count > 3 ? `\u2423\u00d7${count}` : "\u2423".repeat(count) });
     const body = text.slice(lead, text.length - tail);
-    return h("span", { class: "token", ...attributes }, blank(lead), body, text.length === 0 && h("span", { class: "blank", text: "empty" }), blank(tail));
+    return h("span", { class: "token", title: text, ...attributes }, blank(lead), body, text.length === 0 && h("span", { class: "blank", text: "empty" }), blank(tail));
   }
 
   const tooltip = document.getElementById("tooltip");

@@ -10,6 +10,8 @@ saekit.overview = (() => {
     cosine_similarity: "higher", ce_recovered_zero: "higher", ce_recovered_mean: "higher", kl_recovered_zero: "higher", kl_recovered_mean: "higher",
     norm_ratio: "to 1", relative_reconstruction_bias: "to 1",
   };
+  /** Below this many documents a bootstrap over documents says too little. */
+  const FEW_DOCUMENTS = 20;
   const ARROW = { lower: "\u2193 lower is better", higher: "\u2191 higher is better", "to 1": "\u2192 1 is unbiased" };
 
   const kindName = (kind) => ({ topk: "TopK", jumprelu: "JumpReLU", batchtopk: "BatchTopK" })[kind] ?? String(kind);
@@ -64,7 +66,7 @@ saekit.overview = (() => {
       figureTile("delta_ce", "\u0394 CE, nats", 3),
       tile("Features that fire", firing === null ? NONE : integer(firing), firing === null ? "not computed" : `of ${integer(total)} \u00b7 ${percent(firing / total)}`),
       tile("Labelled", labelled === null ? NONE : integer(labelled), labelled === null ? "not computed" : `of ${integer(total)} \u00b7 ${percent(labelled / total)}`),
-      tile("Median F1 of labels", scored ? fixed(scored.f1, 2) : NONE, scored ? `${best.name}, ${scorer}, ${integer(scored.scored)} scored` : "not computed"),
+      tile("Median F1 of labels", scored ? fixed(scored.f1, 2) : NONE, scored ? `${best.name} \u00b7 ${scorer}` : "not computed"),
     );
   }
 
@@ -105,7 +107,7 @@ saekit.overview = (() => {
     const reference = Object.entries(evaluation.reference).filter(([, value]) => isNumber(value));
     return section(
       "Metrics, beside null dictionaries",
-      `${integer(evaluation.num_tokens)} held-out tokens of ${integer(evaluation.num_documents)} documents; CE and KL on ${integer(evaluation.num_loss_tokens)} positions. Small print: 95 % intervals over ${integer(evaluation.num_bootstrap)} resamples of the documents.`,
+      `${integer(evaluation.num_tokens)} held-out tokens of ${integer(evaluation.num_documents)} documents; CE and KL on ${integer(evaluation.num_loss_tokens)} positions. Small print: 95 % intervals over ${integer(evaluation.num_bootstrap)} resamples of the documents${evaluation.num_documents < FEW_DOCUMENTS ? `; from fewer than ${FEW_DOCUMENTS} documents they are too narrow to rely on` : ""}.`,
       h("div", { class: "scroll-x", tabindex: "0", role: "region", "aria-label": "Metrics" }, h("table", { class: "figures" }, h("thead", {}, head), h("tbody", {}, body))),
       reference.length > 0 && h("p", { class: "small", text: `Reference losses in nats: ${reference.map(([name, value]) => `${name.replace("_", " ").replace("ce", "CE").replace("kl", "KL")} ${fixed(value, 3)}`).join(", ")}.` }),
       left.length > 0 && h("p", { class: "small", text: `Not computed: ${left.join(", ")}.` }),
@@ -140,12 +142,30 @@ saekit.overview = (() => {
         }),
       );
     }
-    const cosine = run.evaluation?.decoder_cosine;
-    if (cosine?.counts.length) {
+    if (run.evaluation?.decoder_cosine.counts.length) {
+      const cosine = trimmed(run.evaluation.decoder_cosine);
       charts.push(histogram({ title: "Nearest feature by decoder cosine", note: "towards 1: near duplicates", edges: cosine.edges, series: [{ name: "features", color: "--series-1", counts: cosine.counts }], xLabel: "largest cosine with another feature", xFormat: (value) => number(value, 2) }));
     }
     const labelers = run.labelers.length > 0 ? labelerTable(run) : absent("Labels: not computed.");
-    return section("Features", null, charts.length ? h("div", { class: "grid two" }, charts) : absent("Firing densities: not computed."), labelers);
+    return section("Features", null, charts.length ? h("div", { class: "grid two" }, charts) : absent("Firing densities: not computed."), labelers, controlTable(run));
+  }
+
+  /** The histogram without its empty ends. */
+  function trimmed({ edges, counts }) {
+    const first = counts.findIndex((count) => count > 0);
+    const last = counts.findLastIndex((count) => count > 0);
+    if (first < 0) return { edges, counts };
+    const [from, to] = [Math.max(0, first - 2), Math.min(counts.length, last + 3)];
+    return { edges: edges.slice(from, to + 1), counts: counts.slice(from, to) };
+  }
+
+  function controlTable(run) {
+    const { controls } = run;
+    if (!controls) return null;
+    const rows = [["the labels", ""], ["each label on another feature", "shuffled_"], ["a label that always fires", "always_"], ["a label that never fires", "empty_"]];
+    const body = rows.filter(([, key]) => isNumber(controls[`${key}f1`])).map(([name, key]) => h("tr", {}, h("th", { scope: "row", class: "left", text: name }), h("td", { class: key ? null : "own", text: fixed(controls[`${key}f1`], 3) }), h("td", { class: key ? null : "own", text: fixed(controls[`${key}auprc`], 3) })));
+    const caption = `Token rules against labels that know nothing: means over ${integer(controls.labels)} labels on ${integer(controls.tokens)} held-out tokens of ${integer(controls.documents)} documents.`;
+    return h("div", { class: "controls" }, h("p", { class: "small", text: caption }), h("div", { class: "scroll-x", tabindex: "0", role: "region", "aria-label": "Labels beside controls" }, h("table", { class: "figures" }, h("thead", {}, h("tr", {}, h("th", { scope: "col", class: "left", text: "label" }), h("th", { scope: "col", text: "mean F1" }), h("th", { scope: "col", text: "mean AUPRC" }))), h("tbody", {}, body))));
   }
 
   function labelerTable(run) {

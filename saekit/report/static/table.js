@@ -1,67 +1,13 @@
 "use strict";
 
-// The feature table: one columnar index in memory, filtered and sorted as arrays of feature numbers; only rows in view exist.
+// The feature table: filters, sortable headers, and rows that exist only while they are in view.
 saekit.table = (() => {
-  const { h, s, unpack, isNumber, number, percent, integer, fixed, token, NONE } = saekit;
-  const NO_WORD = 0xffffffff;
+  const { h, s, isNumber, number, percent, integer, fixed, token, NONE } = saekit;
+  const { RANGES, DEFAULTS, parseQuery, formatQuery, select, defaultSort } = saekit.query;
   const ROW_HEIGHT = 40;
   const COMPACT_ROW_HEIGHT = 62;
   const COMPACT_BELOW = 720;
   const OVERSCAN = 8;
-
-  /** The decoded index of one run. */
-  class FeatureIndex {
-    constructor(raw) {
-      this.count = raw.count;
-      this.chunkSize = raw.chunk_size;
-      this.density = unpack(raw.density);
-      this.max = unpack(raw.max);
-      this.peak = unpack(raw.peak);
-      this.promoted = unpack(raw.promoted);
-      this.words = raw.words;
-      this.labelers = raw.labelers.map((one) => ({ ...one, f1: unpack(one.f1) }));
-      this.wordsOf = (column, feature) => {
-        if (!column) return [];
-        const slots = column.length / this.count;
-        return Array.from(column.subarray(feature * slots, (feature + 1) * slots)).filter((word) => word !== NO_WORD).map((word) => this.words[word]);
-      };
-      this.tokenText = Array.from({ length: this.count }, (_, feature) => [...this.wordsOf(this.peak, feature), ...this.wordsOf(this.promoted, feature)].join("\n").toLowerCase());
-    }
-
-    /** True where the feature fired, null where nobody counted. */
-    fires(feature) {
-      return this.density ? this.density[feature] > 0 : null;
-    }
-
-    /** The label that stands for a feature: that of the asked labeler, or of the first one that has any. */
-    label(feature, labeler) {
-      for (const one of this.labelers) {
-        if ((labeler === "" || one.name === labeler) && one.labels[feature] !== null) return { text: one.labels[feature], labeler: one.name, scorer: one.scorer, f1: one.f1[feature] };
-      }
-      return null;
-    }
-  }
-
-  const RANGES = [
-    { key: "density", title: "Density, %", factor: 0.01 },
-    { key: "max", title: "Max activation", factor: 1 },
-    { key: "f1", title: "F1", factor: 1 },
-  ];
-  const DEFAULTS = { q: "", in: "all", labeler: "", fires: "", sort: "" };
-
-  /** What is asked of the table, as plain text values: the part of the address after "?". */
-  function parseQuery(text) {
-    const query = { ...DEFAULTS };
-    for (const [key, value] of new URLSearchParams(text)) {
-      if (key in DEFAULTS || RANGES.some((range) => key === `${range.key}_min` || key === `${range.key}_max`)) query[key] = value;
-    }
-    return query;
-  }
-
-  function formatQuery(query) {
-    const kept = Object.entries(query).filter(([key, value]) => value !== "" && value !== DEFAULTS[key]);
-    return new URLSearchParams(kept).toString();
-  }
 
   const COLUMNS = [
     { key: "id", title: "#", name: "feature number" },
@@ -72,58 +18,6 @@ saekit.table = (() => {
     { key: "max", title: "Max act", name: "max activation", isDescending: true },
     { key: "f1", title: "F1", name: "F1", isDescending: true },
   ];
-
-  /** Returns the features that the query keeps, in its order. */
-  function select(index, query) {
-    const words = query.q.toLowerCase().split(/\s+/).filter(Boolean);
-    const labels = Array.from({ length: index.count }, (_, feature) => index.label(feature, query.labeler === "none" ? "" : query.labeler));
-    const f1 = labels.map((label) => (label ? label.f1 : NaN));
-    const columns = { density: index.density, max: index.max, f1 };
-    const ranges = RANGES.flatMap(({ key, factor }) => [[key, `${key}_min`, 1, factor], [key, `${key}_max`, -1, factor]]).filter(([, name]) => query[name] && Number.isFinite(Number(query[name])));
-    const kept = [];
-    for (let feature = 0; feature < index.count; feature += 1) {
-      if (query.fires === "yes" && index.fires(feature) === false) continue;
-      if (query.fires === "no" && index.fires(feature) !== false) continue;
-      if (query.labeler === "none" ? labels[feature] !== null : query.labeler !== "" && labels[feature] === null) continue;
-      if (ranges.some(([key, name, sign, factor]) => !(sign * columns[key]?.[feature] >= sign * Number(query[name]) * factor))) continue;
-      if (words.length && !matches(index, feature, words, query)) continue;
-      kept.push(feature);
-    }
-    return order(kept, query, { ...columns, labels });
-  }
-
-  function matches(index, feature, words, query) {
-    const texts = [];
-    if (query.in !== "tokens") texts.push(...index.labelers.filter((one) => query.labeler === "" || one.name === query.labeler).map((one) => one.labels[feature]?.toLowerCase() ?? ""));
-    if (query.in !== "labels") texts.push(index.tokenText[feature]);
-    return words.every((word) => word === String(feature) || word === `#${feature}` || texts.some((text) => text.includes(word)));
-  }
-
-  function defaultSort(index) {
-    return index.labelers.some((one) => one.f1.some((value) => value > 0)) ? "-f1" : index.max ? "-max" : "id";
-  }
-
-  function order(kept, query, columns) {
-    const key = query.sort.replace("-", "");
-    const sign = query.sort.startsWith("-") ? -1 : 1;
-    if (key === "label") {
-      const collator = new Intl.Collator("en", { sensitivity: "base", numeric: true });
-      const text = (feature) => columns.labels[feature]?.text ?? null;
-      return kept.sort((a, b) => {
-        const [left, right] = [text(a), text(b)];
-        if (left === null || right === null) return (left === null) - (right === null) || a - b;
-        return sign * collator.compare(left, right) || a - b;
-      });
-    }
-    const values = columns[key];
-    if (!values) return sign < 0 ? kept.reverse() : kept;
-    return kept.sort((a, b) => {
-      const [left, right] = [values[a], values[b]];
-      // What has no value stands last in both directions.
-      if (Number.isNaN(left) || Number.isNaN(right)) return Number.isNaN(left) - Number.isNaN(right) || a - b;
-      return sign * (left - right) || a - b;
-    });
-  }
 
   /** The list pane. `open(feature)` navigates; `changed(query)` writes the address. */
   class FeatureTable {
@@ -140,24 +34,25 @@ saekit.table = (() => {
     }
 
     build() {
-      const select = (key, label, options) => h("label", { class: "field" }, h("span", { class: "visually-hidden", text: label }), h("select", { "data-key": key, onchange: (event) => this.ask({ [key]: event.target.value }) }, options.map(([value, text]) => h("option", { value, text }))));
+      const choice = (key, label, options) => h("label", { class: "field" }, h("span", { class: "visually-hidden", text: label }), h("select", { "data-key": key, onchange: (event) => this.ask({ [key]: event.target.value }) }, options.map(([value, text]) => h("option", { value, text }))));
       this.search = h("input", { type: "search", id: "search", placeholder: "Search labels and tokens", autocomplete: "off", spellcheck: "false", "aria-label": "Search features", oninput: () => this.askSoon({ q: this.search.value }), onkeydown: (event) => this.searchKey(event) });
-      this.scope = select("in", "Search in", [["all", "Labels and tokens"], ["labels", "Labels only"], ["tokens", "Tokens only"]]);
-      this.labeler = select("labeler", "Labeler", [["", "Any labeler"]]);
-      this.firing = select("fires", "Firing", [["", "Firing or not"], ["yes", "Fires"], ["no", "Never fired"]]);
-      this.sorting = select("sort", "Sort by", []);
+      this.scope = choice("in", "Search in", [["all", "Labels and tokens"], ["labels", "Labels only"], ["tokens", "Tokens only"]]);
+      this.labeler = choice("labeler", "Labeler", [["", "Any labeler"]]);
+      this.firing = choice("fires", "Firing", [["", "Firing or not"], ["yes", "Fires"], ["no", "Never fired"]]);
+      this.sorting = choice("sort", "Sort by", []);
       this.sorting.classList.add("sort-field");
       const rangeFields = RANGES.map(({ key, title }) => h("fieldset", {}, h("legend", { text: title }), ["min", "max"].map((end) => h("input", { type: "number", step: "any", inputmode: "decimal", placeholder: end, "aria-label": `${title}, ${end === "min" ? "at least" : "at most"}`, "data-key": `${key}_${end}`, oninput: (event) => this.askSoon({ [`${key}_${end}`]: event.target.value }) }))));
       this.more = h("details", { class: "ranges" }, h("summary", { text: "Ranges" }), h("div", { class: "ranges-body" }, rangeFields));
       this.summary = h("p", { class: "count", "aria-live": "polite" });
       this.reset = h("button", { class: "link", type: "button", text: "Clear filters", onclick: () => this.ask({ ...this.clean(), sort: this.query.sort }) });
+      this.random = h("button", { class: "link random", type: "button", title: "Open a random feature of this list (r)", text: "Random", onclick: () => this.openRandom() });
       this.head = h("div", { class: "row head", role: "row", "aria-rowindex": "1" }, COLUMNS.map((column) => this.headCell(column)));
       this.rows = h("div", { class: "rows", role: "rowgroup" });
       this.nothing = h("p", { class: "absent nothing", hidden: true, text: "No feature matches." });
       this.drawn = new Map();
       this.scroller = h("div", { class: "scroller", tabindex: "0", role: "grid", "aria-label": "Features", "aria-colcount": COLUMNS.length, onscroll: () => this.drawSoon(), onkeydown: (event) => this.gridKey(event) }, h("div", { role: "rowgroup", class: "head-group" }, this.head), this.rows, this.nothing);
       this.scroller.addEventListener("focus", () => this.scroller.matches(":focus-visible") && this.active < 0 && this.order.length && this.setActive(Math.max(0, this.order.indexOf(this.current))));
-      this.node.replaceChildren(h("div", { class: "filters", role: "search" }, h("div", { class: "search" }, this.search), h("div", { class: "selects" }, this.scope, this.labeler, this.firing, this.sorting, this.more)), h("div", { class: "count-line" }, this.summary, this.reset), this.scroller);
+      this.node.replaceChildren(h("div", { class: "filters", role: "search" }, h("div", { class: "search" }, this.search), h("div", { class: "selects" }, this.scope, this.labeler, this.firing, this.sorting, this.more)), h("div", { class: "count-line" }, this.summary, this.reset, this.random), this.scroller);
     }
 
     headCell(column) {
@@ -263,6 +158,10 @@ saekit.table = (() => {
       this.scroller.setAttribute("aria-activedescendant", `row-${this.order[this.active]}`);
     }
 
+    openRandom() {
+      if (this.order.length > 0) this.open(this.order[Math.floor(Math.random() * this.order.length)]);
+    }
+
     /** Marks the feature whose panel is open and scrolls to it. */
     setCurrent(feature) {
       this.current = feature;
@@ -274,11 +173,15 @@ saekit.table = (() => {
       this.draw();
     }
 
+    /** Scrolls to a row: just into view when walking, to the middle when it was out of sight altogether. */
     reveal(place) {
       const top = place * this.rowHeight;
       const view = this.scroller.clientHeight - this.headHeight;
-      if (top < this.scroller.scrollTop) this.scroller.scrollTop = top;
-      else if (top + this.rowHeight > this.scroller.scrollTop + view) this.scroller.scrollTop = top + this.rowHeight - view;
+      const above = this.scroller.scrollTop - top;
+      const below = top + this.rowHeight - this.scroller.scrollTop - view;
+      if (Math.max(above, below) > 2 * this.rowHeight) this.scroller.scrollTop = top - view / 2;
+      else if (above > 0) this.scroller.scrollTop = top;
+      else if (below > 0) this.scroller.scrollTop = top + this.rowHeight - view;
     }
 
     /** The feature before or after in the current order; by number where the feature is filtered out. */
@@ -369,8 +272,8 @@ saekit.table = (() => {
   }
 
   function meter(share) {
-    return s("svg", { class: "meter", width: 44, height: 6, "aria-hidden": "true" }, s("rect", { class: "meter-track", width: 44, height: 6, rx: 3 }), s("rect", { class: "meter-fill", width: Math.max(0, Math.min(1, share)) * 44, height: 6, rx: 3 }));
+    return s("svg", { class: "meter", width: 44, height: 6, viewBox: "0 0 44 6", preserveAspectRatio: "none", "aria-hidden": "true" }, s("rect", { class: "meter-track", width: 44, height: 6, rx: 3 }), s("rect", { class: "meter-fill", width: Math.max(0, Math.min(1, share)) * 44, height: 6, rx: 3 }));
   }
 
-  return { FeatureIndex, FeatureTable };
+  return { FeatureTable };
 })();

@@ -10,17 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from playwright.sync_api import sync_playwright
 from safetensors.numpy import load_file
 
 from saekit.report import build_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine"),
-    # asyncio's transports of playwright's driver are closed by the collector, after the test that is then blamed for it.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 ARGUMENTS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -74,7 +72,7 @@ class Site:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """A headless Chromium."""
-    with playwright.sync_playwright() as driver:
+    with sync_playwright() as driver:
         running = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield running
         running.close()
@@ -323,6 +321,16 @@ def test_keys_walk_through_the_current_list(site: Site) -> None:
     site.page.keyboard.press("Escape")
     site.wait("location.hash === '#/topk/features?sort=-id'")
     assert site.rows()[:3] == top
+
+
+def test_a_random_feature_is_of_the_current_list(site: Site) -> None:
+    site.open("#/topk/features?q=lunar+dates")
+    shown = set(site.rows())
+    site.page.click("text=Random")
+    for _ in range(5):
+        site.wait("document.querySelector('.crumb b') !== null")
+        assert int(site.page.inner_text(".crumb b")) in shown
+        site.page.keyboard.press("r")
 
 
 def test_the_table_is_usable_by_keyboard_alone(site: Site) -> None:

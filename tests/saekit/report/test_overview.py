@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -114,3 +115,11 @@ def test_a_report_has_the_identity_of_all_its_stages(report: Any, read_payload: 
         assert run["stages"][stage]["config_sha256"] == manifest["config_sha256"]
         assert run["stages"][stage]["versions"] == manifest["versions"]
     assert value["cache"]["config"]["num_tokens"] == 4000
+
+
+def test_controls_of_the_rules_are_shown_where_the_label_stage_counted_them(source: RunSource) -> None:
+    assert describe_run(source)["controls"] is None
+    counts = {"rule_scores": {"labels": 9, "f1": 0.5, "shuffled_f1": 0.01, "always_f1": float("nan")}}
+    manifests = source.manifests | {"label": source.manifests["label"].model_copy(update={"counts": counts})}
+    found = describe_run(dataclasses.replace(source, manifests=manifests))["controls"]
+    assert found == {"labels": 9.0, "f1": 0.5, "shuffled_f1": 0.01, "always_f1": None}
