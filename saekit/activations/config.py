@@ -30,7 +30,7 @@ class CacheConfig(Config):
     batch_size: int = Field(default=8, ge=1)
     """Sequences a forward. Raise it on a GPU. Part of the cache's identity: batching changes the last bits of a forward."""
     shard_tokens: int = Field(default=32_768, ge=1)
-    """Tokens a shard, rounded down to whole rows (at least one). Work that a kill can lose, and two shards a hook point are
+    """Tokens a shard, rounded down to whole forwards, or rows where that is less than one. Work that a kill can lose, and two shards a hook point are
     held in memory."""
     massive_factor: float = Field(default=10.0, gt=1.0)
     """A token is massive where its norm exceeds this many times the median norm."""
@@ -46,4 +46,5 @@ class CacheConfig(Config):
     @property
     def shard_rows(self) -> int:
         """Rows a shard."""
-        return max(1, self.shard_tokens // self.tokens.context_len)
+        rows = max(1, self.shard_tokens // self.tokens.context_len)
+        return rows - rows % self.batch_size if rows > self.batch_size else rows

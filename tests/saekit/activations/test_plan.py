@@ -99,3 +99,10 @@ def test_summary_tells_the_time_in_words(seconds: float, text: str) -> None:
         tokens_per_second=1000 / seconds,
     )
     assert f"about {text} at" in plan.summary()
+
+
+@pytest.mark.parametrize(
+    "shard_tokens, batch_size, rows", [(512, 8, 32), (500, 8, 24), (80, 8, 5), (1, 8, 1), (160, 3, 9)], ids=str
+)
+def test_shards_hold_whole_forwards(shard_tokens: int, batch_size: int, rows: int, make_config: MakeConfig) -> None:
+    assert make_config(shard_tokens=shard_tokens, batch_size=batch_size).shard_rows == rows
