@@ -7,6 +7,7 @@ from typing import NamedTuple, Self
 
 import torch
 from pydantic import Field, field_validator
+from saekit_kernels import decode
 from torch import Tensor, nn
 
 from saekit.config import Config
@@ -168,10 +169,7 @@ class SAE(nn.Module, ABC):
 
     def decode_sparse(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
         """Returns x_hat [N, d_in] of top_acts [N, K] at top_indices [N, K]."""
-        summed = nn.functional.embedding_bag(
-            top_indices, self.W_dec, mode="sum", per_sample_weights=top_acts.to(self.W_dec.dtype)
-        )
-        return summed + self.b_dec
+        return decode(top_acts.to(self.W_dec.dtype), top_indices, self.W_dec, self.b_dec)
 
     def forward(self, x: Tensor) -> SAEOutput:
         """Encodes and reconstructs x [N, d_in]."""

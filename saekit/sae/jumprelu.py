@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from saekit.sae.base import SAE, SAEConfig
 
-__all__ = ["JumpReLUConfig", "JumpReLUSAE"]
+__all__ = ["JumpReLUConfig", "JumpReLUSAE", "select_above"]
 
 
 class JumpReLUConfig(SAEConfig):
@@ -59,13 +59,23 @@ class JumpReLUSAE(SAE):
 
     def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (top_acts [N, K], top_indices [N, K]), K the most features any of the tokens has; the largest first."""
-        pre_acts = self.pre_acts(x)
-        acts = torch.where(pre_acts > self.threshold.clamp_min(0), pre_acts, 0.0)
-        most = int((acts > 0).sum(-1).max()) if acts.shape[0] else 0
-        top_acts, top_indices = torch.topk(acts, most, dim=-1)
-        return top_acts, torch.where(top_acts > 0, top_indices, 0)
+        return select_above(self.pre_acts(x), self.threshold)
 
     @torch.no_grad()
     def scale_thresholds(self, factor: float) -> None:
         """Multiplies every threshold by `factor`."""
         self.threshold.mul_(factor)
+
+
+def select_above(pre_acts: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (top_acts [N, K], top_indices [N, K]) of the positive entries of pre_acts [N, d_sae] above their threshold.
+
+    K is the most that any of the tokens has; the largest come first, places not used hold 0 and 0.
+
+    Args:
+        threshold: [d_sae], or [1] for all features.
+    """
+    acts = torch.where(pre_acts > threshold.clamp_min(0), pre_acts, 0.0)
+    most = int((acts > 0).sum(-1).max()) if acts.shape[0] else 0
+    top_acts, top_indices = torch.topk(acts, most, dim=-1)
+    return top_acts, torch.where(top_acts > 0, top_indices, 0)

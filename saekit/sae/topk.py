@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 import torch
 from pydantic import model_validator
+from saekit_kernels import encode_topk
 from torch import Tensor
 
 from saekit.sae.base import SAE, SAEConfig
@@ -38,8 +39,8 @@ class TopKSAE(SAE):
 
     def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (top_acts [N, k], top_indices [N, k]), the largest first."""
-        values, indices = torch.topk(self.pre_acts(x), self.cfg.k, dim=-1)
-        return values.relu(), indices
+        values, indices = encode_topk(self.encoder_input(x), self.W_enc, self.b_enc, self.cfg.k)
+        return values, torch.where(values > 0, indices, 0)
 
     def scale_thresholds(self, factor: float) -> None:
         """Does nothing: which pre-activations are largest does not depend on their scale."""
