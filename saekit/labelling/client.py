@@ -140,7 +140,8 @@ class OpenAIChat:
             completion = await self._client.chat.completions.create(
                 model=request.model,
                 messages=[{"role": "system", "content": request.system}, {"role": "user", "content": request.user}],
-                **options,  # type: ignore[arg-type]  # which options are sent is learnt from the server
+                # Which options are sent is learnt from the server, so they go past the package's own signature.
+                extra_body=options,
             )
         except json.JSONDecodeError as error:
             raise _EmptyAnswerError(f"body is no JSON: {error}") from error

@@ -87,7 +87,7 @@ class LexicalLabeler:
                 ),
                 promotes=promotes,
                 suppresses=suppresses,
-                rule=Rule().to_dict(),  # type: ignore[arg-type]  # plain JSON values by construction
+                rule=Rule().to_dict(),
                 confidence=0.0,
             )
         low, high = self._starts[feature], self._starts[feature + 1]
@@ -112,7 +112,7 @@ class LexicalLabeler:
             promotes=promotes,
             suppresses=suppresses,
             rule_tokens=rule.tokens,
-            rule=rule.to_dict(),  # type: ignore[arg-type]  # plain JSON values by construction
+            rule=rule.to_dict(),
             confidence=round(candidate.fit, 4),
         )
 

@@ -177,8 +177,8 @@ def _token_sets(evidence: Evidence, values: NDArray[np.int64], make: ClauseMaker
     # Two firings at least, unless the feature has hardly more: one coincidence is no rule.
     enough = (count >= 2) | (evidence.total[feature] < 8)
     keep = enough & (precision >= MIN_LIFT * base)
-    feature, value, count, seen, precision = (array[keep] for array in (feature, value, count, seen, precision))
-    strength = strength[keep]
+    feature, value = feature[keep], value[keep]
+    count, seen, precision, strength = (array[keep] for array in (count, seen, precision, strength))
     # Shrunk like the count, and set against the tokens on which the feature stays silent.
     weighted = strength * evidence.total[feature] * np.minimum(precision * seen / np.maximum(count, 1e-12), 1)
     silent = (1 - precision) * seen

@@ -44,13 +44,15 @@ class TokenTraits:
 
     def by_text(self, test: Callable[[str], bool]) -> Mask:
         """Returns where a test of the token's own text holds [L]."""
-        return np.array([test(text) for text in self._texts], dtype=bool)[self._which]
+        holds: Mask = np.array([test(text) for text in self._texts], dtype=bool)[self._which]
+        return holds
 
     def before(self, mask: Mask, steps: int = 1) -> Mask:
         """Returns where `mask` holds `steps` tokens earlier in the same row and document [L]."""
-        shifted = np.zeros_like(mask)
-        shifted[steps:] = mask[:-steps] if steps else mask
-        return shifted & (self.place - steps >= self.segment_start)
+        shifted: Mask = np.zeros_like(mask)
+        shifted[steps:] = mask[:-steps]
+        shifted &= self.place - steps >= self.segment_start
+        return shifted
 
     def after(self, mask: Mask) -> Mask:
         """Returns where `mask` holds for the next token of the same row and document [L]."""
@@ -72,7 +74,8 @@ class TokenTraits:
     @cached_property
     def spaced(self) -> Mask:
         """The token opens a word: it begins with a space or stands first."""
-        return self.by_text(lambda text: text[:1].isspace()) | (self.place == self.segment_start)
+        spaced: Mask = self.by_text(lambda text: text[:1].isspace()) | (self.place == self.segment_start)
+        return spaced
 
     @cached_property
     def letters(self) -> Mask:
@@ -103,7 +106,7 @@ class TokenTraits:
 
     @cached_property
     def year(self) -> Mask:
-        """The token is a digit of, or the whole of, a number that reads 1000 to 2099."""
+        """The token is a digit of, or the whole of, a number that reads 1000 to 2999."""
         whole = self.by_text(lambda text: text.strip().isdigit() and len(text.strip()) == 4 and text.strip()[0] in "12")
         fourth = (self.in_number == 4) & ~self.after(self.in_number == 5)
         one_or_two = self.by_text(lambda text: text.strip() in {"1", "2"})
@@ -111,7 +114,8 @@ class TokenTraits:
         inside = fourth.copy()
         for steps in (1, 2, 3):
             inside[:-steps] |= fourth[steps:]
-        return whole | (inside & self.by_text(lambda text: len(text.strip()) == 1) & self.digit)
+        single: Mask = inside & self.digit & self.by_text(lambda text: len(text.strip()) == 1)
+        return whole | single
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,12 +138,14 @@ def _first_positions(count: int) -> Callable[[TokenTraits], Mask]:
 def _bracket(traits: TokenTraits) -> Mask:
     opened = traits.by_text(lambda text: text.count("(") > text.count(")")).astype(np.int64)
     closed = traits.by_text(lambda text: text.count(")") > text.count("(")).astype(np.int64)
-    return traits.since_opening(opened - closed) > 0
+    is_open: Mask = traits.since_opening(opened - closed) > 0
+    return is_open
 
 
 def _quoted(traits: TokenTraits) -> Mask:
     marks = traits.by_text(lambda text: sum(text.count(mark) for mark in '"\u201c\u201d') % 2 == 1).astype(np.int64)
-    return traits.since_opening(marks) % 2 == 1
+    is_open: Mask = traits.since_opening(marks) % 2 == 1
+    return is_open
 
 
 def _line_start(traits: TokenTraits) -> Mask:

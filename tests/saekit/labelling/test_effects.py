@@ -98,6 +98,11 @@ def test_token_change_ranks_the_planted_tokens_first(lm: LanguageModel) -> None:
         assert {token for token, _ in effects.suppressed(row + 3)} == set(planted)
 
 
+def _uncapped(lm: LanguageModel, values: torch.Tensor) -> torch.Tensor:
+    cap = find_unembedding(lm).softcap
+    return values if cap is None else cap * torch.atanh(values / cap)
+
+
 def test_token_change_equals_a_steered_forward(lm: LanguageModel) -> None:
     hook = _hook(lm).replace(".2", ".0")
     sae = _planted_sae(lm, hook)
@@ -110,7 +115,7 @@ def test_token_change_equals_a_steered_forward(lm: LanguageModel) -> None:
     vector[:, 1:] = 3.0 * sae.W_dec[1].detach()
     with add(lm, hook, vector):
         steered = logits(lm, tokens)
-    change = (steered - logits(lm, tokens))[:, 1:].mean(dim=(0, 1))
+    change = (_uncapped(lm, steered) - _uncapped(lm, logits(lm, tokens)))[:, 1:].mean(dim=(0, 1))
     expected = (change - change.mean()).sort(descending=True)
     np.testing.assert_allclose(effects.promoted_values[0], expected.values[:4], rtol=1e-3, atol=1e-5)
     np.testing.assert_array_equal(effects.promoted_ids[0], expected.indices[:4])
