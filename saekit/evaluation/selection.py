@@ -79,15 +79,15 @@ class Selection:
         that predicts was replaced, and what it predicts was not trained on.
         """
         store = self.view.store
-        mask, documents = self.view.mask[self.rows], store.documents()[self.rows]
-        is_counted = np.zeros_like(mask)
-        is_counted[:, :-1] = mask[:, :-1] & mask[:, 1:] & (documents[:, :-1] == documents[:, 1:])
+        kinds, documents = store.kinds()[self.rows], store.documents()[self.rows]
+        is_ordinary = self.view.mask[self.rows] & (kinds == NORMAL)
+        is_counted = np.zeros_like(is_ordinary)
+        is_counted[:, :-1] = is_ordinary[:, :-1] & is_ordinary[:, 1:] & (documents[:, :-1] == documents[:, 1:])
         num_rows = int(np.searchsorted(np.cumsum(is_counted.sum(axis=1)), num_tokens)) + 1 if num_tokens else 0
-        rows, is_counted = self.rows[:num_rows], is_counted[:num_rows]
+        rows, is_counted, kinds = self.rows[:num_rows], is_counted[:num_rows], kinds[:num_rows]
         numbers = np.zeros(is_counted.shape, dtype=np.int64)
         flat = (rows[:, None] * store.context_len + np.arange(store.context_len))[is_counted]
         numbers[is_counted] = self.documents_of(flat)
-        kinds = store.kinds()[rows]
         return LossRows(
             tokens=store.tokens()[rows],
             is_replaced=kinds == NORMAL,

@@ -38,16 +38,16 @@ def tiny_store(
     tiny_lm: Callable[[str], LanguageModel], documents_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., ActivationStore]:
     """A function: family -> store of about 500 tokens in rows of 16, with some tokens marked massive."""
-    made: dict[tuple[str, str], ActivationStore] = {}
+    made: dict[tuple[str, str, str], ActivationStore] = {}
 
-    def make(family: str = "llama", *, packing: str = "pack") -> ActivationStore:
-        if (family, packing) not in made:
+    def make(family: str = "llama", *, packing: str = "pack", separator: str = "eos") -> ActivationStore:
+        if (family, packing, separator) not in made:
             lm = tiny_lm(family)
             config = CacheConfig.parse(
                 {
                     "model": {"name": lm.name},
                     "text": {"kind": "files", "paths": [str(documents_file)]},
-                    "tokens": {"context_len": 16, "packing": packing},
+                    "tokens": {"context_len": 16, "packing": packing, "separator": separator},
                     "hook_points": [_HOOK_POINTS[family]],
                     "num_tokens": 600,
                     "dtype": "float32",
@@ -55,8 +55,10 @@ def tiny_store(
                     "massive_factor": 1.2,
                 }
             )
-            made[family, packing] = cache_activations(config, tmp_path_factory.mktemp(f"cache-{family}"), lm=lm)
-        return made[family, packing]
+            made[family, packing, separator] = cache_activations(
+                config, tmp_path_factory.mktemp(f"cache-{family}"), lm=lm
+            )
+        return made[family, packing, separator]
 
     return make
 

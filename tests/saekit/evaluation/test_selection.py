@@ -58,10 +58,15 @@ def test_documents_of_gives_one_number_to_equal_texts(tiny_store: Stores) -> Non
     assert len(set(zip(numbers.tolist(), text_of.tolist(), strict=True))) == 6
 
 
-@pytest.mark.parametrize("packing", ["pack", "per_document"])
-def test_loss_rows_count_pairs_of_ordinary_held_out_tokens_of_one_document(tiny_store: Stores, packing: str) -> None:
-    store = tiny_store(packing=packing)
-    _, test = store.split(0.4)
+@pytest.mark.parametrize(
+    "packing, separator", [("pack", "eos"), ("pack", "none"), ("per_document", "eos")], ids=["eos", "joined", "padded"]
+)
+def test_loss_rows_count_pairs_of_ordinary_held_out_tokens_of_one_document(
+    tiny_store: Stores, packing: str, separator: str
+) -> None:
+    store = tiny_store(packing=packing, separator=separator)
+    # A large share, so that some held-out documents are neighbours.
+    _, test = store.split(0.7)
     rows = Selection.draw(test, num_tokens=10**6, seed=3)
     loss = rows.loss_rows(10**6)
     kinds, documents, held = store.kinds(), store.documents(), set(test.documents)
