@@ -85,7 +85,7 @@ def iter_documents(text: HubTextConfig | FileTextConfig) -> Iterator[Document]:
     """Yields every document, empty ones included, in an order that depends on `text` alone.
 
     Raises:
-        DataError: nothing at the path or reference, invalid UTF-8, a broken record, or a column that is missing or no text.
+        DataError: nothing at the path or reference, no document in it, invalid UTF-8, a broken record, or a column that is missing or no text.
         ResourceError: no room for the temporary copy that shuffling makes of some forms.
         MissingDependencyError: a `datasets` reference without the extra `datasets`.
     """
@@ -95,8 +95,12 @@ def iter_documents(text: HubTextConfig | FileTextConfig) -> Iterator[Document]:
         records = (record for path in _files(text) for record in file_records(path, text.column))
     else:
         records = _shuffled_records(text, text.shuffle_seed)
+    index = -1
     for index, record in enumerate(records):
         yield Document(index, record.text, record.source, record.title)
+    if index < 0:
+        place = f"dataset {text.name!r}" if isinstance(text, HubTextConfig) else ", ".join(map(repr, text.paths))
+        raise DataError(f"text {place}: no documents, needs at least one")
 
 
 def text_fingerprint(text: HubTextConfig | FileTextConfig) -> str:

@@ -37,7 +37,7 @@ def _write(path: Path, texts: list[str]) -> Path:
         pack = zstandard.ZstdCompressor(write_content_size=False).compress
         data = pack(data[:middle]) + pack(data[middle:])
     if path.suffix == ".gz":
-        data = gzip.compress(data)
+        data = gzip.compress(data, mtime=0)
     path.write_bytes(data)
     return path
 
@@ -67,7 +67,7 @@ def test_iter_documents_reads_every_kind_of_file(tmp_path: Path, name: str, seed
 def test_a_plain_text_file_is_one_document(tmp_path: Path, ending: str) -> None:
     text = "First line.\r\n\r\nÜber alles: 2nd.\n"
     data = text.encode()
-    packed = {".txt": data, ".txt.zst": zstandard.compress(data), ".txt.gz": gzip.compress(data)}[ending]
+    packed = {".txt": data, ".txt.zst": zstandard.compress(data), ".txt.gz": gzip.compress(data, mtime=0)}[ending]
     (tmp_path / f"book{ending}").write_bytes(packed)
     (document,) = iter_documents(FileTextConfig(paths=(str(tmp_path),)))
     assert (document.text, document.title) == (text, "book")
@@ -138,7 +138,7 @@ def _bad_parquet(path: Path, **columns: list[object]) -> Path:
         ("a.json", b'[\n{"text": "a"},\n{]', r"a\.json:3: not valid JSON"),
         ("a.txt", b"fine\nfine\nbr\xe9ve\n", r"a\.txt: invalid UTF-8 at byte 12 \(line 3\)"),
         ("a.txt.gz", b"no gzip at all", r"a\.txt\.gz'?: cannot be read"),
-        ("a.txt.gz", gzip.compress(b"hello" * 100)[:-12], r"a\.txt\.gz'?: cannot be read"),
+        ("a.txt.gz", gzip.compress(b"hello" * 100, mtime=0)[:-12], r"a\.txt\.gz'?: cannot be read"),
         ("a.jsonl.zst", b"no zstd at all", r"a\.jsonl\.zst'?: cannot be read"),
         ("a.parquet", b"PAR1 nonsense", r"a\.parquet'?: not a readable parquet file"),
         ("a.csv", b"text\na\n", r"a\.csv'?: unknown kind, needs \.txt, \.jsonl"),
