@@ -27,8 +27,9 @@ from saekit.progress import NO_PROGRESS, Progress
 
 __all__ = ["LOSS_METRICS", "REFERENCE", "model_loss_sums"]
 
-# Logits of one block of positions [p, V] in float32; about four such arrays live at once.
-_BLOCK_BYTES = 64 * 2**20
+# Logits of one block of positions [p, V] in float32, of which about four live at once. Measured on 2 cores with V = 49,152:
+# 1.07 ms a position at 32 MB, 1.22 at 64 MB (memory traffic), 1.35 at 8 MB (thin products).
+_BLOCK_BYTES = 32 * 2**20
 
 
 def _recovered(lost: Float64Array, available: Float64Array) -> Float64Array:
