@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from saekit.evaluation.reconstruction import Candidate, Int64Array, Reconstruction, TokenReader
-from saekit.sae import SAE, JumpReLUSAE, build_sae
+from saekit.sae import SAE, BatchTopKSAE, JumpReLUSAE, build_sae
 
 __all__ = [
     "fit_sample",
@@ -77,8 +77,8 @@ def pca_candidate(x: Tensor, num_components: int) -> Candidate:
 def random_candidate(sae: SAE, x: Tensor, *, l0: float, seed: int) -> Candidate:
     """Returns an untrained dictionary of the SAE's shape and activation rule.
 
-    Unit decoder rows in random directions and the encoder tied to them, around the mean of `x`. JumpReLU gets one threshold
-    for all features, at which `l0` of them fire on `x`. One gain, fitted on `x` by least squares, keeps the row from losing by
+    Unit decoder rows in random directions and the encoder tied to them, around the mean of `x`. JumpReLU and BatchTopK get
+    one threshold for all features, at which `l0` of them fire on `x`. One gain, fitted on `x` by least squares, keeps the row from losing by
     its scale alone: random directions overlap, so that unscaled they overshoot.
 
     Args:
@@ -89,7 +89,7 @@ def random_candidate(sae: SAE, x: Tensor, *, l0: float, seed: int) -> Candidate:
     random = build_sae(cfg, seed=seed).to(x.device).eval()
     random.b_dec.copy_(x.mean(dim=0, dtype=torch.float64))
     sample = x[: max(64, _CALIBRATION_ENTRIES // sae.d_sae)]
-    if isinstance(random, JumpReLUSAE):
+    if isinstance(random, JumpReLUSAE | BatchTopKSAE):
         pre_acts = random.pre_acts(sample).flatten()
         num_active = round(l0 * len(sample))
         threshold = pre_acts.kthvalue(max(1, pre_acts.numel() - num_active)).values
