@@ -191,8 +191,8 @@ class ActivationStore:
     def split(self, test_fraction: float = 0.05, *, seed: int = 0) -> tuple[StoreView, StoreView]:
         """Returns normal tokens as (train, test), with no text on both sides.
 
-        Documents go to the test side in the order of a hash of their text and the seed, until it holds `test_fraction` of
-        the tokens as nearly as whole documents allow; documents of equal text stay together. Both sides get at least one.
+        Documents are offered to the test side in the order of a hash of their text and the seed, and taken while that
+        brings it nearer to `test_fraction` of the tokens; documents of equal text stay together. Both sides get at least one.
 
         Raises:
             StoreError: fewer than two different documents.

@@ -88,7 +88,7 @@ def split_documents(store: "ActivationStore", *, test_fraction: float, seed: int
     documents, normal = store.documents(), store.kinds() == NORMAL
     tokens_of = np.bincount(documents[normal], minlength=store.num_documents)
     texts, text_of = np.unique(store.document_keys(), return_inverse=True)
-    tokens_of_text = np.bincount(text_of, weights=tokens_of, minlength=len(texts))
+    tokens_of_text = np.bincount(text_of, weights=tokens_of, minlength=len(texts)).astype(np.float64)
     order = np.argsort(_mixed(texts, seed), kind="stable")
     order = order[tokens_of_text[order] > 0]
     if len(order) < 2:
@@ -96,13 +96,26 @@ def split_documents(store: "ActivationStore", *, test_fraction: float, seed: int
             f"cache {str(store.path)!r}: {len(order)} document(s) with different text, a split needs at least 2;"
             " cache more text"
         )
-    cumulative = np.cumsum(tokens_of_text[order])
-    target = test_fraction * cumulative[-1]
-    num_test = 1 + int(np.argmin(np.abs(cumulative[:-1] - target)))
     is_test_text = np.zeros(len(texts), np.bool_)
-    is_test_text[order[:num_test]] = True
+    is_test_text[order[_nearest_sum(tokens_of_text[order], test_fraction)]] = True
     is_test = np.append(is_test_text[text_of], False)[documents]
     return StoreView(store, normal & ~is_test), StoreView(store, normal & is_test)
+
+
+def _nearest_sum(sizes: npt.NDArray[np.float64], fraction: float) -> list[int]:
+    """Returns places, ascending, whose sizes sum to nearly `fraction` of the whole; at least one, and not all.
+
+    Each size in turn is taken if that brings the sum nearer. Where documents are few and long, stopping at the first one
+    that is too long would leave a single document on the test side.
+    """
+    target = fraction * float(sizes.sum())
+    taken: list[int] = []
+    total = 0.0
+    for place, size in enumerate(sizes.tolist()):
+        if size < 2 * (target - total) and len(taken) < len(sizes) - 1:
+            taken.append(place)
+            total += size
+    return taken or [int(np.argmin(sizes))]
 
 
 def _mixed(keys: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:

@@ -136,7 +136,7 @@ def test_split_shares_no_text(fraction: float, seed: int, store: ActivationStore
     assert np.array_equal(train.mask | test.mask, store.kinds() == NORMAL)
     sizes = np.bincount(store.documents()[store.kinds() == NORMAL])
     total = store.view().num_tokens
-    assert abs(test.num_tokens - fraction * total) <= 2 * sizes.max() / 2
+    assert abs(test.num_tokens - fraction * total) <= sizes.max()
     assert min(train.num_tokens, test.num_tokens) > 0
 
 
@@ -171,3 +171,20 @@ def test_split_needs_two_documents(lm: LanguageModel, make_config: Any, tmp_path
     store = cache_activations(config, tmp_path / "cache", lm=lm)
     with pytest.raises(StoreError, match="a split needs at least 2"):
         store.split()
+
+
+@pytest.mark.parametrize(
+    "sizes, fraction, places",
+    [
+        ([10, 90, 2, 1, 50], 0.1, [0, 2, 3]),
+        ([90, 90, 90], 0.1, [0]),
+        ([10, 10], 0.9, [0]),
+        ([5, 100, 100], 0.01, [0]),
+        ([1] * 100, 0.05, [0, 1, 2, 3, 4]),
+    ],
+    ids=["skips-long", "all-too-long", "keeps-one", "smallest", "even"],
+)
+def test_split_takes_what_brings_it_nearer(sizes: list[int], fraction: float, places: list[int]) -> None:
+    from saekit.activations.view import _nearest_sum
+
+    assert _nearest_sum(np.array(sizes, np.float64), fraction) == places
