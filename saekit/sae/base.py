@@ -20,7 +20,7 @@ class SAEConfig(Config):
     """What fixes the shape and the nonlinearity of an SAE; subclasses add theirs and narrow `kind`."""
 
     kind: str
-    """Architecture: "topk" or "jumprelu"."""
+    """Architecture: "topk", "batchtopk" or "jumprelu"."""
     d_in: int = Field(default=0, ge=0)
     """Width of the activations; 0 = not known yet (a recipe leaves it to the store it trains on)."""
     d_sae: int

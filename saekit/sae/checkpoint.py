@@ -15,6 +15,7 @@ from torch import Tensor
 from saekit.errors import ConfigError, FormatError
 from saekit.manifest import atomic_write, write_json
 from saekit.sae.base import SAE, SAEConfig
+from saekit.sae.batchtopk import BatchTopKConfig, BatchTopKSAE
 from saekit.sae.jumprelu import JumpReLUConfig, JumpReLUSAE
 from saekit.sae.topk import TopKConfig, TopKSAE
 
@@ -24,7 +25,7 @@ CFG_NAME = "cfg.json"
 WEIGHTS_NAME = "sae.safetensors"
 FORMAT_VERSION = 1
 
-AnySAEConfig = Annotated[TopKConfig | JumpReLUConfig, Field(discriminator="kind")]
+AnySAEConfig = Annotated[TopKConfig | BatchTopKConfig | JumpReLUConfig, Field(discriminator="kind")]
 """The config of any architecture, told apart by `kind`."""
 
 
@@ -39,10 +40,12 @@ def build_sae(
     match cfg:
         case TopKConfig():
             return TopKSAE(cfg, seed=seed, hook_point=hook_point, source=source)
+        case BatchTopKConfig():
+            return BatchTopKSAE(cfg, seed=seed, hook_point=hook_point, source=source)
         case JumpReLUConfig():
             return JumpReLUSAE(cfg, seed=seed, hook_point=hook_point, source=source)
         case _:
-            raise ConfigError(f"sae: config of kind {cfg.kind!r}, needs 'topk' or 'jumprelu'")
+            raise ConfigError(f"sae: config of kind {cfg.kind!r}, needs 'topk', 'batchtopk' or 'jumprelu'")
 
 
 def save_sae(sae: SAE, folder: str | Path) -> None:

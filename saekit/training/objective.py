@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from saekit.errors import ConfigError
 from saekit.sae.base import SAE
+from saekit.sae.batchtopk import BatchTopKSAE, encode_batch_topk
 from saekit.sae.jumprelu import JumpReLUSAE
 from saekit.sae.losses import auxk_loss, dead_pre_act_loss, jumprelu, reconstruction_loss, step_penalty, tanh_penalty
 from saekit.sae.topk import TopKSAE
@@ -26,6 +27,9 @@ __all__ = [
 ]
 
 SumOverProcesses = Callable[[Tensor], Tensor]
+
+THRESHOLD_MEMORY_STEPS = 100
+"""Steps over which BatchTopK's threshold is averaged, an order more than the batch-to-batch noise needs."""
 
 
 class StepResult(NamedTuple):
@@ -128,6 +132,41 @@ class TopKObjective(Objective):
         return _Code(values, indices, None, 0.0, None)
 
 
+class BatchTopKObjective(Objective):
+    """Reconstruction and AuxK; the inference threshold follows the smallest entry that a batch keeps.
+
+    With several processes each keeps the largest entries of its own share of the batch; the thresholds are averaged.
+    """
+
+    sae: BatchTopKSAE
+
+    def __init__(
+        self, sae: BatchTopKSAE, config: TrainConfig, *, total_variance: float, sum_over_processes: SumOverProcesses
+    ) -> None:
+        super().__init__(sae, config, total_variance=total_variance, sum_over_processes=sum_over_processes)
+        self.register_buffer("smallest_kept", torch.zeros(1, dtype=torch.float64))
+        self.register_buffer("num_seen", torch.zeros(1, dtype=torch.int64))
+        self.smallest_kept: Tensor
+        self.num_seen: Tensor
+
+    def encode(self, encoder_input: Tensor, coefficient: float) -> _Code:
+        """Returns the N * k largest entries of the batch; there is nothing to penalise."""
+        values, indices, offsets = encode_batch_topk(encoder_input, self.sae.W_enc, self.sae.b_enc, self.sae.cfg.k)
+        own = values.detach().double().min() if values.numel() else encoder_input.new_zeros((), dtype=torch.float64)
+        both = self.sum_over_processes(torch.stack([own, torch.ones_like(own)]))
+        self.smallest_kept.copy_(both[0] / both[1])
+        return _Code(values, indices, offsets, 0.0, None)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Restores unit decoder rows and moves the threshold towards the smallest entry kept in this batch."""
+        super().after_step()
+        self.num_seen += 1
+        # A plain mean at first, so that the threshold's start does not matter; then a running one that follows the weights.
+        weight = max(1.0 / float(self.num_seen), 1.0 / THRESHOLD_MEMORY_STEPS)
+        self.sae.threshold.lerp_(self.smallest_kept.to(self.sae.threshold), weight)
+
+
 class JumpReLUObjective(Objective):
     """Reconstruction, a weighted sparsity penalty and a term for dead features.
 
@@ -197,8 +236,10 @@ def build_objective(
     """
     if isinstance(sae, TopKSAE):
         return TopKObjective(sae, config, total_variance=total_variance, sum_over_processes=sum_over_processes)
+    if isinstance(sae, BatchTopKSAE):
+        return BatchTopKObjective(sae, config, total_variance=total_variance, sum_over_processes=sum_over_processes)
     if isinstance(sae, JumpReLUSAE):
         if sae.cfg.target_l0 is None:
             raise ConfigError("sae: no target_l0, needs one to train a JumpReLU SAE")
         return JumpReLUObjective(sae, config, total_variance=total_variance, sum_over_processes=sum_over_processes)
-    raise ConfigError(f"sae: {type(sae).__name__} cannot be trained, needs TopKSAE or JumpReLUSAE")
+    raise ConfigError(f"sae: {type(sae).__name__} cannot be trained, needs TopKSAE, BatchTopKSAE or JumpReLUSAE")

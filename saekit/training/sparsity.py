@@ -6,10 +6,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from saekit.sae.batchtopk import BatchTopKSAE
 from saekit.sae.jumprelu import JumpReLUSAE
 from saekit.training.config import SparsityConfig
 
-__all__ = ["L0Control", "calibration_factor", "init_thresholds", "wanted_l0"]
+__all__ = ["L0Control", "calibration_factor", "init_shared_threshold", "init_thresholds", "wanted_l0"]
 
 MAX_LOG_STEP = 0.1
 """Most the coefficient's logarithm moves in a step, so that one strange batch cannot throw it off."""
@@ -65,6 +66,18 @@ def init_thresholds(sae: JumpReLUSAE, x: Tensor, l0: float) -> None:
         rows = slice(start, start + 1024)
         z = sae.encoder_input(x) @ sae.W_enc[:, rows] + sae.b_enc[rows]
         sae.threshold[rows] = z.kthvalue(len(x) - keep + 1, dim=0).values.clamp_min(1e-3)
+
+
+@torch.no_grad()
+def init_shared_threshold(sae: BatchTopKSAE, x: Tensor) -> None:
+    """Sets the one threshold to the value that k entries a token of x [N, d_in] exceed on average.
+
+    A quantile of 2^24 entries at most, of tokens spread over `x`; training replaces it by what its batches keep.
+    """
+    step = max(1, len(x) * sae.d_sae // 2**24)
+    pre_acts = sae.pre_acts(x[::step])
+    keep = min(sae.cfg.k * len(pre_acts), pre_acts.numel() - 1)
+    sae.threshold.fill_(float(pre_acts.flatten().kthvalue(pre_acts.numel() - keep).values.clamp_min(0)))
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from saekit.errors import ConfigError
 from saekit.manifest import StageState, begin_stage, finish_stage
 from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae.base import SAE
+from saekit.sae.batchtopk import BatchTopKSAE
 from saekit.sae.checkpoint import load_sae_folder
 from saekit.sae.jumprelu import JumpReLUSAE
 from saekit.training.config import TrainConfig
@@ -21,7 +22,7 @@ from saekit.training.heldout import TokenView, evaluate_heldout, read_evenly
 from saekit.training.loop import TrainingLoop
 from saekit.training.objective import SumOverProcesses
 from saekit.training.run import TrainRun
-from saekit.training.sparsity import calibration_factor, init_thresholds
+from saekit.training.sparsity import calibration_factor, init_shared_threshold, init_thresholds
 from saekit.training.start import SAMPLE_TOKENS, estimate_normalization, read_sample, scale_encoder
 from saekit.training.state import keep_newest
 
@@ -156,6 +157,9 @@ class Trainer:
         if isinstance(sae, JumpReLUSAE):
             assert sae.cfg.target_l0 is not None
             init_thresholds(sae, x, sae.cfg.target_l0 * self.config.sparsity.start_factor)
+        elif isinstance(sae, BatchTopKSAE):
+            init_shared_threshold(sae, x)
+        if isinstance(sae, JumpReLUSAE | BatchTopKSAE):
             total = sum_over_processes(torch.tensor(1.0, device=x.device))
             sae.threshold.data.copy_(sum_over_processes(sae.threshold.detach().clone()) / total)
         scale_encoder(sae, x, sum_over_processes)
