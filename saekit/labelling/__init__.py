@@ -6,10 +6,12 @@ from saekit.labelling.contexts import CodeSample, Context, FeatureContexts
 from saekit.labelling.evidence.effects import TokenEffects, effects_path
 from saekit.labelling.evidence.tokenchange import TokenChangeConfig, steering_contexts, steering_strengths, token_change
 from saekit.labelling.evidence.vocabproj import vocab_projection
-from saekit.labelling.label import CONTEXTS_FOLDER, LabelConfig, label_features
+from saekit.labelling.label import CONTEXTS_FOLDER, estimate_labels, label_features
+from saekit.labelling.llm import LLMEstimate
 from saekit.labelling.records import Label, Score
 from saekit.labelling.rules import Clause, Rule
 from saekit.labelling.scoring.rule import RuleScoringConfig, score_rules
+from saekit.labelling.stage import LabelConfig
 from saekit.labelling.store import read_labels, read_scores
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "ContextConfig",
     "FeatureContexts",
     "LLMConfig",
+    "LLMEstimate",
     "Label",
     "LabelConfig",
     "Rule",
@@ -32,6 +35,7 @@ __all__ = [
     "TokenEffects",
     "collect_contexts",
     "effects_path",
+    "estimate_labels",
     "label_features",
     "read_labels",
     "read_scores",

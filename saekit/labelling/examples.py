@@ -84,15 +84,15 @@ class ExampleReader:
         text = f"{before}{space}\u00ab{bare}\u00bb{after}"
         return " ".join(text.split())
 
-    def word_at(self, example: Example) -> str:
-        """Returns the whole word that the peak token belongs to, as far as the example shows it."""
+    def word_at(self, example: Example) -> tuple[str, bool]:
+        """Returns the whole word that the peak token belongs to, as far as the example shows it, and whether it begins it."""
         texts = [self.vocabulary.text(token) for token in example.tokens]
         first = last = example.peak
         while first > 0 and texts[first][:1].isalpha() and texts[first - 1][-1:].isalpha():
             first -= 1
         while last + 1 < len(texts) and texts[last][-1:].isalpha() and texts[last + 1][:1].isalpha():
             last += 1
-        return "".join(texts[first : last + 1]).strip()
+        return "".join(texts[first : last + 1]).strip(), first == example.peak
 
 
 def feature_examples(reader: ExampleReader, contexts: FeatureContexts, feature: int) -> list[Example]:

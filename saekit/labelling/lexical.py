@@ -8,16 +8,15 @@ from saekit.labelling.contexts import FeatureContexts
 from saekit.labelling.evidence.effects import TokenEffects
 from saekit.labelling.examples import ExampleReader, feature_examples
 from saekit.labelling.nearby import find_nearby
-from saekit.labelling.records import Label
+from saekit.labelling.records import LEXICAL, Label
 from saekit.labelling.rules import Rule, TokenIndex
 from saekit.labelling.search import Candidate, find_candidates, gather_evidence, rows_needed
 from saekit.labelling.tokentable import TokenTable
 from saekit.labelling.vocabulary import Vocabulary
 from saekit.labelling.wording import Wording, token_list
 
-__all__ = ["LEXICAL", "LexicalLabeler"]
+__all__ = ["LexicalLabeler"]
 
-LEXICAL = "lexical"
 MIN_FIRINGS = 3
 """A feature that fires less often has shown no pattern."""
 WEAK = 0.35

@@ -11,13 +11,15 @@ from saekit.labelling.chat import ChatRequest, LLMConfig
 from saekit.labelling.evidence.effects import TokenEffects
 from saekit.labelling.explain import Explainer, llm_labeler
 from saekit.labelling.ledger import RecordedClient, SpentError
-from saekit.labelling.records import Label, Score
+from saekit.labelling.records import LEXICAL, Label, Score
 from saekit.labelling.scoring.detection import Judge
 from saekit.labelling.store import RecordFile
 from saekit.progress import NO_PROGRESS, Progress
 
-__all__ = ["LLMEstimate", "estimate_requests", "explain_and_judge", "least_explained"]
+__all__ = ["EffectsOf", "LLMEstimate", "Questions", "explain_and_judge", "least_explained"]
 
+EffectsOf = Callable[[int], TokenEffects | None]
+"""Feature -> the token effects to show for it."""
 JobT = TypeVar("JobT")
 ResultT = TypeVar("ResultT")
 
@@ -41,89 +43,94 @@ class LLMEstimate:
         )
 
 
-def estimate_requests(
-    explainer: Explainer,
-    judge: Judge | None,
-    *,
-    effects: Callable[[int], TokenEffects | None],
-    features: Sequence[int],
-    config: LLMConfig,
-) -> LLMEstimate:
-    """Returns what explaining and judging `features` would ask for, from the very prompts."""
-    requests: list[ChatRequest] = []
-    for feature in features:
-        requests.append(explainer.request(feature, effects(feature)))
-        pieces = judge.pieces(feature) if judge is not None else []
-        if judge is not None and pieces:
-            # The label is not known yet; a sentence stands in for it.
-            stand_in = Label(feature=feature, labeler=llm_labeler(config), label="x" * 40, fires_on="x" * 160)
-            requests += [judge.request(stand_in, pieces)] * (2 if config.judge_lexical else 1)
-    input_tokens = sum(request.estimated_input_tokens() for request in requests)
-    output_tokens = sum(request.max_output_tokens for request in requests)
-    return LLMEstimate(
-        num_requests=len(requests),
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
-        cost=config.cost(input_tokens, output_tokens),
-    )
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Questions:
+    """All that a labelling model is to be asked about one dictionary."""
+
+    explainer: Explainer
+    judge: Judge | None
+    """None: labels are not judged."""
+    effects: EffectsOf
+    features: Sequence[int]
+    config: LLMConfig
+
+    def estimate(self) -> LLMEstimate:
+        """Returns what they would cost, from the very prompts."""
+        requests: list[ChatRequest] = []
+        for feature in self.features:
+            requests.append(self.explainer.request(feature, self.effects(feature)))
+            pieces = self.judge.pieces(feature) if self.judge is not None else []
+            if self.judge is not None and pieces:
+                # The label is not known yet; a sentence stands in for it.
+                stand_in = Label(feature=feature, labeler=llm_labeler(self.config), label="x" * 40, fires_on="x" * 160)
+                requests += [self.judge.request(stand_in, pieces)] * (2 if self.config.judge_lexical else 1)
+        input_tokens = sum(request.estimated_input_tokens() for request in requests)
+        output_tokens = sum(request.max_output_tokens for request in requests)
+        return LLMEstimate(
+            num_requests=len(requests),
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            cost=self.config.cost(input_tokens, output_tokens),
+        )
 
 
 def explain_and_judge(
     client: RecordedClient,
-    explainer: Explainer,
-    judge: Judge | None,
+    questions: Questions,
     *,
-    effects: Callable[[int], TokenEffects | None],
-    features: Sequence[int],
-    config: LLMConfig,
-    files: tuple[RecordFile[Label], RecordFile[Score]],
+    labels: RecordFile[Label],
+    scores: RecordFile[Score],
     progress: Progress = NO_PROGRESS,
 ) -> None:
-    """Labels and judges `features`; those already in `files` are passed over, and answers in the ledger cost nothing.
+    """Labels and judges; features already in the files are passed over, and answers in the ledger cost nothing.
 
     Raises:
         LabelerError: the server cannot be used, or a cap is reached; what was answered is in the files.
     """
-    labels, scores = files
-    labeler = llm_labeler(config)
 
     async def everything() -> None:
         try:
-            known = {label.feature for label in labels.records if label.labeler == labeler}
-            left = [feature for feature in features if feature not in known]
-            with progress.task("explanations", len(features), "features", done=len(features) - len(left)) as task:
-
-                async def explain(feature: int) -> None:
-                    label = await explainer.label(client, feature, effects(feature))
-                    labels.extend([label])
-                    task.advance(1)
-
-                await _in_parallel(left, explain, config.concurrency)
-            if judge is not None:
-                await _judge_all(client, judge, labels.records, features, config, scores, progress)
+            await _explain_all(client, questions, labels, progress)
+            await _judge_all(client, questions, labels.records, scores, progress)
         finally:
             await client.close()
 
     _run(everything())
 
 
+async def _explain_all(
+    client: RecordedClient, questions: Questions, labels: RecordFile[Label], progress: Progress
+) -> None:
+    features, config = questions.features, questions.config
+    known = {label.feature for label in labels.records if label.labeler == llm_labeler(config)}
+    left = [feature for feature in features if feature not in known]
+    with progress.task("explanations", len(features), "features", done=len(features) - len(left)) as task:
+
+        async def explain(feature: int) -> None:
+            labels.extend([await questions.explainer.label(client, feature, questions.effects(feature))])
+            task.advance(1)
+
+        await _in_parallel(left, explain, config.concurrency)
+
+
 async def _judge_all(
     client: RecordedClient,
-    judge: Judge,
+    questions: Questions,
     labels: Sequence[Label],
-    features: Sequence[int],
-    config: LLMConfig,
     scores: RecordFile[Score],
     progress: Progress,
 ) -> None:
-    wanted = set(features)
-    judged = {llm_labeler(config)} | ({"lexical"} if config.judge_lexical else set())
+    judge, config = questions.judge, questions.config
+    if judge is None:
+        return
+    wanted = set(questions.features)
+    judged = {llm_labeler(config)} | ({LEXICAL} if config.judge_lexical else set())
     done = {(score.feature, score.labeler) for score in scores.records if score.scorer == "detection"}
-    all_labels = [
+    whole = [
         label for label in labels if label.status == "done" and label.feature in wanted and label.labeler in judged
     ]
-    left = [label for label in all_labels if (label.feature, label.labeler) not in done]
-    with progress.task("judgements", len(all_labels), "labels", done=len(all_labels) - len(left)) as task:
+    left = [label for label in whole if (label.feature, label.labeler) not in done]
+    with progress.task("judgements", len(whole), "labels", done=len(whole) - len(left)) as task:
 
         async def score(label: Label) -> None:
             scores.extend([await judge.score(client, label)])

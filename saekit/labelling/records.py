@@ -6,7 +6,10 @@ from pydantic import JsonValue
 
 from saekit.config import Config
 
-__all__ = ["Label", "Score"]
+__all__ = ["LEXICAL", "Label", "Score"]
+
+LEXICAL = "lexical"
+"""Name of the labeler that needs no language model."""
 
 
 class Label(Config):

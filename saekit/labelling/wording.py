@@ -18,6 +18,8 @@ SHOWN_TOKENS = 4
 SHOWN_SHARE = 0.15
 """Words with less than this share of the first word's strength stay out of the short label."""
 DESCRIBED_CLAUSES = 5
+ONE_WORD_SHARE = 0.6
+"""A piece that is seen in one word this often is shown as that word."""
 LOWER_CASE_SHARE = 0.25
 """From this share of a word's firings on, it is shown in lower case, as the label means all its spellings."""
 
@@ -94,16 +96,17 @@ class Wording:
             self._count[token] for token in tokens
         ):
             token = max(lower, key=lambda token: (self._count[token], -token))
-        seen = [example for example in self._examples if example.tokens[example.peak] in tokens]
-        words = Counter(self._reader.word_at(example) for example in seen)
+        seen = [self._reader.word_at(example) for example in self._examples if example.tokens[example.peak] in tokens]
+        words = Counter(word for word, _ in seen)
         bare = self._vocabulary.text(token).strip()
         whole = sum(count for word, count in words.items() if word.casefold() == bare.casefold())
         if not bare.isalpha() or not words or 2 * whole >= len(seen):
             return self._vocabulary.show(token)
         usual = [(word, count) for word, count in words.most_common() if word.casefold() != bare.casefold()]
-        if usual[0][1] >= 0.6 * len(seen):
+        if usual[0][1] >= ONE_WORD_SHARE * len(seen):
             return f'"{usual[0][0]}"'
-        piece = f'"{bare}-"' if self._vocabulary.is_word_start(token) else f'"-{bare}"'
+        begins = 2 * sum(is_first for _, is_first in seen) >= len(seen)
+        piece = f'"{bare}-"' if begins else f'"-{bare}"'
         return f"{piece} ({', '.join(word for word, _ in usual[:2])})"
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from saekit.errors import ConfigError
 from saekit.labelling.evidence.effects import TokenEffects
 from saekit.models import Unembedding
 from saekit.progress import NO_PROGRESS, Progress
@@ -34,7 +35,16 @@ def vocab_projection(
         sae: its hook point is in the residual stream, or writes to it.
         features: which rows; None: all.
         num: tokens on each side.
+
+    Raises:
+        ConfigError: the dictionary's rows are not as wide as the residual stream.
     """
+    width = unembedding.weight.shape[1]
+    if sae.cfg.d_in != width:
+        raise ConfigError(
+            f"vocabulary projection: decoder rows are {sae.cfg.d_in} wide, the residual stream is {width}; "
+            "set vocab_projection = false for this hook point"
+        )
     chosen = np.arange(sae.cfg.d_sae) if features is None else np.unique(np.asarray(features, dtype=np.int64))
     parts: list[TokenEffects] = []
     with torch.no_grad(), progress.task("vocabulary projection", len(chosen), "features") as task:

@@ -44,7 +44,7 @@ class HeldOut:
         table: the tokens' rows.
         in_view: which places of the table are held out and scored, bool [L].
         num_tokens: n.
-        document_of: number of each place's document, 0 .. C - 1 [L].
+        document_of: number of each held-out place's document, 0 .. C - 1 [L]; without meaning at other places.
         num_documents: C.
     """
 
@@ -73,7 +73,9 @@ class HeldOut:
         order = np.lexsort((place, feature))
         self._places = place[order]
         self._starts = np.searchsorted(feature[order], np.arange(sae.cfg.d_sae + 1))
-        documents, self.document_of = np.unique(self.table.documents, return_inverse=True)
+        # Documents of the same rows that are not held out must not be drawn into a resample.
+        documents = np.unique(self.table.documents[self.in_view])
+        self.document_of = np.searchsorted(documents, self.table.documents)
         self.num_documents = len(documents)
 
     def firings(self, feature: int) -> NDArray[np.int64]:
@@ -247,7 +249,7 @@ def _controls(
 
     return {
         "tokens": held_out.num_tokens,
-        "documents": len(np.unique(held_out.document_of[held_out.in_view])),
+        "documents": held_out.num_documents,
         "labels": len(scores),
         "labels_of_firing_features": len(fires),
         "f1": mean([score.f1 or 0.0 for score in fires]),

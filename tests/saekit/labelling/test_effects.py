@@ -74,6 +74,11 @@ def test_vocab_projection_equals_the_formula(lm: LanguageModel) -> None:
     )
 
 
+def test_vocab_projection_of_another_width_is_refused(lm: LanguageModel) -> None:
+    with pytest.raises(ConfigError, match=r"rows are 5 wide, the residual stream is 32; set vocab_projection = false"):
+        vocab_projection(TopKSAE(TopKConfig(d_in=5, d_sae=6, k=2)), find_unembedding(lm))
+
+
 HOOKS = {"llama": "model.layers.2", "gpt2": "transformer.h.2", "gemma2": "model.layers.2"}
 
 

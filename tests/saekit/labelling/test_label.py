@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 from saekit.activations import ActivationStore, CacheConfig, cache_activations
-from saekit.errors import ConfigError, DataError, ModelError
+from saekit.errors import ConfigError, DataError
 from saekit.labelling import (
     ChatRequest,
     FeatureContexts,
     LabelConfig,
     TokenEffects,
     effects_path,
+    estimate_labels,
     label_features,
     read_labels,
     read_scores,
@@ -170,7 +171,7 @@ def test_real_store_and_model_give_every_artifact(tiny_store, tiny_lm, tmp_path)
 def test_dictionary_of_another_width_is_refused(tiny_store, tiny_lm, tmp_path) -> None:
     train, test = tiny_store.split(0.3)
     sae = TopKSAE(TopKConfig(d_in=7, d_sae=9, k=2), hook_point="model.layers.1")
-    with pytest.raises((DataError, ModelError), match="7"):
+    with pytest.raises(DataError, match="32 wide, the dictionary needs 7"):
         label_features(sae, train, test=test, lm=tiny_lm, out=tmp_path)
 
 
@@ -191,6 +192,34 @@ label_features(world.sae, world.train, test=world.test, lm=SimpleNamespace(token
 def _start(out: Path, url: str) -> subprocess.Popen[bytes]:
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "-c", _RUN, str(out), url], env=env, cwd=ROOT)
+
+
+def test_estimate_sends_nothing_and_the_run_goes_on_from_it(world, tmp_path) -> None:
+    with serving(oracle) as server:
+        llm = {"model": "stub", "base_url": server.url, "max_features": 3, "num_judged": 2}
+        config = LabelConfig.parse({**OFFLINE, "labelers": ["lexical", "llm"], "llm": llm})
+        views = {"test": world.test, "lm": LM, "out": tmp_path, "config": config}
+        estimate = estimate_labels(world.sae, world.train, **views)
+        assert server.requests == []
+        assert not (tmp_path / "ledger.sqlite").exists()
+        label_features(world.sae, world.train, **views)
+    assert estimate.num_requests == len(server.requests) == 6
+    assert read_manifest(tmp_path).counts["llm"]["answers"] == 6
+    with pytest.raises(ConfigError, match="no labelling model"):
+        estimate_labels(world.sae, world.train, **{**views, "config": LabelConfig.parse(OFFLINE)})
+
+
+def test_missing_key_is_found_before_anything_is_written(world, tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY"):
+        _label(world, tmp_path, labelers=["llm"], llm={"model": "m"})
+    assert not any(tmp_path.iterdir())
+
+
+def test_empty_view_is_refused(world, tmp_path) -> None:
+    empty = FakeView(world.store, np.zeros_like(world.test.mask))
+    with pytest.raises(DataError, match="held-out view has no tokens"):
+        label_features(world.sae, world.train, test=empty, lm=LM, out=tmp_path)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from saekit.labelling.client import OpenAIChat
 from saekit.labelling.examples import ExampleReader
 from saekit.labelling.explain import Explainer
 from saekit.labelling.ledger import Ledger, RecordedClient, SpentError
-from saekit.labelling.llm import estimate_requests, explain_and_judge, least_explained
+from saekit.labelling.llm import Questions, explain_and_judge, least_explained
 from saekit.labelling.scoring.detection import Judge, Piece, read_answers, score_answers
 from saekit.labelling.scoring.rule import HeldOut
 from saekit.labelling.store import RecordFile
@@ -47,18 +47,16 @@ class Bench:
         self.labels = RecordFile(folder / "labels.jsonl", Label)
         self.scores = RecordFile(folder / "scores.jsonl", Score)
 
-    def run(self, server: StubServer, features: list[int]) -> Ledger:
-        config = self.config.model_copy(update={"base_url": server.url})
-        ledger = Ledger(self.folder / "ledger.sqlite")
-        explain_and_judge(
-            RecordedClient(OpenAIChat(config), ledger, config),
-            self.explainer,
-            self.judge,
-            effects=lambda _: None,
-            features=features,
-            config=config,
-            files=(self.labels, self.scores),
+    def questions(self, features: list[int]) -> Questions:
+        return Questions(
+            explainer=self.explainer, judge=self.judge, effects=lambda _: None, features=features, config=self.config
         )
+
+    def run(self, server: StubServer, features: list[int]) -> Ledger:
+        self.config = self.config.model_copy(update={"base_url": server.url})
+        ledger = Ledger(self.folder / "ledger.sqlite")
+        client = RecordedClient(OpenAIChat(self.config), ledger, self.config)
+        explain_and_judge(client, self.questions(features), labels=self.labels, scores=self.scores)
         return ledger
 
 
@@ -245,7 +243,7 @@ def test_works_inside_a_running_event_loop(bench) -> None:
 def test_estimate_counts_requests_and_does_not_fall_short_of_them(world, bench) -> None:
     lab = bench(price_input=1.0, price_output=2.0)
     features = [0, 2]
-    estimate = estimate_requests(lab.explainer, lab.judge, effects=lambda _: None, features=features, config=lab.config)
+    estimate = lab.questions(features).estimate()
     with serving(oracle) as server:
         lab.run(server, features)
     assert estimate.num_requests == len(server.requests) == 4
