@@ -3,7 +3,8 @@
 From the folder `kernels`: python -m bench.run [--shape NAME ...] [--device cpu|cuda] [--rounds 9] [--compile] [--json FILE]
 
 Every round times each variant once, so that a busy machine slows all of them alike. Prints one row a variant with its
-ratio to the encoder's matrix product alone, which no exact encoder can do without.
+ratio to the encoder's matrix product alone, which no exact encoder can do without. On a CPU that others use too, take
+OMP_NUM_THREADS=1 and --clock cpu: the process's own time, which waiting for a turn does not lengthen.
 """
 
 import argparse
@@ -103,7 +104,7 @@ def largest_error(shape: Shape, device: str) -> float:
 
 
 def time_in_turns(
-    variants: dict[str, Callable[[], object]], rounds: int, device: str
+    variants: dict[str, Callable[[], object]], rounds: int, device: str, clock: Callable[[], float]
 ) -> dict[str, tuple[list[float], float | None]]:
     """Milliseconds of each round, and peak MiB on the device, of each variant after one warm-up call."""
     times: dict[str, list[float]] = {name: [] for name in variants}
@@ -113,17 +114,19 @@ def time_in_turns(
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 torch.cuda.synchronize()
-            start = time.perf_counter()
+            start = clock()
             run()
             if device == "cuda":
                 torch.cuda.synchronize()
                 peaks[name] = torch.cuda.max_memory_allocated() / 2**20
             if round_number:
-                times[name].append((time.perf_counter() - start) * 1e3)
+                times[name].append((clock() - start) * 1e3)
     return {name: (times[name], peaks[name]) for name in variants}
 
 
-def measure(shape: Shape, device: str, dtype: torch.dtype, *, rounds: int, with_compile: bool) -> list[Figure]:
+def measure(
+    shape: Shape, device: str, dtype: torch.dtype, *, rounds: int, with_compile: bool, clock: Callable[[], float]
+) -> list[Figure]:
     """The table's rows of one shape."""
     weights = make_weights(shape, device, dtype)
     k = shape.k
@@ -149,7 +152,7 @@ def measure(shape: Shape, device: str, dtype: torch.dtype, *, rounds: int, with_
     if with_compile:
         compiled = torch.compile(dense_loss)
         variants["dense, torch.compile, forward + backward"] = step(lambda: compiled(weights, k))
-    measured = time_in_turns(variants, rounds, device)
+    measured = time_in_turns(variants, rounds, device, clock)
     base = statistics.median(measured[matmul][0])
     return [
         Figure(shape.name, name, (mid := statistics.median(times)), min(times), max(times), mid / base, peak)
@@ -190,10 +193,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shape", action="append", choices=sorted(shapes), help="default: all of the device")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: the time of this process alone")
     parser.add_argument("--compile", action="store_true", help="also time the dense step under torch.compile")
     parser.add_argument("--json", type=Path, help="write versions and figures here")
     options = parser.parse_args(arguments)
-    facts = versions(options.device)
+    if options.clock == "cpu" and options.device == "cuda":
+        parser.error("--clock cpu: the device's time does not show in it, needs --clock wall with --device cuda")
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    facts = versions(options.device) | {"clock": options.clock}
     print("  ".join(f"{name} {value}" for name, value in facts.items()))
     for shape in TEST_SHAPES:
         error = largest_error(shape, options.device)
@@ -206,7 +213,9 @@ def main(arguments: list[str] | None = None) -> int:
     for shape in chosen:
         print(f"\n{shape.name}: N {shape.num_tokens}, D {shape.d_in}, F {shape.d_sae}, k {shape.k}, {options.dtype}")
         dtype: torch.dtype = getattr(torch, options.dtype)
-        figures += measure(shape, options.device, dtype, rounds=options.rounds, with_compile=options.compile)
+        figures += measure(
+            shape, options.device, dtype, rounds=options.rounds, with_compile=options.compile, clock=clock
+        )
         for row in figures:
             if row.shape == shape.name:
                 spread = f"{row.low_ms:.1f} - {row.high_ms:.1f}"

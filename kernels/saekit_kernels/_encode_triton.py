@@ -82,6 +82,7 @@ def _product(
         x_ptrs += BLOCK_D
         weight_ptrs += BLOCK_D
     acc += tl.load(bias_ptr + safe_columns)[None, :].to(tl.float32)
+    # A negative sum that underflows is -0, which sorts below +0 as an integer.
     return acc + 0.0
 
 

@@ -80,6 +80,7 @@ NON_FINITE: dict[str, tuple[dict[int, float], int]] = {
     "minus-inf": ({7: -INF}, 4),
     "all-kept-with-minus-inf": ({7: -INF, 2: INF}, 48),
     "nan": ({11: math.nan}, 4),
+    "nan-of-either-sign": ({11: math.nan, 30: -math.nan}, 4),
     "nan-above-inf": ({3: INF, 11: math.nan, 40: math.nan}, 4),
     "mostly-nan": (dict.fromkeys(range(40), math.nan), 44),
     "all-nan": (dict.fromkeys(range(48), math.nan), 4),
