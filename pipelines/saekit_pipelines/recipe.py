@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from saekit.activations.collect import CacheConfig
+from saekit.activations import CacheConfig
 from saekit.config import Config, apply_overrides, read_toml
 from saekit.errors import ConfigError
 from saekit.evaluation import EvaluationConfig
