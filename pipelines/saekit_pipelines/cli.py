@@ -139,10 +139,17 @@ def status(
     """Show which stages of a run are finished, running or missing."""
     from saekit_pipelines.status import stage_rows
 
-    table = Table("stage", "status", "produced", "finished", box=None, pad_edge=False)
-    for row in stage_rows(folder):
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "status"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("produced")
+    table.add_column("finished", no_wrap=True)
+    rows = stage_rows(folder)
+    for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     Console().print(table)
+    if any(status != "finished" for _, status, _, _ in rows):
+        typer.echo("run the recipe again to resume what is unfinished and to do what is missing")
 
 
 @app.command(epilog="Example:  saekit verify runs/quickstart/cache")

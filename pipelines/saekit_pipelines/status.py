@@ -41,8 +41,11 @@ def stage_rows(folder: str | Path) -> list[tuple[str, str, str, str]]:
             f"{key} {_short(value)}" for key, value in manifest.counts.items() if isinstance(value, int | float | str)
         )
         name = parent.relative_to(folder).as_posix() if parent != folder else manifest.stage
-        status = "finished" if manifest.status == "complete" else "unfinished; run the same command again to resume"
-        rows.append((name, status, produced, manifest.finished or ""))
+        status = "finished" if manifest.status == "complete" else "unfinished"
+        rows.append((name, status, produced, (manifest.finished or "").removesuffix("+00:00").replace("T", " ")))
+    there = {row[0].split("/")[0] for row in rows}
+    if folder not in parents:
+        rows += [(stage, "missing", "", "") for stage in STAGE_ORDER if stage not in there]
     return rows
 
 
