@@ -22,7 +22,7 @@ def test_rows_say_what_is_finished_unfinished_and_missing(tmp_path: Path) -> Non
         ("evaluate", "missing"),
         ("report", "missing"),
     ]
-    assert rows[0][2] == "tokens 1,048,576, fraction 0.25"
+    assert rows[0][2] == "fraction 0.25, tokens 1,048,576"
     assert rows[0][3]
     assert rows[1][3] == ""
 
