@@ -27,6 +27,7 @@ def planted() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], npt.NDArr
     kinds[590:, 12:] = PADDING
     x[::2, 0] *= 300
     x[::50, 7] *= 200
+    x[590:, 12:] *= 900
     return x, kinds, np.linalg.norm(x, axis=-1).astype(np.float32)
 
 
