@@ -43,8 +43,7 @@ def read_evenly(view: TokenView, num_tokens: int) -> Tensor:
     indices = view.indices
     blocks = [indices[start : start + BLOCK_TOKENS] for start in range(0, len(indices), BLOCK_TOKENS)]
     wanted = max(1, min(len(blocks), num_tokens // BLOCK_TOKENS))
-    chosen = np.linspace(0, len(blocks) - 1, wanted).round().astype(int) if blocks else []
-    kept = [blocks[place] for place in chosen]
+    kept = [blocks[round(place)] for place in np.linspace(0, len(blocks) - 1, wanted)] if blocks else []
     return view.read(np.concatenate(kept)) if kept else torch.empty(0, view.d_in)
 
 
@@ -65,7 +64,7 @@ def evaluate_heldout(
     squared_error = squared = num_active = 0.0
     total = torch.zeros(sae.d_in, dtype=torch.float64, device=sae.b_dec.device)
     fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.b_dec.device)
-    for batch in x.split(batch_size):
+    for batch in torch.split(x, batch_size):
         normal = batch.to(sae.b_dec)
         if normalization is not None:
             normal = normalization.apply(normal)

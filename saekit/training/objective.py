@@ -1,5 +1,6 @@
 """One step's loss of an SAE in normalised activations, computed from the selected entries alone."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
@@ -57,7 +58,7 @@ class _Code(NamedTuple):
 
 def default_k_aux(d_in: int) -> int:
     """Returns the power of two nearest to d_in / 2 (Gao et al. 2024, appendix A.2)."""
-    return 2 ** max(0, round(torch.tensor(d_in / 2).log2().item()))
+    return 1 << max(0, round(math.log2(d_in / 2)))
 
 
 class Objective(nn.Module, ABC):

@@ -55,7 +55,7 @@ class GradientClip:
     def apply(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
         """Scales all gradients together where their norm is too large; returns the norm before, a scalar."""
         gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
-        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        norm: Tensor = torch.stack([gradient.norm() for gradient in gradients]).norm()
         if self.factor is not None and self.mean is not None:
             scale = (self.factor * self.mean / (norm + torch.finfo(norm.dtype).tiny)).clamp(max=1.0)
             for gradient in gradients:

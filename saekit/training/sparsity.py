@@ -14,12 +14,14 @@ __all__ = ["L0Control", "calibration_factor", "init_shared_threshold", "init_thr
 
 MAX_LOG_STEP = 0.1
 """Most the coefficient's logarithm moves in a step, so that one strange batch cannot throw it off."""
+FEATURES_AT_A_TIME = 512
 
 
 def wanted_l0(progress: float, target_l0: float, config: SparsityConfig) -> float:
     """Returns the L0 to hold after a part `progress` of training (0 to 1): geometric from the start to the target, then flat."""
     left = max(0.0, 1.0 - progress / config.ramp_fraction)
-    return target_l0 * config.start_factor**left
+    factor: float = config.start_factor**left
+    return target_l0 * factor
 
 
 class L0Control:
@@ -61,11 +63,12 @@ def init_thresholds(sae: JumpReLUSAE, x: Tensor, l0: float) -> None:
     All features then start equally active and the selected entries are few from the first step; a common small start value
     would make half of all entries active and leave Adam's bounded steps thousands of steps from the target.
     """
-    keep = max(1, min(len(x), round(len(x) * l0 / sae.d_sae)))
-    for start in range(0, sae.d_sae, 1024):
-        rows = slice(start, start + 1024)
-        z = sae.encoder_input(x) @ sae.W_enc[:, rows] + sae.b_enc[rows]
-        sae.threshold[rows] = z.kthvalue(len(x) - keep + 1, dim=0).values.clamp_min(1e-3)
+    keep = max(1, min(len(x) - 1, round(len(x) * l0 / sae.d_sae)))
+    encoder_input = sae.encoder_input(x)
+    for start in range(0, sae.d_sae, FEATURES_AT_A_TIME):
+        rows = slice(start, start + FEATURES_AT_A_TIME)
+        z = encoder_input @ sae.W_enc[:, rows] + sae.b_enc[rows]
+        sae.threshold[rows] = z.kthvalue(len(x) - keep, dim=0).values.clamp_min(1e-3)
 
 
 @torch.no_grad()
@@ -89,7 +92,7 @@ def calibration_factor(sae: JumpReLUSAE, batches: Iterable[Tensor], target_l0: f
     """
     ratios, num_tokens = [], 0
     for x in batches:
-        ratio = sae.pre_acts(x) / sae.threshold
+        ratio = (sae.pre_acts(x) / sae.threshold).flatten()
         ratios.append(ratio[ratio > 1 / reach])
         num_tokens += len(x)
     found = torch.cat(ratios)

@@ -61,7 +61,7 @@ def scale_encoder(sae: SAE, x: Tensor, sum_over_processes: Callable[[Tensor], Te
         The factor, over all processes.
     """
     moments = torch.zeros(2, dtype=torch.float64, device=x.device)
-    for part in x.split(PART_TOKENS):
+    for part in torch.split(x, PART_TOKENS):
         x_hat = sae(part).x_hat.double()
         moments += torch.stack([(x_hat * part).sum(), x_hat.square().sum()])
     along, square = sum_over_processes(moments).tolist()

@@ -83,7 +83,8 @@ def load_checkpoint(checkpoint: Path, name: str) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling a damaged file raises anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise FormatError(
-            f"{str(path)!r}: cannot be read: {str(error).splitlines()[0]}; remove {str(checkpoint)!r} to go on from the one before"
+            f"{str(path)!r}: cannot be read: {reason}; remove {str(checkpoint)!r} to go on from the one before"
         ) from error
     return state

@@ -180,7 +180,7 @@ class Trainer:
         """Scales all thresholds by the one factor at which L0 on training tokens is the target."""
         assert sae.cfg.target_l0 is not None
         sample = read_sample(run.source, SAMPLE_TOKENS // run.accelerator.num_processes)
-        batches = (run.normalization.apply(part.to(sae.b_dec.device)) for part in sample.split(2048))
+        batches = (run.normalization.apply(part.to(sae.b_dec.device)) for part in torch.split(sample, 2048))
         own = torch.tensor(calibration_factor(sae, batches, sae.cfg.target_l0), device=sae.b_dec.device)
         factor = float(run.accelerator.reduce(own, reduction="mean"))
         sae.scale_thresholds(factor)
