@@ -1,5 +1,6 @@
 """The training stage: from a source of activations to a folder that holds an SAE of raw activations."""
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,10 +88,15 @@ class Trainer:
         # Off CUDA everything runs on the CPU: the sums here need float64, which other accelerators lack.
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
         out = Path(out)
-        source = self._open_source(accelerator)
-        if self._begin(out, accelerator) == "complete":
-            progress.say(f"{out}: already trained")
-            return self._take(load_sae_folder(out))
+        with contextlib.ExitStack() as stack:
+            source = self._open_source(accelerator, stack)
+            if self._begin(out, accelerator) == "complete":
+                progress.say(f"{out}: already trained")
+            else:
+                self._train_into(out, source, accelerator, progress)
+        return self._take(load_sae_folder(out))
+
+    def _train_into(self, out: Path, source: ActivationSource, accelerator: "Accelerator", progress: Progress) -> None:
         run = self._start(source, accelerator)
         held_out = None if self._test is None else read_evenly(self._test, self.config.eval_tokens)
         TrainingLoop(run, out, held_out=held_out, progress=progress).go()
@@ -101,7 +107,6 @@ class Trainer:
             keep_newest(out, 1)
             finish_stage(out, {"tokens": run.tokens, "steps": run.step, **facts})
         accelerator.wait_for_everyone()
-        return self._take(load_sae_folder(out))
 
     def _begin(self, out: Path, accelerator: "Accelerator") -> StageState:
         from accelerate.utils import broadcast_object_list
@@ -118,7 +123,7 @@ class Trainer:
         assert state[0] is not None
         return state[0]
 
-    def _open_source(self, accelerator: "Accelerator") -> ActivationSource:
+    def _open_source(self, accelerator: "Accelerator", stack: contextlib.ExitStack) -> ActivationSource:
         share, rest = divmod(self.config.batch_size, accelerator.num_processes)
         if rest:
             processes = accelerator.num_processes
@@ -127,12 +132,14 @@ class Trainer:
             )
         if not isinstance(self._train, StoreView):
             return self._train
-        return ShuffledBatches(
-            self._train,
-            batch_size=share,
-            seed=self.config.seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
+        return stack.enter_context(
+            ShuffledBatches(
+                self._train,
+                batch_size=share,
+                seed=self.config.seed,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+            )
         )
 
     def _start(self, source: ActivationSource, accelerator: "Accelerator") -> TrainRun:

@@ -1,0 +1,119 @@
+"""Two processes that share every batch train the same SAE as one."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from saekit.errors import ConfigError
+from saekit.sae import JumpReLUConfig, SAEConfig, TopKConfig, build_sae, load_sae_folder
+from saekit.training import TrainConfig, Trainer, read_metrics
+
+CONFIG = TrainConfig(
+    num_tokens=40 * 128,
+    batch_size=128,
+    lr=1e-3,
+    dead_after_tokens=1024,
+    log_every_tokens=128,
+    checkpoint_every_tokens=15 * 128,
+)
+CONFIGS: dict[str, SAEConfig] = {
+    "topk": TopKConfig(d_in=16, d_sae=32, k=2),
+    "jumprelu": JumpReLUConfig(d_in=16, d_sae=32, target_l0=2),
+}
+
+
+def train(planted: ModuleType, kind: str, out: Path, *, rank: int = 0, world_size: int = 1) -> None:
+    source = planted.PlantedSource(batch_size=128, rank=rank, world_size=world_size)
+    view = planted.PlantedView(source, num_batches=4)
+    Trainer(build_sae(CONFIGS[kind]), source, CONFIG, test=view).fit(out)
+
+
+SCRIPT = """
+import importlib.util, sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+sys.path.insert(0, {here!r})
+import planted
+spec = importlib.util.spec_from_file_location("test_processes", {here!r} + "/test_processes.py")
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+for kind in module.CONFIGS:
+    module.train(planted, kind, Path({out!r}) / kind, rank={rank}, world_size=2)
+torch.distributed.destroy_process_group()
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out, port, here = tmp_path_factory.mktemp("two"), free_port(), str(Path(__file__).parent)
+    root = Path(__file__).parents[3]
+    running = []
+    for rank in (0, 1):
+        environment = os.environ | {
+            "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}",
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": "1",
+        }
+        script = SCRIPT.format(here=here, out=str(out), rank=rank)
+        running.append(
+            subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, text=True)
+        )
+    for process in running:
+        try:
+            _, errors = process.communicate(timeout=120)
+        finally:
+            process.kill()
+        assert process.returncode == 0, errors
+    return out
+
+
+@pytest.mark.parametrize("kind", ["topk", "jumprelu"])
+def test_two_processes_equal_one(planted: ModuleType, two_processes: Path, tmp_path: Path, kind: str) -> None:
+    train(planted, kind, tmp_path)
+    rows, expected = read_metrics(two_processes / kind), read_metrics(tmp_path)
+    assert len(rows) == len(expected)
+    # Thresholds start at the mean of both processes' quantiles, which is not the quantile of both.
+    tolerance = 1e-4 if kind == "topk" else 0.05
+    for row, other in zip(rows, expected, strict=True):
+        for key in ("tokens", "split"):
+            assert row[key] == other[key]
+        for key in ("fvu", "l0", "dead_fraction"):
+            assert row[key] == pytest.approx(other[key], rel=tolerance, abs=0.0 if kind == "topk" else 0.1), row
+    if kind == "topk":
+        found, single = load_sae_folder(two_processes / kind), load_sae_folder(tmp_path)
+        for name, value in found.named_parameters():
+            torch.testing.assert_close(value, single.get_parameter(name), atol=2e-4, rtol=1e-3)
+
+
+def test_checkpoint_has_a_part_of_each_process(two_processes: Path) -> None:
+    (checkpoint,) = (two_processes / "topk" / "checkpoints").iterdir()
+    assert sorted(path.name for path in checkpoint.iterdir()) == ["process_0.pt", "process_1.pt", "run.pt"]
+
+
+def test_batch_that_cannot_be_shared_is_refused(
+    planted: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(Accelerator, "num_processes", 3)
+    with pytest.raises(ConfigError, match="batch_size 128, needs a multiple of 3 processes"):
+        train(planted, "topk", tmp_path)
+    assert not list(tmp_path.iterdir())
