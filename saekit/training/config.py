@@ -55,7 +55,7 @@ class TrainConfig(Config):
     k_aux: int | None = Field(default=None, gt=0)
     """Dead features a token may use in the AuxK loss; None = the power of two nearest to d_in / 2."""
     dead_after_tokens: int | None = Field(default=None, gt=0)
-    """A feature that was silent for so many tokens is dead; None = a tenth of num_tokens, at most 10 million."""
+    """A feature that was silent for so many tokens is dead; None = a thirtieth of num_tokens, at most 10 million."""
     log_every_tokens: int | None = Field(default=None, gt=0)
     """Tokens between two rows of training figures; None = a two-hundredth of num_tokens."""
     eval_every_tokens: int | None = Field(default=None, gt=0)
