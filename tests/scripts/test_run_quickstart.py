@@ -13,7 +13,7 @@ from saekit_pipelines.recipe import load_recipe
 
 from scripts import run_quickstart
 from scripts.prepare_quickstart import Prepared
-from scripts.run_quickstart import RECIPE, ROOT, SHORT, main, overrides_for, remember, run_pipeline
+from scripts.run_quickstart import RECIPE, ROOT, SHORT, main, overrides_for, remember
 
 PYTHON = sys.executable
 PREPARED = Prepared(model=Path("/m o/del"), text=Path("/t/ext.jsonl"), download_seconds=1.0, convert_seconds=2.0)
@@ -47,16 +47,30 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+def in_a_small_process(child: Path, code: str) -> subprocess.Popen[str]:
+    """Runs code with `child` in place of Python: a child's peak memory is at least its parent's, and pytest is large."""
+    prelude = f"import sys; from scripts import run_quickstart as run; sys.executable = {str(child)!r}; "
+    return subprocess.Popen(
+        [PYTHON, "-c", prelude + code], cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, text=True
+    )
+
+
 def test_run_pipeline_tells_code_time_and_memory_of_the_child(child: Path, tmp_path: Path) -> None:
     child.write_text(
         f"#!{PYTHON}\nimport sys, time\ntime.sleep(0.2)\nblock = b'x' * 200_000_000\n"
         f"open({str(tmp_path / 'arguments')!r}, 'w').write(' '.join(sys.argv[1:]))\nsys.exit(3)\n"
     )
-    code, seconds, peak = run_pipeline(["a=b c"])
+    shown, _ = in_a_small_process(child, "print(*run.run_pipeline(['a=b c']))").communicate(timeout=60)
+    code, seconds, peak = map(float, shown.split())
     assert code == 3
     assert 0.2 < seconds < 30
-    assert 200e6 < peak < 400e6
+    assert 200e6 < peak < 300e6
     assert (tmp_path / "arguments").read_text() == f"-m saekit_pipelines run {RECIPE} a=b c"
+
+
+def test_the_measuring_process_stays_small() -> None:
+    code = "import sys, scripts.run_quickstart; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([PYTHON, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(("number", "to_group"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
@@ -70,11 +84,7 @@ def test_run_pipeline_waits_for_an_interrupted_child(number: signal.Signals, to_
         "except KeyboardInterrupt:\n    time.sleep(0.3)\n    (marks / 'finished').touch()\n    sys.exit(130)\n"
     )
     child.chmod(0o755)
-    parent = (
-        f"import sys; from scripts import run_quickstart; sys.executable = {str(child)!r}; "
-        "sys.exit(run_quickstart.run_pipeline([])[0])"
-    )
-    process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, start_new_session=True)
+    process = in_a_small_process(child, "sys.exit(run.run_pipeline([])[0])")
     deadline = time.monotonic() + 60
     while not (marks / "started").exists():
         assert time.monotonic() < deadline
@@ -84,7 +94,8 @@ def test_run_pipeline_waits_for_an_interrupted_child(number: signal.Signals, to_
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-    assert process.wait(timeout=30) == 130
+    process.communicate(timeout=30)
+    assert process.returncode == 130
     assert (marks / "finished").exists()
 
 
