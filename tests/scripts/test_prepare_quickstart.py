@@ -166,6 +166,18 @@ prepare_quickstart.prepare(pathlib.Path({str(downloaded)!r}))
     assert not any(name.startswith("download") for name in spoken.advanced), "the download was kept"
 
 
+def test_prepare_removes_what_killed_calls_left(downloaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (downloaded / "downloads" / ".pip-abc" / "pip-unpack").mkdir(parents=True)
+    (downloaded / "texts").mkdir()
+    (downloaded / "texts" / ".articles.jsonl.x.tmp").touch()
+    for step in ("prepare_model", "prepare_text"):
+        monkeypatch.setattr(prepare_quickstart, step, lambda home, **options: home)
+    prepare(downloaded)
+    assert not any(
+        path.name.startswith(".") for folder in ("downloads", "texts") for path in (downloaded / folder).iterdir()
+    )
+
+
 def test_prepare_refuses_a_disk_without_room(
     model_package: Package, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
