@@ -32,7 +32,7 @@ REST = " and this sentence is long enough to be kept as a paragraph of its own."
         pytest.param("The ''Enterprise'''s crew", "The Enterprise's crew", id="possessive-after-italic"),
         pytest.param("A {{infobox|a={{b|c}}|d=[[e]]}}cat", "A cat", id="nested-template"),
         pytest.param("A {{box|[[x}}cat", "A cat", id="unclosed-link-in-a-template"),
-        pytest.param("A ]] cat", None, id="link-that-was-never-opened"),
+        pytest.param("A ]] cat", "A cat", id="link-that-was-never-opened"),
         pytest.param("It is {{IPA|kaet}}", "It is kaet", id="text-template"),
         pytest.param("5{{e|6}} cats", "5\u00d710^6 cats", id="exponent-template"),
         pytest.param("A cat (''[[Latin]]:'' {{note|1}})", "A cat (Latin)", id="closing-punctuation"),
