@@ -86,13 +86,15 @@ class ExampleReader:
 
     def word_at(self, example: Example) -> tuple[str, bool]:
         """Returns the whole word that the peak token belongs to, as far as the example shows it, and whether it begins it."""
-        texts = [self.vocabulary.text(token) for token in example.tokens]
-        first = last = example.peak
-        while first > 0 and texts[first][:1].isalpha() and texts[first - 1][-1:].isalpha():
-            first -= 1
-        while last + 1 < len(texts) and texts[last][-1:].isalpha() and texts[last + 1][:1].isalpha():
-            last += 1
-        return "".join(texts[first : last + 1]).strip(), first == example.peak
+        text = self.vocabulary.text
+        tokens, first = example.tokens, example.peak
+        word = text(tokens[first])
+        while first > 0 and word[:1].isalpha() and (before := text(tokens[first - 1]))[-1:].isalpha():
+            first, word = first - 1, before + word
+        last = example.peak
+        while last + 1 < len(tokens) and word[-1:].isalpha() and (after := text(tokens[last + 1]))[:1].isalpha():
+            last, word = last + 1, word + after
+        return word.strip(), first == example.peak
 
 
 def feature_examples(reader: ExampleReader, contexts: FeatureContexts, feature: int) -> list[Example]:

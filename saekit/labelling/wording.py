@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,11 @@ class Wording:
         self._vocabulary = reader.vocabulary
         self._examples = examples
         self._count = Counter(fired_on.tolist())
+
+    @cached_property
+    def _words(self) -> list[tuple[int, tuple[str, bool]]]:
+        """The token at each example's peak, and the word it belongs to with whether it begins it."""
+        return [(example.tokens[example.peak], self._reader.word_at(example)) for example in self._examples]
 
     def label(self, clauses: Sequence[Clause]) -> str:
         """Returns the short label of a rule."""
@@ -96,7 +102,8 @@ class Wording:
             self._count[token] for token in tokens
         ):
             token = max(lower, key=lambda token: (self._count[token], -token))
-        seen = [self._reader.word_at(example) for example in self._examples if example.tokens[example.peak] in tokens]
+        wanted = set(tokens)
+        seen = [word for peak, word in self._words if peak in wanted]
         words = Counter(word for word, _ in seen)
         bare = self._vocabulary.text(token).strip()
         whole = sum(count for word, count in words.items() if word.casefold() == bare.casefold())

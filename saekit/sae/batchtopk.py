@@ -8,8 +8,8 @@ from pydantic import model_validator
 from saekit_kernels import encode_topk
 from torch import Tensor, nn
 
-from saekit.sae.base import SAE, SAEConfig
-from saekit.sae.jumprelu import select_above
+from saekit.sae.base import SAEConfig
+from saekit.sae.threshold import ThresholdSAE
 
 __all__ = ["BatchTopKConfig", "BatchTopKSAE", "encode_batch_topk"]
 
@@ -31,7 +31,7 @@ class BatchTopKConfig(SAEConfig):
         return self
 
 
-class BatchTopKSAE(SAE):
+class BatchTopKSAE(ThresholdSAE):
     """`z * (z > threshold)` with one threshold for all features, so that a token does not depend on its batch.
 
     Training keeps the N * k largest entries of each batch; the threshold is the running mean of the smallest one kept.
@@ -43,7 +43,6 @@ class BatchTopKSAE(SAE):
     """
 
     cfg: BatchTopKConfig
-    threshold: nn.Parameter
 
     def __init__(
         self,
@@ -59,15 +58,6 @@ class BatchTopKSAE(SAE):
         self.threshold = nn.Parameter(
             torch.zeros(1, dtype=torch.promote_types(dtype, torch.float32)), requires_grad=False
         )
-
-    def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (top_acts [N, K], top_indices [N, K]), K the most features any of the tokens has; the largest first."""
-        return select_above(self.pre_acts(x), self.threshold)
-
-    @torch.no_grad()
-    def scale_thresholds(self, factor: float) -> None:
-        """Multiplies the threshold by `factor`."""
-        self.threshold.mul_(factor)
 
 
 class BatchCode(NamedTuple):

@@ -5,11 +5,12 @@ from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
-from saekit.sae.base import SAE, SAEConfig
+from saekit.sae.base import SAEConfig
+from saekit.sae.threshold import ThresholdSAE
 
-__all__ = ["JumpReLUConfig", "JumpReLUSAE", "select_above"]
+__all__ = ["JumpReLUConfig", "JumpReLUSAE"]
 
 
 class JumpReLUConfig(SAEConfig):
@@ -31,7 +32,7 @@ class JumpReLUConfig(SAEConfig):
         return self
 
 
-class JumpReLUSAE(SAE):
+class JumpReLUSAE(ThresholdSAE):
     """`z * (z > threshold)` with one threshold a feature, kept in float32.
 
     Attributes:
@@ -41,7 +42,6 @@ class JumpReLUSAE(SAE):
     """
 
     cfg: JumpReLUConfig
-    threshold: nn.Parameter
 
     def __init__(
         self,
@@ -56,26 +56,3 @@ class JumpReLUSAE(SAE):
         super().__init__(cfg, seed=seed, hook_point=hook_point, source=source, dtype=dtype)
         # bfloat16 cannot represent the small steps a threshold moves by, so it stays at least float32.
         self.threshold = nn.Parameter(torch.full((cfg.d_sae,), 1e-3, dtype=torch.promote_types(dtype, torch.float32)))
-
-    def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (top_acts [N, K], top_indices [N, K]), K the most features any of the tokens has; the largest first."""
-        return select_above(self.pre_acts(x), self.threshold)
-
-    @torch.no_grad()
-    def scale_thresholds(self, factor: float) -> None:
-        """Multiplies every threshold by `factor`."""
-        self.threshold.mul_(factor)
-
-
-def select_above(pre_acts: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (top_acts [N, K], top_indices [N, K]) of the positive entries of pre_acts [N, d_sae] above their threshold.
-
-    K is the most that any of the tokens has; the largest come first, places not used hold 0 and 0.
-
-    Args:
-        threshold: [d_sae], or [1] for all features.
-    """
-    acts = torch.where(pre_acts > threshold.clamp_min(0), pre_acts, 0.0)
-    most = int((acts > 0).sum(-1).max()) if acts.shape[0] else 0
-    top_acts, top_indices = torch.topk(acts, most, dim=-1)
-    return top_acts, torch.where(top_acts > 0, top_indices, 0)

@@ -171,3 +171,38 @@ def test_saved_sae_is_the_same_bit_for_bit(tmp_path: Path) -> None:
     assert torch.equal(loaded.encode(x), sae.encode(x))
     assert loaded.W_enc.T.is_contiguous()
     assert (loaded.cfg, loaded.hook_point, loaded.source) == (sae.cfg, "model.layers.1", {"model": "somebody/model"})
+
+
+def test_nan_in_a_token_reaches_its_jumprelu_features_and_no_other_token() -> None:
+    sae = make("jumprelu")
+    x = torch.randn(3, 7, dtype=torch.float64)
+    clean = sae(x)
+    x[1, 0] = torch.nan
+    output = sae(x)
+    assert bool(output.x_hat[1].isnan().any())
+    assert bool(output.top_acts[1].isnan().any())
+    torch.testing.assert_close(output.x_hat[[0, 2]], clean.x_hat[[0, 2]])
+
+
+def test_jumprelu_encoding_makes_no_dense_code() -> None:
+    sae = JumpReLUSAE(JumpReLUConfig(d_in=8, d_sae=2048), seed=1)
+    with torch.no_grad():
+        sae.threshold.fill_(4.0)
+    x = torch.randn(4096, 8, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
+        sae(x)
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    # Kernels hold the pre-activations of 1,024 tokens at a time.
+    assert largest <= 1024 * 2048 * 4
+
+
+def test_gradients_of_jumprelu_encoding_equal_those_of_the_dense_code() -> None:
+    sae = make("jumprelu")
+    x = torch.randn(5, 7, dtype=torch.float64)
+    weight = torch.randn(5, 13, dtype=torch.float64)
+    (sae.encode(x) * weight).sum().backward()
+    found = sae.W_enc.grad
+    sae.W_enc.grad = None
+    z = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    (torch.where(z > sae.threshold, z, 0.0) * weight).sum().backward()
+    torch.testing.assert_close(found, sae.W_enc.grad)
