@@ -72,6 +72,8 @@ class TokenConfig(Config):
     """What `pack` puts after each document: the tokenizer's EOS token, or nothing."""
     max_documents: int | None = Field(default=None, ge=1)
     """Read no more documents than this; None: all."""
+    max_document_tokens: int | None = Field(default=None, ge=1)
+    """Keep no more than the first so many tokens of a document, so that few tokens still come from many; None: all."""
 
 
 class TokenRow(NamedTuple):
@@ -98,6 +100,8 @@ class TokenCounts:
     """Skipped because they hold no token."""
     split: int = 0
     """Longer than what was left of their row, and so spread over several rows."""
+    cut: int = 0
+    """Longer than `max_document_tokens`, whose rest was left out."""
     rows: int = 0
     """Made."""
     tokens: int = 0
@@ -112,6 +116,8 @@ class TokenCounts:
             notes.append(f"empty documents skipped: {self.empty:,} of {self.documents:,}")
         if self.split:
             notes.append(f"documents over more than one row: {self.split:,} of {self.documents:,}")
+        if self.cut:
+            notes.append(f"documents cut to max_document_tokens: {self.cut:,} of {self.documents:,}")
         if self.dropped_tokens:
             notes.append(f"tokens at the very end left out, too few for a row: {self.dropped_tokens:,}")
         return notes
@@ -235,11 +241,13 @@ def _tokenized(
             return_token_type_ids=False,
             verbose=False,
         )["input_ids"]
+        longest = config.max_document_tokens
         tokenized = [
-            _Tokenized(document.index, np.array(ids, np.int32))
+            _Tokenized(document.index, np.array(ids[:longest], np.int32))
             for document, ids in zip(full, encoded, strict=True)
             if ids
         ]
+        counts.cut += 0 if longest is None else sum(len(ids) > longest for ids in encoded)
         counts.empty += len(batch) - len(tokenized)
         yield tokenized
 
