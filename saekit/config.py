@@ -144,11 +144,12 @@ def config_sha256(config: Config | Mapping[str, object]) -> str:
 
 
 def changed_keys(old: Mapping[str, object], new: Mapping[str, object]) -> dict[str, tuple[object, object]]:
-    """Returns `dotted.key -> (old value, new value)` for every leaf that differs; a leaf on one side only counts."""
+    """Returns `dotted.key -> (old value, new value)` for every leaf that differs.
+
+    A leaf on one side only is None on the other: folders stay usable when a later version brings an option that is off by default.
+    """
     before, after = _leaves(old), _leaves(new)
-    missing = "(absent)"
-    keys = sorted(before.keys() | after.keys())
-    pairs = {key: (before.get(key, missing), after.get(key, missing)) for key in keys}
+    pairs = {key: (before.get(key), after.get(key)) for key in sorted(before.keys() | after.keys())}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 

@@ -1,7 +1,6 @@
 """The command line: thin commands over `stages`; one line and exit code 2 for everything a user can mend."""
 
 import functools
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ParamSpec
@@ -76,7 +75,9 @@ def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False
     if dry_run:
         _print_plan(pipeline.plan())
         return
-    typer.echo(f"report: {pipeline.run()}")
+    index = pipeline.run()
+    _print_metrics("held-out documents", pipeline.summary())
+    typer.echo(f"report: {index}")
 
 
 @app.command(epilog="Example:  saekit cache RECIPE.toml cache.num_tokens=10_000_000 --dry-run")
@@ -178,13 +179,16 @@ def _print_plan(rows: list[tuple[str, str]]) -> None:
 
 
 def _print_metrics(name: str, metrics: "EvaluationTable") -> None:
-    table = Table(*metrics.header, title=name, box=None, pad_edge=False)
+    table = Table(title=name, box=None, pad_edge=False)
+    for column, header in enumerate(metrics.header):
+        table.add_column(header, justify="right" if column else "left")
     for row in metrics.rows:
         table.add_row(*(escape(cell) for cell in row))
-    Console().print(table)
+    console = Console()
+    # A file has no width; figures with their intervals in one line are easier to read and to grep.
+    Console(width=None if console.is_terminal else 140).print(table)
 
 
 def main() -> None:
     """Entry point of `saekit`."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     app()

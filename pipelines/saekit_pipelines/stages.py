@@ -12,7 +12,7 @@ import torch
 
 from saekit.activations import ActivationStore, StoreView, cache_activations, plan_cache
 from saekit.errors import ConfigError, SaekitError
-from saekit.evaluation import EvaluationTable, evaluate, read_evaluation
+from saekit.evaluation import EvaluationTable, evaluate, read_evaluation, summary_table
 from saekit.hub import load_sae
 from saekit.labelling import label_features
 from saekit.manifest import manifest_sha256, read_manifest, write_json
@@ -178,6 +178,10 @@ class Pipeline:
     def metric_tables(self, only: str | None = None) -> dict[str, EvaluationTable]:
         """Returns the evaluation of each SAE as a table."""
         return {name: read_evaluation(self.stage_folder("evaluate", name)).table() for name in self._names(only)}
+
+    def summary(self) -> EvaluationTable:
+        """Returns the first figures of every SAE and of its nulls."""
+        return summary_table({name: read_evaluation(self.stage_folder("evaluate", name)) for name in self.recipe.train})
 
     def _check_widths(self) -> None:
         for name, run in self.recipe.train.items():

@@ -241,13 +241,14 @@ def _tokenized(
             return_token_type_ids=False,
             verbose=False,
         )["input_ids"]
-        longest = config.max_document_tokens
         tokenized = [
-            _Tokenized(document.index, np.array(ids[:longest], np.int32))
+            _Tokenized(document.index, np.array(ids, np.int32))
             for document, ids in zip(full, encoded, strict=True)
             if ids
         ]
-        counts.cut += 0 if longest is None else sum(len(ids) > longest for ids in encoded)
+        if (longest := config.max_document_tokens) is not None:
+            counts.cut += sum(len(item.ids) > longest for item in tokenized)
+            tokenized = [_Tokenized(item.document, item.ids[:longest]) for item in tokenized]
         counts.empty += len(batch) - len(tokenized)
         yield tokenized
 

@@ -81,6 +81,7 @@ def test_second_run_says_that_nothing_is_to_be_done_and_loads_no_model(
     result = invoke("run", recipe)
     assert result.exit_code == 0
     assert "finished already, nothing to do" in result.output
+    assert "random dictionary" in result.output, "the metrics are shown at the end of every run"
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 

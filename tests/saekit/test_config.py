@@ -101,7 +101,13 @@ def test_sha256_ignores_key_order_but_not_values() -> None:
 
 def test_changed_keys_names_leaves() -> None:
     changed = changed_keys({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3, "d": 4}})
-    assert changed == {"b.c": (2, 3), "b.d": ("(absent)", 4)}
+    assert changed == {"b.c": (2, 3), "b.d": (None, 4)}
+
+
+def test_an_option_that_is_off_differs_from_none_that_is_on_only() -> None:
+    assert changed_keys({"a": 1}, {"a": 1, "new": None}) == {}
+    assert changed_keys({"a": 1, "new": 2}, {"a": 1, "new": None}) == {"new": (2, None)}
+    assert changed_keys({"table": None}, {"table": {"x": 1}}) == {"table.x": (None, 1)}
 
 
 @pytest.mark.parametrize(
