@@ -14,8 +14,8 @@ from saekit.activations import ActivationStore, StoreView, cache_activations, pl
 from saekit.errors import ConfigError, SaekitError
 from saekit.evaluation import EvaluationTable, evaluate, read_evaluation, summary_table
 from saekit.hub import load_sae
-from saekit.labelling import label_features
-from saekit.manifest import manifest_sha256, read_manifest, write_json
+from saekit.labelling import estimate_labels, label_features
+from saekit.manifest import Manifest, check_same_config, manifest_sha256, read_manifest, write_json
 from saekit.models import LanguageModel, capture, load_model
 from saekit.progress import NO_PROGRESS, Progress, Task
 from saekit.report import ReportRun, build_report
@@ -56,8 +56,16 @@ class Pipeline:
         return load_model(self.recipe.cache.model)
 
     def store(self, name: str) -> ActivationStore:
-        """Returns the finished activation store at the hook point of the SAE called `name`."""
-        return ActivationStore.open(self.stage_folder("cache"), self.recipe.hook_point(name))
+        """Returns the finished activation store at the hook point of the SAE called `name`.
+
+        Raises:
+            ConfigError: it was cached with other values than the recipe has now.
+        """
+        folder = self.stage_folder("cache")
+        manifest = read_manifest(folder)
+        if manifest is not None:
+            check_same_config(folder, manifest.config, self.recipe.cache.to_dict())
+        return ActivationStore.open(folder, self.recipe.hook_point(name))
 
     def views(self, name: str) -> tuple[StoreView, StoreView]:
         """Returns the training and the held-out documents' tokens for the SAE called `name`."""
@@ -65,8 +73,22 @@ class Pipeline:
         return self.store(name).split(split.test_fraction, seed=split.seed)
 
     def sae(self, name: str) -> SAE:
-        """Returns the trained SAE called `name`."""
+        """Returns the trained SAE called `name`.
+
+        Raises:
+            ConfigError: it was trained with other values than the recipe has now.
+        """
+        self._check_trained(name)
         return load_sae(self.stage_folder("train", name))
+
+    def _check_trained(self, name: str) -> None:
+        folder = self.stage_folder("train", name)
+        manifest = read_manifest(folder)
+        if manifest is not None:
+            run, split = self.recipe.train[name], self.recipe.split.to_dict()
+            found = {key: manifest.config.get(key) for key in ("sae", "training", "split")}
+            sae = run.sae.to_dict() if run.sae.d_in else {**run.sae.to_dict(), "d_in": _d_in(manifest)}
+            check_same_config(folder, found, {"sae": sae, "training": run.training.to_dict(), "split": split})
 
     def run(self) -> Path:
         """Runs every stage and returns the report's page; where all is done already, says so without loading a model."""
@@ -119,6 +141,29 @@ class Pipeline:
                     progress=_Named(self.progress, name),
                 )
 
+    def label_estimates(self, only: str | None = None) -> list[tuple[str, str]]:
+        """Returns `(SAE, requests, tokens and cost of its labels by a language model)`; asks nothing and pays nothing.
+
+        The evidence is gathered on the way and kept for the run itself.
+
+        Raises:
+            ConfigError: the recipe has no labelling model.
+        """
+        rows = []
+        for name in self._names(only):
+            train, test = self.views(name)
+            estimate = estimate_labels(
+                self.sae(name),
+                train,
+                test=test,
+                lm=self.lm,
+                out=self.stage_folder("label", name),
+                config=self.recipe.label,
+                progress=_Named(self.progress, name),
+            )
+            rows.append((f"label {name}", str(estimate)))
+        return rows
+
     def evaluate(self, only: str | None = None) -> None:
         """Measures the trained SAEs on the held-out documents."""
         for name in self._names(only):
@@ -137,6 +182,8 @@ class Pipeline:
 
     def report(self) -> Path:
         """Builds the feature browser from whatever stages are finished and returns its first page."""
+        for name in self.recipe.train:
+            self.store(name)
         runs = [
             ReportRun(
                 name=name,
@@ -170,6 +217,10 @@ class Pipeline:
             if only not in {None, stage}:
                 continue
             manifest = read_manifest(self.stage_folder(stage, name))
+            if manifest is not None and stage == "cache":
+                check_same_config(self.stage_folder(stage), manifest.config, self.recipe.cache.to_dict())
+            if manifest is not None and stage == "train" and name is not None:
+                self._check_trained(name)
             state = "new" if manifest is None else "finished" if manifest.status == "complete" else "resume"
             what = self._describe(stage, name) if state != "finished" else ""
             rows.append((f"{stage} {name}" if name else stage, f"{state}  {what}".rstrip()))
@@ -250,6 +301,11 @@ class Pipeline:
             return recorded == self._record() and self._index().is_file()
         except (OSError, ValueError, SaekitError):
             return False
+
+
+def _d_in(manifest: Manifest) -> object:
+    sae = manifest.config.get("sae")
+    return sae.get("d_in") if isinstance(sae, dict) else None
 
 
 class _Named:

@@ -3,7 +3,7 @@
 import math
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from saekit.config import Config
 
@@ -38,7 +38,7 @@ class TrainConfig(Config):
     """Tokens in one step, over all processes."""
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate; None = by width and length of training, see `default_lr`."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Seed of the first weights and of the order of the data."""
     init: Literal["tied", "given"] = "tied"
     """`tied` draws new directions from the seed; `given` goes on from the weights of the SAE that is passed in."""
@@ -74,6 +74,13 @@ class TrainConfig(Config):
                 f"warmup_fraction + decay_fraction is {self.warmup_fraction + self.decay_fraction}, needs at most 1"
             )
         return self
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_decay(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("needs two numbers from 0 to below 1")
+        return value
 
     @property
     def num_steps(self) -> int:
