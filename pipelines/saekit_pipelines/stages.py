@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from saekit.activations import ActivationStore, StoreView, cache_activations, plan_cache
+from saekit.activations import ActivationStore, PairedStore, StoreView, cache_activations, plan_cache
 from saekit.errors import ConfigError, SaekitError
 from saekit.evaluation import EvaluationTable, evaluate, read_evaluation
 from saekit.hub import load_sae
@@ -19,7 +19,7 @@ from saekit.manifest import manifest_sha256, read_manifest, write_json
 from saekit.models import LanguageModel, capture, load_model
 from saekit.progress import NO_PROGRESS, Progress, Task
 from saekit.report import ReportRun, build_report
-from saekit.sae import SAE, build_sae
+from saekit.sae import SAE, SAEConfig, TranscoderConfig, build_sae
 from saekit.training import Trainer
 from saekit_pipelines.recipe import Recipe, load_recipe
 
@@ -56,8 +56,10 @@ class Pipeline:
         return load_model(self.recipe.cache.model)
 
     def store(self, name: str) -> ActivationStore:
-        """Returns the finished activation store at the hook point of the SAE called `name`."""
-        return ActivationStore.open(self.stage_folder("cache"), self.recipe.hook_point(name))
+        """Returns the finished activation store at the hook point of the SAE called `name`; of pairs for a transcoder."""
+        store = ActivationStore.open(self.stage_folder("cache"), self.recipe.hook_point(name))
+        target = self.recipe.target_hook_point(name)
+        return store if target is None else PairedStore(store, ActivationStore.open(self.stage_folder("cache"), target))
 
     def views(self, name: str) -> tuple[StoreView, StoreView]:
         """Returns the training and the held-out documents' tokens for the SAE called `name`."""
@@ -98,14 +100,14 @@ class Pipeline:
             config = self.recipe.train[name]
             train, test = self.views(name)
             sae = build_sae(
-                config.sae.with_d_in(train.d_in), seed=config.training.seed, hook_point=train.store.hook_point
+                _sized(config.sae, train.store), seed=config.training.seed, hook_point=train.store.hook_point
             )
             with self._timed(f"train {name}", folder):
                 Trainer(sae, train, config.training, test=test).fit(folder, progress=_Named(self.progress, name))
 
     def label(self, only: str | None = None) -> None:
         """Labels and scores the features of the trained SAEs."""
-        for name in self._names(only):
+        for name in self._reconstructing(only, "label"):
             folder = self.stage_folder("label", name)
             train, test = self.views(name)
             with self._timed(f"label {name}", folder):
@@ -121,7 +123,7 @@ class Pipeline:
 
     def evaluate(self, only: str | None = None) -> None:
         """Measures the trained SAEs on the held-out documents."""
-        for name in self._names(only):
+        for name in self._reconstructing(only, "evaluate"):
             folder = self.stage_folder("evaluate", name)
             train, test = self.views(name)
             with self._timed(f"evaluate {name}", folder):
@@ -177,7 +179,8 @@ class Pipeline:
 
     def metric_tables(self, only: str | None = None) -> dict[str, EvaluationTable]:
         """Returns the evaluation of each SAE as a table."""
-        return {name: read_evaluation(self.stage_folder("evaluate", name)).table() for name in self._names(only)}
+        names = [name for name in self._names(only) if self.recipe.target_hook_point(name) is None]
+        return {name: read_evaluation(self.stage_folder("evaluate", name)).table() for name in names}
 
     def _check_widths(self) -> None:
         for name, run in self.recipe.train.items():
@@ -214,7 +217,10 @@ class Pipeline:
 
     def _stages(self) -> list[tuple[str, str | None]]:
         per_sae: list[tuple[str, str | None]] = [
-            (s, n) for s in ("train", "label", "evaluate") for n in self.recipe.train
+            (s, n)
+            for s in ("train", "label", "evaluate")
+            for n in self.recipe.train
+            if s == "train" or self.recipe.target_hook_point(n) is None
         ]
         return [("cache", None), *per_sae, ("report", None)]
 
@@ -222,6 +228,16 @@ class Pipeline:
         if only is not None and only not in self.recipe.train:
             raise ConfigError(f"--sae {only!r}: the recipe has {', '.join(self.recipe.train)}")
         return [only] if only is not None else list(self.recipe.train)
+
+    def _reconstructing(self, only: str | None, stage: str) -> list[str]:
+        """Returns the SAEs' names without transcoders, and says of each of those that the stage is left out."""
+        names = []
+        for name in self._names(only):
+            if self.recipe.target_hook_point(name) is None:
+                names.append(name)
+            else:
+                self.progress.say(f"{stage} {name}: left out, needs an SAE that reconstructs what it reads")
+        return names
 
     def _if_finished(self, stage: str, name: str) -> Path | None:
         folder = self.stage_folder(stage, name)
@@ -246,6 +262,13 @@ class Pipeline:
             return recorded == self._record() and self._index().is_file()
         except (OSError, ValueError, SaekitError):
             return False
+
+
+def _sized(cfg: SAEConfig, store: ActivationStore) -> SAEConfig:
+    """Returns the config with the widths of the store that it is trained on."""
+    if isinstance(cfg, TranscoderConfig) and isinstance(store, PairedStore):
+        return cfg.with_d_in(store.inputs.d_in).with_d_out(store.targets.d_in)
+    return cfg.with_d_in(store.d_in)
 
 
 class _Named:

@@ -19,8 +19,8 @@ class JumpReLUConfig(PenalizedConfig):
     kind: Literal["jumprelu"] = "jumprelu"
     """Architecture."""
     sparsity: Literal["step", "tanh", "quadratic"] = "step"
-    """Penalty on active features: their number (`step`), tanh of their activations (`tanh`), or the squared distance of a
-    token's number of them from the wanted L0 (`quadratic`)."""
+    """Penalty on active features: their number (`step`), tanh of their activations (`tanh`), or beside the former
+    the squared distance of a token's number of them from the wanted L0, so that tokens become alike (`quadratic`)."""
     bandwidth: float = Field(default=0.5, gt=0)
     """Width of the band around a threshold in which its gradient is estimated, in units of normalised activations."""
     ste_to_input: bool = False

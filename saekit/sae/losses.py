@@ -114,7 +114,8 @@ def quadratic_penalty(
     counts = offsets.diff()
     row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(active))
     l0 = active.new_zeros(len(counts)).index_add(0, row, active)
-    return (2 / target_l0) * (l0 - target_l0).square().sum() / max(len(counts), 1)
+    excess: Tensor = (l0 - target_l0).square().sum()
+    return excess * (2 / target_l0) / max(len(counts), 1)
 
 
 def tanh_penalty(acts: Tensor, norms: Tensor, *, num_tokens: int, sharpness: float = 4.0) -> Tensor:

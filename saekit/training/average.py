@@ -45,6 +45,8 @@ class WeightAverage:
     @torch.no_grad()
     def take(self) -> None:
         """Puts the average, where there is one, in place of the weights for good."""
+        if not self.is_on:
+            return
         for name, value in self._averages().items():
             self._parameters()[name].copy_(value)
         self._objective.settle()

@@ -1,6 +1,6 @@
 """Muon: matrices move by their momentum with all singular values set to about one, everything else by Adam."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
@@ -23,7 +23,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     """
     a, b, c = COEFFICIENTS
     is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if is_tall else matrix
+    x: Tensor = matrix.T if is_tall else matrix
     x = x / (x.norm() + torch.finfo(x.dtype).tiny)
     for _ in range(NUM_ITERATIONS):
         gram = x @ x.T
@@ -41,7 +41,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Mapping[str, Any]],
+        params: Iterable[dict[str, Any]],
         *,
         lr: float,
         momentum: float = 0.95,

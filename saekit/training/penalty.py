@@ -54,6 +54,9 @@ class JumpReLUObjective(PenalizedObjective):
     ) -> None:
         super().__init__(sae, config, total_variance=total_variance, sum_over_processes=sum_over_processes)
         self.log_threshold = nn.Parameter(sae.threshold.detach().clamp_min(1e-6).log())
+        # A token with twice the wanted entries then pays the natural price for one more, beside the steered one.
+        self.register_buffer("quadratic_weight", torch.tensor(self.natural_coefficient() / 4, dtype=torch.float64))
+        self.quadratic_weight: Tensor
 
     def encode(self, encoder_input: Tensor) -> Code:
         """Returns the entries above or near their threshold, near ones with value 0."""
@@ -66,7 +69,11 @@ class JumpReLUObjective(PenalizedObjective):
         return Code(values, indices, offsets, pre_acts)
 
     def penalty(self, encoder_input: Tensor, target: Tensor, code: Code, coefficient: float) -> Tensor | float:
-        """Returns the weighted number, tanh or squared excess of the active entries."""
+        """Returns the weighted number or tanh of the active entries; for `quadratic` their number and its squared excess.
+
+        The square alone would settle above the wanted L0, by as much as reconstruction pays for; a steered price beside it is
+        the same square around a lower number.
+        """
         cfg, num_tokens = self.sae.cfg, len(encoder_input)
         assert code.pre_acts is not None
         assert code.offsets is not None
@@ -74,20 +81,18 @@ class JumpReLUObjective(PenalizedObjective):
             norms = self.sae.W_dec.norm(dim=1)[code.indices]
             return coefficient * tanh_penalty(code.values, norms, num_tokens=num_tokens)
         at = self.log_threshold.exp()[code.indices]
+        count = step_penalty(code.pre_acts, at, cfg.bandwidth, num_tokens=num_tokens, ste_to_input=cfg.ste_to_input)
         if cfg.sparsity == "step":
-            penalty = step_penalty(
-                code.pre_acts, at, cfg.bandwidth, num_tokens=num_tokens, ste_to_input=cfg.ste_to_input
-            )
-        else:
-            penalty = quadratic_penalty(
-                code.pre_acts,
-                at,
-                cfg.bandwidth,
-                offsets=code.offsets,
-                target_l0=self.wanted_l0(self.progress),
-                ste_to_input=cfg.ste_to_input,
-            )
-        return coefficient * penalty
+            return coefficient * count
+        square = quadratic_penalty(
+            code.pre_acts,
+            at,
+            cfg.bandwidth,
+            offsets=code.offsets,
+            target_l0=self.wanted_l0(self.progress),
+            ste_to_input=cfg.ste_to_input,
+        )
+        return coefficient * count + self.quadratic_weight.to(square) * square
 
     def natural_coefficient(self) -> float:
         """Returns what an entry at its threshold is worth to the reconstruction."""

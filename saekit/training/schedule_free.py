@@ -1,6 +1,6 @@
 """Schedule-free signum: steps of one size along the sign of the gradient, taken at an average that needs no decay."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
@@ -23,7 +23,7 @@ class ScheduleFreeSignum(torch.optim.Optimizer):
     2018, "signSGD".
     """
 
-    def __init__(self, params: Iterable[Mapping[str, Any]], *, lr: float, momentum: float = 0.95) -> None:
+    def __init__(self, params: Iterable[dict[str, Any]], *, lr: float, momentum: float = 0.95) -> None:
         """Takes groups as of any optimizer, `has_unit_rows` among their keys where rows are held at unit norm."""
         super().__init__(params, {"lr": lr, "momentum": momentum, "has_unit_rows": False, "lr_square_sum": 0.0})
 

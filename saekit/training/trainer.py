@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from saekit.activations.pairs import PairedStore
 from saekit.activations.shuffle import ShuffledBatches
 from saekit.activations.source import ActivationSource
 from saekit.activations.view import StoreView
@@ -65,7 +66,8 @@ class Trainer:
 
         Args:
             sae: gives architecture and width; its weights too where `config.init` is "given".
-            train: tokens to train on. A source of one's own gives this process's share of each batch.
+            train: tokens to train on, of a `PairedStore` for a transcoder. A source of one's own gives this process's share of
+                each batch.
             test: held-out tokens for the figures while training; None = none.
 
         Raises:
@@ -131,6 +133,8 @@ class Trainer:
             inputs = {}
             if isinstance(self._train, StoreView):
                 values["hook_point"] = self._train.store.hook_point
+                if isinstance(self._train.store, PairedStore):
+                    values["target_hook_point"] = self._train.store.targets.hook_point
                 inputs["cache"] = self._train.store.sha256
             state[0] = begin_stage(out, "train", values, inputs)
         broadcast_object_list(state)
@@ -243,6 +247,8 @@ class Trainer:
         if isinstance(self._train, StoreView):
             store = self._train.store
             facts |= {"model": store.model_name, "model_fingerprint": store.model_fingerprint, "cache": store.sha256}
+            if isinstance(store, PairedStore):
+                facts["target_hook_point"] = store.targets.hook_point
         return facts
 
     def _take(self, trained: SAE) -> SAE:
