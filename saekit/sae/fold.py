@@ -99,8 +99,8 @@ class PairNormalization:
 
     def apply(self, pairs: Tensor) -> Tensor:
         """Returns normalised pairs of raw ones."""
-        x, y = pairs.split([len(self.inputs.mean), len(self.targets.mean)], dim=1)
-        return torch.cat([self.inputs.apply(x), self.targets.apply(y)], dim=1)
+        d_in = len(self.inputs.mean)
+        return torch.cat([self.inputs.apply(pairs[:, :d_in]), self.targets.apply(pairs[:, d_in:])], dim=1)
 
     @torch.no_grad()
     def fold(self, sae: SAE) -> None:

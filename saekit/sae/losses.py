@@ -135,7 +135,8 @@ def lp_penalty(acts: Tensor, *, p: float, num_tokens: int, softening: float = 1e
     """
     if p == 1.0:
         return acts.sum() / num_tokens
-    return ((acts + softening).pow(p) - softening**p).sum() / num_tokens
+    size: Tensor = ((acts + softening).pow(p) - softening**p).sum()
+    return size / num_tokens
 
 
 def auxk_loss(

@@ -108,6 +108,6 @@ def split_pairs(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor]:
     """Returns what is read and what is to be reconstructed, of a batch [N, batch_width(sae)]; twice the same but for transcoders."""
     if not isinstance(sae, Transcoder):
         return x, x
-    inputs, target = x.split([sae.d_in, sae.d_out], dim=1)
+    inputs, target = x[:, : sae.d_in], x[:, sae.d_in :]
     # The kernels read rows; the halves of a pair are strided.
     return inputs.contiguous(), target

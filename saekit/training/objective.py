@@ -237,8 +237,8 @@ class BatchTopKObjective(Objective):
     def prepare(self, parts: Sequence[Tensor], dead: Tensor) -> None:
         """Finds, beside what every objective measures, the smallest entry that the whole batch keeps.
 
-        What each part keeps of its own is as many entries as the batch keeps, so the smallest of them bounds the batch's from
-        below; all entries above the bound then hold the batch's.
+        What the parts keep on their own are as many entries as the batch keeps, so the smallest of them bounds the batch's from
+        below, and 0 does where some part has too few. All entries above the bound then hold the batch's.
         """
         self._cutoff = None
         if len(parts) > 1:
@@ -246,14 +246,15 @@ class BatchTopKObjective(Objective):
             inputs = [self.sae.encoder_input(split_pairs(self.sae, part)[0]) for part in parts]
             own = [encode_batch_topk(part, W_enc, b_enc, self.k)[0].flatten() for part in inputs]
             num_kept = sum(len(part) for part in inputs) * self.k
-            if sum(len(values) for values in own) < num_kept:
-                self._cutoff = own[0].new_zeros(1)
-                kept = torch.cat(own)
-            else:
-                bound = _just_below(torch.cat(own).min()).expand(self.sae.d_sae)
-                above = [encode_threshold(part, W_enc, b_enc, bound).pre_acts for part in inputs]
-                kept = torch.topk(torch.cat(above), num_kept, sorted=False).values
-                self._cutoff = _just_below(kept.min())[None]
+            has_bound = sum(len(values) for values in own) == num_kept
+            bound = _just_below(torch.cat(own).min()) if has_bound else own[0].new_zeros(())
+            kept = torch.cat(
+                [encode_threshold(part, W_enc, b_enc, bound.expand(self.sae.d_sae)).pre_acts for part in inputs]
+            )
+            if len(kept) > num_kept:
+                kept = torch.topk(kept, num_kept, sorted=False).values
+                bound = _just_below(kept.min())
+            self._cutoff = bound[None]
             self._note_smallest(kept)
         super().prepare(parts, dead)
 

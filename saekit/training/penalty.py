@@ -134,7 +134,7 @@ class ReLUObjective(PenalizedObjective):
     """Reconstruction, the L1 or Lp norm of the activations, and AuxK.
 
     Attributes:
-        penalty_ratio: [1] float64, the L1 norm of the last step's activations in multiples of their Lp norm. The penalty is
+        penalty_ratio: scalar float64, the L1 norm of the last step's activations in multiples of their Lp norm. The penalty is
             multiplied by it, so that its size does not change while the exponent falls.
     """
 
@@ -145,7 +145,7 @@ class ReLUObjective(PenalizedObjective):
     ) -> None:
         super().__init__(sae, config, total_variance=total_variance, sum_over_processes=sum_over_processes)
         self.has_projected_decoder = not sae.cfg.is_norm_weighted
-        self.register_buffer("penalty_ratio", torch.ones(1, dtype=torch.float64))
+        self.register_buffer("penalty_ratio", torch.ones((), dtype=torch.float64))
         self.penalty_ratio: Tensor
         self._norms = torch.zeros(2, dtype=torch.float64)
 

@@ -8,13 +8,20 @@ from torch import Tensor
 from saekit.activations.source import ActivationSource
 from saekit.errors import NonFiniteError
 from saekit.sae.base import SAE
+from saekit.sae.batchtopk import BatchTopKSAE
 from saekit.sae.fold import Normalization, PairNormalization
+from saekit.sae.gated import GatedSAE
+from saekit.sae.jumprelu import JumpReLUSAE
+from saekit.sae.relu import ReLUSAE
 from saekit.sae.transcoder import Transcoder, split_pairs
+from saekit.training.config import SparsityConfig
+from saekit.training.sparsity import init_shared_threshold, init_thresholds
 
 __all__ = [
     "SAMPLE_TOKENS",
     "estimate_normalization",
     "estimate_pair_normalization",
+    "fit_start",
     "init_transcoder",
     "read_sample",
     "scale_encoder",
@@ -119,3 +126,20 @@ def init_transcoder(sae: Transcoder, pairs: Tensor, sum_over_processes: Callable
     has_any = sums.norm(dim=1) > 0
     sae.W_dec[has_any] = sums[has_any]
     sae.normalize_decoder()
+
+
+@torch.no_grad()
+def fit_start(sae: SAE, x: Tensor, sparsity: SparsityConfig, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
+    """Adapts random weights to normalised activations x: first the thresholds' start, then the encoder's scale."""
+    if isinstance(sae, JumpReLUSAE | ReLUSAE | GatedSAE):
+        assert sae.cfg.target_l0 is not None
+        init_thresholds(sae, x, sae.cfg.target_l0 * sparsity.start_factor)
+    elif isinstance(sae, BatchTopKSAE):
+        init_shared_threshold(sae, x)
+    elif isinstance(sae, Transcoder):
+        init_transcoder(sae, x, sum_over_processes)
+    if isinstance(sae, JumpReLUSAE | BatchTopKSAE | ReLUSAE | GatedSAE):
+        quantiles = sae.threshold if isinstance(sae, JumpReLUSAE | BatchTopKSAE) else sae.b_enc
+        total = sum_over_processes(torch.tensor(1.0, device=x.device))
+        quantiles.data.copy_(sum_over_processes(quantiles.detach().clone()) / total)
+    scale_encoder(sae, x, sum_over_processes)

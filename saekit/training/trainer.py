@@ -16,27 +16,21 @@ from saekit.errors import ConfigError
 from saekit.manifest import StageState, begin_stage, finish_stage
 from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae.base import SAE
-from saekit.sae.batchtopk import BatchTopKSAE
 from saekit.sae.checkpoint import load_sae_folder
 from saekit.sae.fold import Normalization, PairNormalization
-from saekit.sae.gated import GatedSAE
-from saekit.sae.jumprelu import JumpReLUSAE
-from saekit.sae.relu import ReLUSAE
 from saekit.sae.transcoder import Transcoder, batch_width
 from saekit.training.build import check_trainable
 from saekit.training.config import TrainConfig
-from saekit.training.heldout import TokenView, evaluate_heldout, read_evenly
+from saekit.training.finish import finish_weights
+from saekit.training.heldout import TokenView, read_evenly
 from saekit.training.loop import TrainingLoop
-from saekit.training.objective import SumOverProcesses
 from saekit.training.run import TrainRun
-from saekit.training.sparsity import calibration_factor, calibration_shift, init_shared_threshold, init_thresholds
 from saekit.training.start import (
     SAMPLE_TOKENS,
     estimate_normalization,
     estimate_pair_normalization,
-    init_transcoder,
+    fit_start,
     read_sample,
-    scale_encoder,
 )
 from saekit.training.state import keep_newest
 
@@ -116,7 +110,7 @@ class Trainer:
         run = self._start(source, accelerator)
         held_out = None if self._test is None else read_evenly(self._test, self.config.eval_tokens)
         TrainingLoop(run, out, held_out=held_out, progress=progress).go()
-        facts = self._finish(run, held_out)
+        facts = finish_weights(run, held_out)
         if accelerator.is_main_process:
             run.sae.hook_point, run.sae.source = self._hook_point(), self._source() | facts
             run.sae.save(out)
@@ -178,66 +172,8 @@ class Trainer:
             normalization.unfold(sae)
         else:
             sae.reset_parameters(self.config.seed)
-            self._fit_start(sae, normalization.apply(sample), sum_over_processes)
+            fit_start(sae, normalization.apply(sample), self.config.sparsity, sum_over_processes)
         return TrainRun(sae, source, self.config, normalization=normalization, accelerator=accelerator)
-
-    def _fit_start(self, sae: SAE, x: Tensor, sum_over_processes: SumOverProcesses) -> None:
-        """Adapts random weights to normalised activations x: first the thresholds' start, then the encoder's scale."""
-        if isinstance(sae, JumpReLUSAE | ReLUSAE | GatedSAE):
-            assert sae.cfg.target_l0 is not None
-            init_thresholds(sae, x, sae.cfg.target_l0 * self.config.sparsity.start_factor)
-        elif isinstance(sae, BatchTopKSAE):
-            init_shared_threshold(sae, x)
-        elif isinstance(sae, Transcoder):
-            init_transcoder(sae, x, sum_over_processes)
-        if isinstance(sae, JumpReLUSAE | BatchTopKSAE | ReLUSAE | GatedSAE):
-            quantiles = sae.threshold if isinstance(sae, JumpReLUSAE | BatchTopKSAE) else sae.b_enc
-            total = sum_over_processes(torch.tensor(1.0, device=x.device))
-            quantiles.data.copy_(sum_over_processes(quantiles.detach().clone()) / total)
-        scale_encoder(sae, x, sum_over_processes)
-
-    def _finish(self, run: TrainRun, held_out: Tensor | None) -> dict[str, object]:
-        """Turns the trained weights into those of an SAE of raw activations; returns the figures worth keeping with it."""
-        facts: dict[str, object] = {"normalization_scale": run.normalization.scale}
-        run.average.take()
-        run.objective.finish()
-        if isinstance(run.sae, JumpReLUSAE | ReLUSAE | GatedSAE):
-            if held_out is not None:
-                facts["l0_before_calibration"] = evaluate_heldout(run.sae, held_out, run.normalization).l0
-            facts |= self._calibrate(run, run.sae)
-        elif isinstance(run.sae, BatchTopKSAE) and run.average.is_on:
-            # The threshold followed the weights that were trained, and the averaged ones keep other entries.
-            self._calibrate_shared(run, run.sae)
-        run.normalization.fold(run.sae)
-        if held_out is not None:
-            facts |= evaluate_heldout(run.sae, held_out)._asdict()
-        return facts
-
-    def _calibrate(self, run: TrainRun, sae: JumpReLUSAE | ReLUSAE | GatedSAE) -> dict[str, object]:
-        """Moves what pre-activations are compared with, by one number for all features, to the target L0 on training tokens."""
-        assert sae.cfg.target_l0 is not None
-        batches = torch.split(self._sample(run), 2048)
-        if isinstance(sae, JumpReLUSAE):
-            factor = self._mean(run, calibration_factor(sae, batches, sae.cfg.target_l0))
-            sae.scale_thresholds(factor)
-            return {"threshold_factor": factor}
-        shift = self._mean(run, calibration_shift(sae, batches, sae.cfg.target_l0))
-        sae.b_enc.data.add_(shift)
-        return {"bias_shift": shift}
-
-    def _calibrate_shared(self, run: TrainRun, sae: BatchTopKSAE) -> None:
-        init_shared_threshold(sae, self._sample(run))
-        sae.threshold.data.fill_(self._mean(run, float(sae.threshold)))
-
-    def _sample(self, run: TrainRun) -> Tensor:
-        """Returns normalised training tokens of this process [n, d_in]."""
-        sample = read_sample(run.source, SAMPLE_TOKENS // run.accelerator.num_processes)
-        return run.normalization.apply(sample.to(run.sae.b_dec.device))
-
-    def _mean(self, run: TrainRun, value: float) -> float:
-        """Returns the mean of a number over processes."""
-        own = torch.tensor(value, dtype=torch.float64, device=run.sae.b_dec.device)
-        return float(run.accelerator.reduce(own, reduction="mean"))
 
     def _hook_point(self) -> str | None:
         return self._train.store.hook_point if isinstance(self._train, StoreView) else self.sae.hook_point
