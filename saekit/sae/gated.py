@@ -47,6 +47,15 @@ class GatedSAE(RowSAE):
         self.r_mag = nn.Parameter(torch.zeros(cfg.d_sae, dtype=torch.promote_types(dtype, torch.float32)))
         self.b_mag = nn.Parameter(torch.zeros(cfg.d_sae, dtype=dtype))
 
+    @torch.no_grad()
+    def reset_parameters(self, seed: int = 0) -> None:
+        """Draws W_dec's directions from `seed`, ties the encoder to them and zeroes the biases and gains."""
+        super().reset_parameters(seed)
+        # The base class draws before there are any.
+        for parameter in (getattr(self, "r_mag", None), getattr(self, "b_mag", None)):
+            if parameter is not None:
+                parameter.zero_()
+
     def magnitudes(self, inner: Tensor, indices: Tensor) -> Tensor:
         """Returns the activations of open gates.
 

@@ -84,6 +84,13 @@ def test_gradients_of_encoding_equal_those_of_the_dense_code(kind: str) -> None:
     torch.testing.assert_close(grads[0], grads[1])
 
 
+def test_reset_gated_sae_is_a_new_one() -> None:
+    sae = make("gated")
+    sae.reset_parameters(5)
+    for name, value in build_sae(CONFIGS["gated"], seed=5).named_parameters():
+        torch.testing.assert_close(sae.get_parameter(name), value.double())
+
+
 def test_nan_reaches_the_code_of_a_gated_token() -> None:
     sae, x = make("gated"), tokens(3)
     clean = sae(x)

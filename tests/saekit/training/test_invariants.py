@@ -140,3 +140,15 @@ def test_calibration_by_a_shift_does_not_reach_far(target: float, sign: float) -
     z = sae.pre_acts(x[:512]).detach()
     shift = calibration_shift(sae, x.split(512), target)  # type: ignore[arg-type]  # a ReLU SAE
     assert shift == pytest.approx(sign * 0.25 * float(z[z > 0].mean()))
+
+
+@pytest.mark.parametrize("kind", ["matryoshka", "relu", "gated"])
+def test_given_weights_are_where_training_goes_on_from(planted: ModuleType, kind: str, tmp_path: Path) -> None:
+    source = planted.PlantedSource(scale=20.0)
+    config = TrainConfig(num_tokens=256 * 150, batch_size=256)
+    sae = Trainer(build_sae(CONFIGS[kind]), source, config).fit(tmp_path / "first")
+    x = source.batch(1_000_000)
+    before = float((x - sae(x).x_hat).square().mean().detach())
+    config = TrainConfig(num_tokens=256, batch_size=256, init="given", lr=1e-8)
+    more = Trainer(sae, planted.PlantedSource(scale=20.0), config).fit(tmp_path / "second")
+    assert float((x - more(x).x_hat).square().mean().detach()) == pytest.approx(before, rel=0.05)

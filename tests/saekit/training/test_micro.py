@@ -92,6 +92,21 @@ def test_parts_of_a_batch_keep_the_entries_that_the_whole_keeps(planted: ModuleT
     torch.testing.assert_close(run.objective.get_buffer("smallest_kept"), smallest)
 
 
+def test_micro_batches_need_less_memory_at_once(planted: ModuleType) -> None:
+    largest = []
+    for size in (None, 64):
+        cfg = TopKConfig(d_in=16, d_sae=1024, k=3)
+        run = make_run(planted, cfg, batch_size=512, micro_batch_size=size)
+        run.source = planted.PlantedSource(batch_size=512)
+        run.train_step()
+        with torch.profiler.profile(profile_memory=True) as profile:
+            run.train_step()
+        largest.append(max(event.self_cpu_memory_usage for event in profile.events()))
+    # Pre-activations of 512 tokens against those of 64, or a weight's own array.
+    assert largest[0] >= 512 * 1024 * 4
+    assert largest[1] <= largest[0] / 4
+
+
 def resumed(planted: ModuleType, run: TrainRun, cfg: SAEConfig, **changes: object) -> TrainRun:
     """A new run in the state of `run`, through a file as a checkpoint would."""
     file = io.BytesIO()
