@@ -7,27 +7,65 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from saekit.activations import ActivationStore, CacheConfig, StoreView, cache_activations
+    from saekit.activations import ActivationStore, CacheConfig, PairedStore, StoreView, cache_activations
     from saekit.errors import SaekitError
     from saekit.evaluation import EvaluationConfig, evaluate
     from saekit.hub import load_sae
     from saekit.labelling import LabelConfig, label_features
     from saekit.models import LanguageModel, ModelConfig, capture, load_model
     from saekit.report import build_report
-    from saekit.sae import SAE, JumpReLUConfig, JumpReLUSAE, SAEOutput, TopKConfig, TopKSAE
+    from saekit.sae import (
+        SAE,
+        BatchTopKConfig,
+        BatchTopKSAE,
+        GatedConfig,
+        GatedSAE,
+        JumpReLUConfig,
+        JumpReLUSAE,
+        MatryoshkaBatchTopKConfig,
+        MatryoshkaBatchTopKSAE,
+        MatryoshkaTopKConfig,
+        MatryoshkaTopKSAE,
+        ReLUConfig,
+        ReLUSAE,
+        SAEOutput,
+        TopKConfig,
+        TopKSAE,
+        Transcoder,
+        TranscoderConfig,
+    )
     from saekit.training import TrainConfig, Trainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "saekit.activations": ("ActivationStore", "CacheConfig", "StoreView", "cache_activations"),
+    "saekit.activations": ("ActivationStore", "CacheConfig", "PairedStore", "StoreView", "cache_activations"),
     "saekit.errors": ("SaekitError",),
     "saekit.evaluation": ("EvaluationConfig", "evaluate"),
     "saekit.hub": ("load_sae",),
     "saekit.labelling": ("LabelConfig", "label_features"),
     "saekit.models": ("LanguageModel", "ModelConfig", "capture", "load_model"),
     "saekit.report": ("build_report",),
-    "saekit.sae": ("SAE", "JumpReLUConfig", "JumpReLUSAE", "SAEOutput", "TopKConfig", "TopKSAE"),
+    "saekit.sae": (
+        "SAE",
+        "BatchTopKConfig",
+        "BatchTopKSAE",
+        "GatedConfig",
+        "GatedSAE",
+        "JumpReLUConfig",
+        "JumpReLUSAE",
+        "MatryoshkaBatchTopKConfig",
+        "MatryoshkaBatchTopKSAE",
+        "MatryoshkaTopKConfig",
+        "MatryoshkaTopKSAE",
+        "ReLUConfig",
+        "ReLUSAE",
+        "SAEOutput",
+        "TopKConfig",
+        "TopKSAE",
+        "Transcoder",
+        "TranscoderConfig",
+    ),
     "saekit.training": ("TrainConfig", "Trainer"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -35,13 +73,24 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "SAE",
     "ActivationStore",
+    "BatchTopKConfig",
+    "BatchTopKSAE",
     "CacheConfig",
     "EvaluationConfig",
+    "GatedConfig",
+    "GatedSAE",
     "JumpReLUConfig",
     "JumpReLUSAE",
     "LabelConfig",
     "LanguageModel",
+    "MatryoshkaBatchTopKConfig",
+    "MatryoshkaBatchTopKSAE",
+    "MatryoshkaTopKConfig",
+    "MatryoshkaTopKSAE",
     "ModelConfig",
+    "PairedStore",
+    "ReLUConfig",
+    "ReLUSAE",
     "SAEOutput",
     "SaekitError",
     "StoreView",
@@ -49,6 +98,8 @@ __all__ = [
     "TopKSAE",
     "TrainConfig",
     "Trainer",
+    "Transcoder",
+    "TranscoderConfig",
     "build_report",
     "cache_activations",
     "capture",

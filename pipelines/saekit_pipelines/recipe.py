@@ -11,7 +11,7 @@ from saekit.config import Config, apply_overrides, read_toml
 from saekit.errors import ConfigError
 from saekit.evaluation import EvaluationConfig
 from saekit.labelling import LabelConfig
-from saekit.sae import AnySAEConfig
+from saekit.sae import AnySAEConfig, TranscoderConfig
 from saekit.training import TrainConfig
 
 __all__ = ["Recipe", "ReportConfig", "SplitConfig", "TrainRun", "load_recipe"]
@@ -34,6 +34,8 @@ class TrainRun(Config):
 
     hook_point: str | None = None
     """Which cached hook point to train on; may be left out where the cache has only one."""
+    target_hook_point: str | None = None
+    """For a transcoder: which cached hook point's activations are predicted from those of `hook_point`."""
     sae: AnySAEConfig
     """The architecture: `kind`, `d_sae`, `k`, ...; `d_in` is the hook point's width and may be left out."""
     training: TrainConfig
@@ -85,6 +87,22 @@ class Recipe(Config):
             raise ConfigError(f"train.{name}.hook_point: found {asked!r}, the cache has {', '.join(cached)}")
         return asked or cached[0]
 
+    def target_hook_point(self, name: str) -> str | None:
+        """Returns the hook point that the SAE called `name` predicts; None but for transcoders.
+
+        Raises:
+            ConfigError: a transcoder names none that is cached, or an SAE that is no transcoder names one.
+        """
+        run, cached = self.train[name], self.cache.hook_points
+        if isinstance(run.sae, TranscoderConfig) != (run.target_hook_point is not None):
+            needs = "a transcoder needs one" if run.target_hook_point is None else "only a transcoder takes one"
+            raise ConfigError(f"train.{name}.target_hook_point: found {run.target_hook_point!r}, {needs}")
+        if run.target_hook_point is not None and run.target_hook_point not in cached:
+            raise ConfigError(
+                f"train.{name}.target_hook_point: found {run.target_hook_point!r}, the cache has {', '.join(cached)}"
+            )
+        return run.target_hook_point
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Returns the recipe at `path` with `key=value` overrides applied.
@@ -95,6 +113,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe = Recipe.parse(apply_overrides(read_toml(path), overrides), where=f"recipe {str(path)!r}")
     for name, run in recipe.train.items():
         recipe.hook_point(name)
+        recipe.target_hook_point(name)
         kept = int(recipe.cache.num_tokens * (1 - recipe.split.test_fraction))
         if run.training.batch_size > kept:
             raise ConfigError(

@@ -34,7 +34,7 @@ from saekit.evaluation.table import MeasuredRow, cosine_histogram, density_histo
 from saekit.manifest import begin_stage, finish_stage, locked
 from saekit.models import LanguageModel
 from saekit.progress import NO_PROGRESS, Progress
-from saekit.sae import SAE
+from saekit.sae import SAE, Transcoder
 
 __all__ = ["EvaluationConfig", "evaluate"]
 
@@ -86,7 +86,7 @@ def evaluate(
         train: where the null rows are fitted; None: ordinary tokens of the store's other documents.
 
     Raises:
-        ConfigError: the SAE's width is not the store's, `train` shares documents with `view`, or `out` holds something else.
+        ConfigError: a transcoder, the SAE's width is not the store's, `train` shares documents with `view`, or `out` holds something else.
         StoreError: `lm` is not the model that wrote the store.
         DataError: the view has no tokens.
         NonFiniteError: the SAE answers NaN or Inf.
@@ -117,6 +117,8 @@ def evaluate(
 
 def _checked_train(sae: SAE, view: StoreView, train: StoreView | None) -> StoreView:
     store = view.store
+    if isinstance(sae, Transcoder):
+        raise ConfigError("evaluate: found a transcoder, needs an SAE that reconstructs what it reads")
     if sae.d_in != store.d_in:
         raise ConfigError(
             f"evaluate: the SAE has d_in {sae.d_in}, {store.hook_point!r} of cache {str(store.path)!r} has width"

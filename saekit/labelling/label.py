@@ -16,7 +16,7 @@ from saekit.labelling.vocabulary import Vocabulary
 from saekit.manifest import begin_stage, finish_stage, locked
 from saekit.models import LanguageModel
 from saekit.progress import NO_PROGRESS, Progress
-from saekit.sae import SAE
+from saekit.sae import SAE, Transcoder
 
 __all__ = ["CONTEXTS_FOLDER", "estimate_labels", "label_features"]
 
@@ -50,7 +50,8 @@ def label_features(
         `out`.
 
     Raises:
-        ConfigError: `out` was written with another config or other inputs, or the labelling model's key is missing.
+        ConfigError: a transcoder, `out` was written with another config or other inputs, or the labelling model's key is
+            missing.
         DataError: the views share a document, one is empty, or they are of another width than the dictionary.
         MissingDependencyError: the labelling model needs an extra that is not installed.
         LabelerError: the server cannot be used, or a cap is reached; what was paid for is kept.
@@ -97,6 +98,9 @@ def estimate_labels(
 
 
 def _check_views(sae: SAE, train: StoreView, test: StoreView) -> None:
+    if isinstance(sae, Transcoder):
+        # Its decoder writes at another place than the one whose activations and hook point the evidence is taken from.
+        raise ConfigError("labels: found a transcoder, needs an SAE that reconstructs what it reads")
     for name, view in (("training", train), ("held-out", test)):
         if view.num_tokens == 0:
             raise DataError(f"labels: the {name} view has no tokens, needs at least one")

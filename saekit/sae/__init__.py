@@ -3,22 +3,42 @@
 from saekit.sae.base import SAE, SAEConfig, SAEOutput
 from saekit.sae.batchtopk import BatchTopKConfig, BatchTopKSAE
 from saekit.sae.checkpoint import AnySAEConfig, build_sae, load_sae_folder
-from saekit.sae.fold import Normalization
+from saekit.sae.fold import Normalization, PairNormalization
+from saekit.sae.gated import GatedConfig, GatedSAE
 from saekit.sae.jumprelu import JumpReLUConfig, JumpReLUSAE
+from saekit.sae.matryoshka import (
+    MatryoshkaBatchTopKConfig,
+    MatryoshkaBatchTopKSAE,
+    MatryoshkaTopKConfig,
+    MatryoshkaTopKSAE,
+)
+from saekit.sae.relu import ReLUConfig, ReLUSAE
 from saekit.sae.topk import TopKConfig, TopKSAE
+from saekit.sae.transcoder import Transcoder, TranscoderConfig
 
 __all__ = [
     "SAE",
     "AnySAEConfig",
     "BatchTopKConfig",
     "BatchTopKSAE",
+    "GatedConfig",
+    "GatedSAE",
     "JumpReLUConfig",
     "JumpReLUSAE",
+    "MatryoshkaBatchTopKConfig",
+    "MatryoshkaBatchTopKSAE",
+    "MatryoshkaTopKConfig",
+    "MatryoshkaTopKSAE",
     "Normalization",
+    "PairNormalization",
+    "ReLUConfig",
+    "ReLUSAE",
     "SAEConfig",
     "SAEOutput",
     "TopKConfig",
     "TopKSAE",
+    "Transcoder",
+    "TranscoderConfig",
     "build_sae",
     "load_sae_folder",
 ]

@@ -1,34 +1,23 @@
 """BatchTopK: a batch keeps its N * k largest pre-activations, so a token uses as many features as it needs."""
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple
 
 import torch
-from pydantic import model_validator
 from saekit_kernels import encode_topk
 from torch import Tensor, nn
 
-from saekit.sae.base import SAEConfig
 from saekit.sae.threshold import ThresholdSAE
+from saekit.sae.topk import KConfig
 
 __all__ = ["BatchTopKConfig", "BatchTopKSAE", "encode_batch_topk"]
 
 
-class BatchTopKConfig(SAEConfig):
+class BatchTopKConfig(KConfig):
     """A BatchTopK SAE."""
 
     kind: Literal["batchtopk"] = "batchtopk"
     """Architecture."""
-    k: int
-    """Features a token uses on average."""
-
-    @model_validator(mode="after")
-    def _k_fits(self) -> Self:
-        if self.k < 1:
-            raise ValueError(f"k is {self.k}, needs a positive number of features a token")
-        if self.k > self.d_sae:
-            raise ValueError(f"k is {self.k}, needs at most d_sae = {self.d_sae}")
-        return self
 
 
 class BatchTopKSAE(ThresholdSAE):
@@ -42,11 +31,11 @@ class BatchTopKSAE(ThresholdSAE):
     Source: Bussmann et al. 2024, "BatchTopK sparse autoencoders", section 3.
     """
 
-    cfg: BatchTopKConfig
+    cfg: KConfig
 
     def __init__(
         self,
-        cfg: BatchTopKConfig,
+        cfg: KConfig,
         *,
         seed: int = 0,
         hook_point: str | None = None,

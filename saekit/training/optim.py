@@ -6,14 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from saekit.training.config import TrainConfig
+from saekit.training.muon import Muon
+from saekit.training.schedule_free import ScheduleFreeSignum
 
 __all__ = ["GradientClip", "build_optimizer", "project_decoder_gradient", "set_learning_rates"]
 
 CLIP_MEMORY_STEPS = 20
 
 
-def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig, *, lr: float) -> torch.optim.Adam:
-    """Returns Adam over the named parameters; log-thresholds have a learning rate of their own."""
+def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig, *, lr: float) -> torch.optim.Optimizer:
+    """Returns the optimizer over the named parameters; log-thresholds have a learning rate of their own."""
     groups = [
         {
             "params": [parameter],
@@ -22,6 +24,10 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig,
         }
         for name, parameter in parameters.items()
     ]
+    if config.optimizer == "muon":
+        return Muon(groups, lr=lr, betas=config.betas)
+    if config.optimizer == "signum":
+        return ScheduleFreeSignum([group | {"has_unit_rows": group["name"] == "W_dec"} for group in groups], lr=lr)
     # The unfused loops read and write every moment several times: 44 ms instead of 10 ms for 5.3 M weights on one core.
     return torch.optim.Adam(groups, lr=lr, betas=config.betas, fused=True)
 
