@@ -15,6 +15,7 @@ from saekit.sae.fold import Normalization
 from saekit.sae.jumprelu import JumpReLUSAE
 from saekit.training.config import TrainConfig
 from saekit.training.dead import DeadFeatures, default_dead_after
+from saekit.training.fused_adam import FusedAdam
 from saekit.training.objective import JumpReLUObjective, build_objective
 from saekit.training.optim import GradientClip, build_optimizer, project_decoder_gradient, set_learning_rates
 from saekit.training.schedule import default_lr, lr_factor
@@ -97,8 +98,7 @@ class TrainRun:
         result = self.objective(x, self.dead.mask.nonzero().flatten(), coefficient)
         result.loss.backward()
         self._average_gradients()
-        project_decoder_gradient(self.sae.W_dec)
-        norm = self.clip.apply(self.parameters)
+        norm = self._gradient_norm()
 
         figures = torch.stack([result.loss.detach(), result.fvu, result.auxiliary, result.num_active.to(norm)]).double()
         stop = torch.tensor([float(stop_asked)], dtype=torch.float64, device=x.device)
@@ -109,6 +109,8 @@ class TrainRun:
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             raise self._non_finite(raw)
 
+        if isinstance(self.optimizer, FusedAdam):
+            self.optimizer.gradient_scale = self.clip.scale(gradient_norm)
         self.clip.update(gradient_norm)
         self.optimizer.step()
         self.objective.after_step()
@@ -153,6 +155,13 @@ class TrainRun:
     def _sum(self, value: Tensor) -> Tensor:
         total: Tensor = self.accelerator.reduce(value, reduction="sum")
         return total
+
+    def _gradient_norm(self) -> Tensor:
+        """Returns the norm of the projected gradient before clipping; what does not clip by itself is clipped here."""
+        if isinstance(self.optimizer, FusedAdam):
+            return self.optimizer.gradient_norm()
+        project_decoder_gradient(self.sae.W_dec)
+        return self.clip.apply(self.parameters)
 
     def _average_gradients(self) -> None:
         if self.accelerator.num_processes == 1:
