@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import sys
 import tempfile
@@ -156,17 +157,19 @@ def _build(path: Path, flags: list[str]) -> ctypes.CDLL:
 
 
 def _compile(name: str, flags: list[str], folder: str) -> Path:
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which((shlex.split(compiler) or [""])[0]) is None:
+        raise BuildError(f"there is no C++ compiler {compiler!r}, needs g++ or clang++")
     try:
         from torch.utils import cpp_extension
 
-        # The loader warns of compilers that it does not know and of versions that it cannot read.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet_loader():
+            # Copies, because the loader appends to the lists that it is given.
             cpp_extension.load(
                 name,
                 [str(source) for source in SOURCES],
-                extra_cflags=flags,
-                extra_ldflags=_LINK_FLAGS,
+                extra_cflags=list(flags),
+                extra_ldflags=list(_LINK_FLAGS),
                 build_directory=folder,
                 with_cuda=False,
                 is_python_module=False,
@@ -179,8 +182,6 @@ def _compile(name: str, flags: list[str], folder: str) -> Path:
 
 def _cause(error: Exception) -> str:
     """The one line that says most of a failed build."""
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
-        return "there is no C++ compiler, needs g++ or clang++"
     lines = str(error).splitlines() or [type(error).__name__]
     return next((line for line in lines if "error:" in line), lines[0])
 
@@ -206,6 +207,19 @@ def _one_process_at_a_time(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def _quiet_loader() -> Iterator[None]:
+    """Silences what torch says of compilers that it does not know: the reason of a failure is told once, by us."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    before, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before
 
 
 @contextlib.contextmanager

@@ -96,8 +96,10 @@ def test_failed_build_falls_back_with_one_notice(
         for _ in range(3):
             assert sk.resolve_backend("auto", torch.zeros(1)) == "cpu"
     (record,) = caplog.records
-    assert "there is no C++ compiler, needs g++ or clang++; going on with torch operators" in record.getMessage()
-    with pytest.raises(sk.BackendError, match=r"backend 'compiled': there is no C\+\+ compiler"):
+    assert (
+        "there is no C++ compiler 'no-such-compiler', needs g++ or clang++; going on with torch" in record.getMessage()
+    )
+    with pytest.raises(sk.BackendError, match=r"backend 'compiled': there is no C\+\+ compiler 'no-such-compiler'"):
         sk.resolve_backend("compiled", torch.zeros(1))
     assert not list(fresh.glob(".build-*"))
 

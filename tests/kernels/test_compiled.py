@@ -90,7 +90,7 @@ def test_sums_of_every_width_equal_the_reference(compiled: str, d_in: int, layou
     W_dec, b_dec = torch.randn(200, d_in, generator=generator), torch.randn(d_in, generator=generator)
     results = []
     for name, dtype in ((compiled, torch.float32), ("reference", torch.float64)):
-        leaves = [tensor.to(dtype).requires_grad_() for tensor in (values, W_dec, b_dec)]
+        leaves = [tensor.clone().to(dtype).requires_grad_() for tensor in (values, W_dec, b_dec)]
         x_hat = sk.decode(leaves[0], indices, leaves[1], leaves[2], offsets=offsets, backend=name)  # type: ignore[arg-type]
         (x_hat * torch.linspace(-1, 2, d_in).to(dtype)).square().sum().backward()
         results.append([x_hat, *(leaf.grad for leaf in leaves)])
