@@ -10,11 +10,20 @@ if TYPE_CHECKING:
     from saekit.activations import ActivationStore, CacheConfig, StoreView, cache_activations
     from saekit.errors import SaekitError
     from saekit.evaluation import EvaluationConfig, evaluate
-    from saekit.hub import load_sae
+    from saekit.hub import load_sae, load_saes
     from saekit.labelling import LabelConfig, label_features
     from saekit.models import LanguageModel, ModelConfig, capture, load_model
     from saekit.report import build_report
-    from saekit.sae import SAE, JumpReLUConfig, JumpReLUSAE, SAEOutput, TopKConfig, TopKSAE
+    from saekit.sae import (
+        SAE,
+        Dictionary,
+        JumpReLUConfig,
+        JumpReLUSAE,
+        MultiLayerDictionary,
+        SAEOutput,
+        TopKConfig,
+        TopKSAE,
+    )
     from saekit.training import TrainConfig, Trainer
 
 __version__ = "0.1.0"
@@ -23,11 +32,20 @@ _HOMES = {
     "saekit.activations": ("ActivationStore", "CacheConfig", "StoreView", "cache_activations"),
     "saekit.errors": ("SaekitError",),
     "saekit.evaluation": ("EvaluationConfig", "evaluate"),
-    "saekit.hub": ("load_sae",),
+    "saekit.hub": ("load_sae", "load_saes"),
     "saekit.labelling": ("LabelConfig", "label_features"),
     "saekit.models": ("LanguageModel", "ModelConfig", "capture", "load_model"),
     "saekit.report": ("build_report",),
-    "saekit.sae": ("SAE", "JumpReLUConfig", "JumpReLUSAE", "SAEOutput", "TopKConfig", "TopKSAE"),
+    "saekit.sae": (
+        "SAE",
+        "Dictionary",
+        "JumpReLUConfig",
+        "JumpReLUSAE",
+        "MultiLayerDictionary",
+        "SAEOutput",
+        "TopKConfig",
+        "TopKSAE",
+    ),
     "saekit.training": ("TrainConfig", "Trainer"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -36,12 +54,14 @@ __all__ = [
     "SAE",
     "ActivationStore",
     "CacheConfig",
+    "Dictionary",
     "EvaluationConfig",
     "JumpReLUConfig",
     "JumpReLUSAE",
     "LabelConfig",
     "LanguageModel",
     "ModelConfig",
+    "MultiLayerDictionary",
     "SAEOutput",
     "SaekitError",
     "StoreView",
@@ -56,6 +76,7 @@ __all__ = [
     "label_features",
     "load_model",
     "load_sae",
+    "load_saes",
 ]
 
 

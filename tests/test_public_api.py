@@ -12,12 +12,14 @@ PUBLIC = [
     "SAE",
     "ActivationStore",
     "CacheConfig",
+    "Dictionary",
     "EvaluationConfig",
     "JumpReLUConfig",
     "JumpReLUSAE",
     "LabelConfig",
     "LanguageModel",
     "ModelConfig",
+    "MultiLayerDictionary",
     "SAEOutput",
     "SaekitError",
     "StoreView",
@@ -32,6 +34,7 @@ PUBLIC = [
     "label_features",
     "load_model",
     "load_sae",
+    "load_saes",
 ]
 
 
