@@ -34,6 +34,8 @@ _SAFETENSORS_DTYPES = {
     "U8": 1,
     "BOOL": 1,
 }
+# Pickle protocol 2, by which every file of torch.save before the archives begins.
+_LEGACY_START = b"\x80\x02"
 # Config objects that old trainers pickled beside their weights.
 _CONFIG_CLASSES = (
     "sae_lens.training.config.LanguageModelSAERunnerConfig",
@@ -238,6 +240,10 @@ def _load_pickle(path: Path) -> object:
             packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
         if packed:
             raise FormatError(f"{str(path)!r}: {packed[0]} is compressed, needs a file as torch.save writes it")
+    elif not _starts_with(path, _LEGACY_START):
+        raise FormatError(
+            f"{str(path)!r}: neither an archive nor an old file of torch.save, needs an unbroken one of them"
+        )
     stubs = [(_InertConfig, name) for name in _CONFIG_CLASSES]
     try:
         with torch.serialization.safe_globals(stubs):  # type: ignore[arg-type]  # (class, name) pairs are its documented form
@@ -248,6 +254,11 @@ def _load_pickle(path: Path) -> object:
     except (RuntimeError, OSError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FormatError(f"{str(path)!r}: {reason}, needs an unbroken file of torch.save") from error
+
+
+def _starts_with(path: Path, start: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(start)) == start
 
 
 def _refused(path: Path) -> str:

@@ -23,6 +23,8 @@ class Place:
     """Files under it, as paths relative to it."""
     folder: Path
     """On disk; inside the repository for a place on the hub."""
+    is_file: bool = False
+    """Whether the reference names one weights file, which `names` then has beside its configs."""
     hub: tuple[HubRef, Listing] | None = None
     """Where to get the files."""
 
@@ -38,7 +40,7 @@ class Place:
 
     def name_of(self, dictionary: str) -> str:
         """Returns the reference of one dictionary under this place."""
-        if not dictionary:
+        if not dictionary or self.is_file:
             return self.ref
         separator = ":" if self.hub is not None and ":" not in self.ref else "/"
         return f"{self.ref}{separator}{dictionary}"
@@ -61,7 +63,7 @@ def locate(ref: str | Path, revision: str | None) -> Place:
     path = Path(ref)
     if path.is_file():
         configs = config_names((entry.name for entry in path.parent.iterdir()), [path.name])
-        return Place(ref=str(ref), names=(path.name, *configs), folder=path.parent)
+        return Place(ref=str(ref), names=(path.name, *configs), folder=path.parent, is_file=True)
     if path.is_dir():
         manifest = read_manifest(path)
         if manifest is not None and manifest.stage == "train" and not (path / CFG_NAME).is_file():
@@ -86,7 +88,7 @@ def locate(ref: str | Path, revision: str | None) -> Place:
             f"sae {ref!r}: {hub.repo!r} has no {hub.path!r}, needs one of {shown(dictionaries(listing.names))}"
         )
     relative = tuple(Path(name).relative_to(folder).as_posix() for name in names)
-    return Place(ref=str(ref), names=relative, folder=folder, hub=(hub, listing))
+    return Place(ref=str(ref), names=relative, folder=folder, is_file=hub.path in listing.names, hub=(hub, listing))
 
 
 def shown(names: object, place: Place | None = None) -> str:

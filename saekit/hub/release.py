@@ -15,6 +15,8 @@ from saekit.hub.containers import Container, TensorHeader, open_container
 
 __all__ = ["Release", "Weights", "read_mapping"]
 
+_MAX_CONFIG_BYTES = 10_000_000
+
 _T = TypeVar("_T")
 
 
@@ -215,11 +217,21 @@ def read_mapping(path: Path) -> Mapping[str, object]:
         FormatError: it cannot be read, or is not a mapping.
     """
     try:
+        size = path.stat().st_size
+        if size > _MAX_CONFIG_BYTES:
+            raise ValueError(f"{size} bytes are too many")
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        content = json.loads(text) if path.suffix == ".json" else _read_yaml(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
         raise FormatError(f"{str(path)!r}: cannot be read: {reason}, needs a config") from error
     if not isinstance(content, dict):
         raise FormatError(f"{str(path)!r}: holds a {type(content).__name__}, needs a mapping")
     return {str(key): value for key, value in content.items()}
+
+
+def _read_yaml(text: str) -> object:
+    # A few nested aliases can stand for more text than fits the memory.
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+        raise yaml.YAMLError("holds an alias, needs every value written out")
+    return yaml.safe_load(text)

@@ -116,7 +116,7 @@ def activate(
         magnitude: like pre_acts; Gated only.
 
     Raises:
-        ConfigError: k is more than there is to choose from, or the groups are not of one size.
+        ConfigError: k is more than there is to choose from.
     """
     match spec:
         case ReLU():
@@ -162,9 +162,6 @@ def _largest(values: Tensor, scores: Tensor, k: int) -> Tensor:
 
 
 def _group_max(pre_acts: Tensor, k: int) -> Tensor:
-    num_features = pre_acts.shape[-1]
-    if num_features % k:
-        raise ConfigError(f"dictionary: {num_features} features in {k} groups, needs groups of one size")
-    grouped = torch.relu(pre_acts).view(*pre_acts.shape[:-1], k, num_features // k)
+    grouped = torch.relu(pre_acts).view(*pre_acts.shape[:-1], k, pre_acts.shape[-1] // k)
     best = grouped.max(dim=-1, keepdim=True)
     return torch.zeros_like(grouped).scatter(-1, best.indices, best.values).flatten(-2)

@@ -9,7 +9,7 @@ from saekit_kernels import encode_threshold, encode_topk
 from torch import Tensor, nn
 
 from saekit.errors import ConfigError
-from saekit.sae.activation import Activation, JumpReLU, TopK, activate
+from saekit.sae.activation import Activation, BatchTopK, GroupMax, JumpReLU, TopK, activate
 from saekit.sae.base import SAE, SAEConfig, SAEOutput
 from saekit.sae.site import Site
 from saekit.sae.sparse import dense_to_rows, pad_rows
@@ -270,6 +270,10 @@ def _check(cfg: DictionaryConfig, tensors: Mapping[str, Tensor], shapes: Mapping
     foreign = sorted(tensors.keys() - shapes.keys())
     if foreign:
         raise ConfigError(f"dictionary: tensors {', '.join(foreign)}, needs only {', '.join(shapes)}")
+    if isinstance(cfg.activation, TopK | BatchTopK | GroupMax) and cfg.activation.k > cfg.d_sae:
+        raise ConfigError(f"dictionary: k is {cfg.activation.k}, needs at most d_sae = {cfg.d_sae}")
+    if isinstance(cfg.activation, GroupMax) and cfg.d_sae % cfg.activation.k:
+        raise ConfigError(f"dictionary: {cfg.d_sae} features in {cfg.activation.k} groups, needs groups of one size")
     if cfg.activation.kind == "layertopk":
         raise ConfigError("dictionary: 'layertopk' chooses among layers, needs a MultiLayerDictionary")
     for name, tensor in tensors.items():

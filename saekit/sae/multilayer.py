@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from saekit.errors import ConfigError
-from saekit.sae.activation import Activation, activate
+from saekit.sae.activation import Activation, BatchTopK, LayerTopK, TopK, activate
 from saekit.sae.base import SAE, SAEConfig, SAEOutput
 from saekit.sae.site import Site
 from saekit.sae.sparse import dense_to_rows
@@ -199,6 +199,9 @@ def _check(cfg: MultiLayerConfig, tensors: Mapping[str, Tensor], shapes: Mapping
             f"multi-layer dictionary: activation {cfg.activation.kind!r}, needs one without gates or groups"
         )
     optional = {"W_skip", "score_scale"} | ({"threshold"} if cfg.activation.kind != "jumprelu" else set())
+    most = cfg.d_sae * len(cfg.targets) if isinstance(cfg.activation, BatchTopK) else cfg.d_sae
+    if isinstance(cfg.activation, TopK | LayerTopK | BatchTopK) and cfg.activation.k > most:
+        raise ConfigError(f"multi-layer dictionary: k is {cfg.activation.k}, needs at most {most} to choose from")
     missing = [name for name in shapes if name not in tensors and name not in optional]
     foreign = sorted(tensors.keys() - shapes.keys())
     if missing or foreign:
