@@ -27,10 +27,6 @@ _LAYERS: Mapping[Family, str] = {
 }
 _EMBEDDING: Mapping[Family, str] = {
     "llama": "model.embed_tokens",
-    "gemma1": "model.embed_tokens",
-    "gemma2": "model.embed_tokens",
-    "gemma3": "model.embed_tokens",
-    "gemma3_multimodal": "model.language_model.embed_tokens",
     "gpt2": "transformer.wte",
     "neox": "gpt_neox.embed_in",
 }
@@ -152,8 +148,10 @@ def tl_site(name: str | None, model: str | None, *, centered: bool = False) -> S
     if name is None or family is None:
         return None
     if name == "hook_embed":
-        scaled = family in {"gemma1", "gemma2"}
-        return Site(path=_EMBEDDING[family], transform="scaled_embedding" if scaled else "none")
+        if family.startswith("gemma"):
+            # Whether Gemma's embedding module multiplies by sqrt(width) itself depends on transformers' version.
+            return Site(path=f"{_LAYERS[family]}.0", side="input")
+        return Site(path=_EMBEDDING[family])
     found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
     if found is None:
         return None
@@ -205,4 +203,4 @@ def module_site(name: str, model: str | None, *, side: Literal["input", "output"
     return Site(path=prefix + name, side=side)
 
 
-assert set(_TABLES) == set(_LAYERS) == set(_EMBEDDING) == set(get_args(Family))
+assert set(_TABLES) == set(_LAYERS) == set(get_args(Family))

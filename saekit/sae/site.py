@@ -1,9 +1,7 @@
 """Where a dictionary reads and writes: a module of the model, its side, and what is done to the hidden states there."""
 
-import math
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from saekit.config import Config
@@ -22,10 +20,9 @@ class Site(Config):
     """Module path, as in `model.named_modules()`."""
     side: Literal["output", "input"] = "output"
     """Which side of the module."""
-    transform: Literal["none", "centered", "without_gain", "without_gain_plus_one", "scaled_embedding"] = "none"
+    transform: Literal["none", "centered", "without_gain", "without_gain_plus_one"] = "none"
     """`centered`: less the mean over the width (models with centred writing weights). `without_gain`: the norm's output
-    before its weight and bias. `without_gain_plus_one`: the same where the norm multiplies by 1 + weight (Gemma).
-    `scaled_embedding`: times sqrt(width), which Gemma 2 does after its embedding module."""
+    before its weight and bias. `without_gain_plus_one`: the same where the norm multiplies by 1 + weight (Gemma)."""
 
     def __str__(self) -> str:
         """Returns the hook point: `path` or `path:input`."""
@@ -46,9 +43,6 @@ class Site(Config):
                 return hidden
             case "centered":
                 return hidden - hidden.mean(dim=-1, keepdim=True)
-            case "scaled_embedding":
-                # The model rounds the factor to its dtype before multiplying.
-                return hidden * torch.tensor(math.sqrt(hidden.shape[-1]), dtype=hidden.dtype)
             case "without_gain" | "without_gain_plus_one":
                 return self._without_gain(hidden, module)
 

@@ -1,5 +1,6 @@
 """Gemma Scope 1 (`params.npz`) and 2 (`params.safetensors`, or one file a layer for crosscoders and cross-layer transcoders)."""
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
@@ -53,7 +54,7 @@ _NAMES = {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"}
 def read_gemma_scope(release: Release) -> SAE:
     """Returns an SAE or transcoder of Gemma Scope 1.
 
-    The SAEs of the embedding read what the embedding module returns, before Gemma multiplies it by sqrt(d_in).
+    The SAEs of the embedding were trained before Gemma multiplies it by sqrt(d_in); ours read what enters the first layer.
 
     Raises:
         FormatError: tensors of other shapes than the format has.
@@ -61,8 +62,10 @@ def read_gemma_scope(release: Release) -> SAE:
     canonical = _jump_relu(release.weights, len(_NAMES & release.weights.headers.keys()) > 2)
     release.weights.finish()
     if re.search(r"(^|[/:])embedding/", release.ref):
-        site: Site | None = Site(path="model.embed_tokens")
-        return canonical.build(JumpReLU(), units=_UNITS, site=site)
+        scale = math.sqrt(canonical.W_enc.shape[0])
+        canonical.scale_input(1 / scale)
+        canonical.scale_output(scale)
+        return canonical.build(JumpReLU(), units=_UNITS, site=Site(path="model.layers.0", side="input"))
     site, site_out = _sites_1(release)
     return canonical.build(JumpReLU(), units=_UNITS, site=site, site_out=site_out)
 

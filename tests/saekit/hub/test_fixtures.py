@@ -113,12 +113,10 @@ def qwen(name: str) -> Computed:
     return computed | {"recon_card": sae(x).x_hat}
 
 
-def raw_embedding(name: str) -> Computed:
-    """Ours reads the embedding as its module returns it, the peer's the same times sqrt(d), and it forgets to scale b_dec."""
+def embedding(name: str) -> Computed:
+    """The peer forgets to scale b_dec by sqrt(d)."""
     sae, x = load_sae(FIXTURES / name), array(name, "inputs")
-    scale = x.shape[-1] ** 0.5
-    x_hat = sae(x / scale).x_hat
-    return {"acts": sae.encode(x / scale), "recon": (x_hat - sae.b_dec) * scale + sae.b_dec}
+    return {"acts": sae.encode(x), "recon": sae(x).x_hat - sae.b_dec + sae.b_dec / x.shape[-1] ** 0.5}
 
 
 def code_normalised(name: str) -> Computed:
@@ -137,7 +135,7 @@ SPECIAL: Mapping[str, Callable[[str], Computed]] = {
     "dictlearn_standard": auto_encoder,
     "dictlearn_standard_april_update": auto_encoder,
     "dictlearn_topk": top_k_by_threshold,
-    "gemmascope_embedding": raw_embedding,
+    "gemmascope_embedding": embedding,
     "mntss_clt_as_per_layer": one_layer_of_several,
     "qwen_scope": qwen,
     "qwen_scope_few_positive": qwen,
