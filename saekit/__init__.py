@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from saekit.activations import ActivationStore, CacheConfig, StoreView, cache_activations
     from saekit.errors import SaekitError
     from saekit.evaluation import EvaluationConfig, evaluate
-    from saekit.hub import load_sae, load_saes
+    from saekit.hub import load_sae, load_saes, save_sae
     from saekit.labelling import LabelConfig, label_features
     from saekit.models import LanguageModel, ModelConfig, capture, load_model
     from saekit.report import build_report
@@ -32,7 +32,7 @@ _HOMES = {
     "saekit.activations": ("ActivationStore", "CacheConfig", "StoreView", "cache_activations"),
     "saekit.errors": ("SaekitError",),
     "saekit.evaluation": ("EvaluationConfig", "evaluate"),
-    "saekit.hub": ("load_sae", "load_saes"),
+    "saekit.hub": ("load_sae", "load_saes", "save_sae"),
     "saekit.labelling": ("LabelConfig", "label_features"),
     "saekit.models": ("LanguageModel", "ModelConfig", "capture", "load_model"),
     "saekit.report": ("build_report",),
@@ -77,6 +77,7 @@ __all__ = [
     "load_model",
     "load_sae",
     "load_saes",
+    "save_sae",
 ]
 
 

@@ -35,6 +35,7 @@ PUBLIC = [
     "load_model",
     "load_sae",
     "load_saes",
+    "save_sae",
 ]
 
 

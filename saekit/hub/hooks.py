@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from saekit.sae.site import Site
 
-__all__ = ["Family", "hf_site", "model_family", "module_site", "tl_site"]
+__all__ = ["Family", "hf_site", "model_family", "module_site", "tl_name", "tl_site"]
 
 Family = Literal["llama", "gemma1", "gemma2", "gemma3", "gemma3_multimodal", "gpt2", "neox"]
 """Layouts of language models; `llama` is also Mistral's and Qwen's."""
@@ -152,6 +152,10 @@ def tl_site(name: str | None, model: str | None, *, centered: bool = False) -> S
             # Whether Gemma's embedding module multiplies by sqrt(width) itself depends on transformers' version.
             return Site(path=f"{_LAYERS[family]}.0", side="input")
         return Site(path=_EMBEDDING[family])
+    return _built(name, family, centered=centered)
+
+
+def _built(name: str, family: Family, *, centered: bool) -> Site | None:
     found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
     if found is None:
         return None
@@ -164,6 +168,22 @@ def tl_site(name: str | None, model: str | None, *, centered: bool = False) -> S
     if centered and re.fullmatch(r"hook_(resid_(pre|mid|post)|mlp_out|attn_out|mlp_in)", found.group(2)):
         transform = "centered"
     return Site.model_validate({"path": path, "side": side or "output", "transform": transform or "none"})
+
+
+def tl_name(site: Site) -> str | None:
+    """Returns the TransformerLens hook name of a site, where one and only one layout's names fit its path."""
+    fitting: set[str] = set()
+    for family, layers in _LAYERS.items():
+        found = re.match(re.escape(layers) + r"\.(\d+)(?:\.|$)", site.path)
+        if found is None:
+            continue
+        for place in _TABLES[family]:
+            name = f"blocks.{found.group(1)}.{place}"
+            if any(_built(name, family, centered=centered) == site for centered in (False, True)):
+                fitting.add(name)
+    # The bridge's names of the MLP's ends are synonyms of older ones.
+    fitting = {name for name in fitting if not name.endswith("mlp.hook_out")}
+    return fitting.pop() if len(fitting) == 1 else None
 
 
 def hf_site(name: str | None, model: str | None = None) -> Site | None:

@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,8 +20,11 @@ from saekit.manifest import file_sha256
 from saekit.sae.base import SAE
 from saekit.sae.checkpoint import CFG_NAME, WEIGHTS_NAME, load_sae_folder
 from saekit.sae.released import RELEASED_KINDS, build_released
+from saekit.sae.site import Site
 
 __all__ = ["load_sae", "load_saes"]
+
+log = logging.getLogger(__name__)
 
 
 def load_sae(
@@ -123,6 +127,7 @@ def _load(place: Place, name: str, *, format: str | None, sha256: str | Mapping[
         revision=place.revision,
     )
     sae = _read(release, format)
+    _warn_of_transform(release.ref, sae)
     sae.source["files"] = hashes | {config: file_sha256(path) for config, path in configs.items()}
     return sae.requires_grad_(False).eval()
 
@@ -148,6 +153,14 @@ def _read(release: Release, format: str | None) -> SAE:
         "metadata": json.loads(json.dumps({**release.configs, **pickled}, default=str)),
     }
     return sae
+
+
+def _warn_of_transform(ref: str, sae: SAE) -> None:
+    site = getattr(sae.cfg, "site", None) or next(iter(getattr(sae.cfg, "sites", None) or ()), None)
+    if isinstance(site, Site) and site.transform != "none":
+        log.warning(
+            "%s: reads %s after the step %r; give it sae.cfg.site.values(hidden, module)", ref, site, site.transform
+        )
 
 
 def _is_own(path: Path) -> bool:
