@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from saekit.errors import ConfigError
 from saekit.sae.activation import Activation
 from saekit.sae.dictionary import Dictionary, DictionaryConfig
 from saekit.sae.site import Site
@@ -41,7 +42,15 @@ class Canonical:
     """Further tensors of `Dictionary` by name."""
 
     def subtract_from_input(self, pre_bias: Tensor) -> None:
-        """Folds an encoder that reads `u - pre_bias`."""
+        """Folds an encoder that reads `u - pre_bias`.
+
+        Raises:
+            ConfigError: the bias has another width than the input.
+        """
+        if pre_bias.shape[0] != self.W_enc.shape[0]:
+            raise ConfigError(
+                f"bias of width {pre_bias.shape[0]} on an input of width {self.W_enc.shape[0]}, needs equal ones"
+            )
         shift = projected(pre_bias, self.W_enc)
         self.b_enc = (self.b_enc.double() - shift).float()
         if "b_mag" in self.extra:

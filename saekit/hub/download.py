@@ -45,7 +45,7 @@ def list_files(ref: HubRef, *, revision: str | None) -> Listing:
         FormatError: the repository or the revision does not exist, may not be read, or is neither reachable nor cached.
     """
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     reason = "offline mode"
     if not constants.HF_HUB_OFFLINE:
@@ -58,7 +58,8 @@ def list_files(ref: HubRef, *, revision: str | None) -> Listing:
                 f"sae {where!r}: no such folder here, and no such repository or revision on the hub that you may read;"
                 " needs one of them; log in with 'hf auth login' if it is gated"
             ) from error
-        except (HfHubHTTPError, OSError) as error:
+        except Exception as error:
+            # Which HTTP library raises here, and so the class, changes with the version of huggingface_hub.
             reason = _first_line(error)
     snapshot = _cached_snapshot(ref.repo, revision)
     if snapshot is None:
@@ -79,13 +80,12 @@ def fetch(ref: HubRef, listing: Listing, names: Iterable[str]) -> Path:
     if listing.snapshot is not None:
         return listing.snapshot
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     root = Path()
     for name in names:
         try:
             path = Path(hf_hub_download(ref.repo, name, revision=listing.revision))
-        except (HfHubHTTPError, OSError) as error:
+        except Exception as error:
             raise FormatError(
                 f"sae {ref.repo!r}: {name} cannot be downloaded: {_first_line(error)}, needs a connection; try again"
             ) from error

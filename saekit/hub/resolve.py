@@ -142,6 +142,12 @@ def _read(release: Release, format: str | None) -> SAE:
         raise FormatError(
             f"{release.ref!r}: read as {name!r}: {reason}, needs a config that fits its weights"
         ) from error
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError) as error:
+        # A config may hold a list where a text belongs, and so on: it is input that nobody checked before.
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        raise FormatError(
+            f"{release.ref!r}: read as {name!r}: {reason}, needs a config and weights of that format"
+        ) from error
     pickled = {"pickled": release.values} if release.values else {}
     sae.source = {
         "format": name,
@@ -150,7 +156,7 @@ def _read(release: Release, format: str | None) -> SAE:
         "revision": release.revision,
         "units": sae.source["units"],
         # Through JSON, so that the record can be saved; what JSON cannot hold stands there as text.
-        "metadata": json.loads(json.dumps({**release.configs, **pickled}, default=str)),
+        "metadata": json.loads(json.dumps({**release.configs, **pickled}, default=str), parse_constant=str),
     }
     return sae
 

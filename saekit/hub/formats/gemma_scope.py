@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 _UNITS = "pre-activations of the file"
+_NAMES = {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"}
 # Repository suffix -> hook names of input and output, as the release defines them.
 _SITES_1 = {
     "res": ("hook_resid_post", None),
@@ -48,9 +49,6 @@ def is_gemma_scope(release: Release) -> bool:
     return release.name.endswith(".npz") and {name.lower() for name in release.weights.headers} == _NAMES
 
 
-_NAMES = {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"}
-
-
 def read_gemma_scope(release: Release) -> SAE:
     """Returns an SAE or transcoder of Gemma Scope 1.
 
@@ -59,7 +57,7 @@ def read_gemma_scope(release: Release) -> SAE:
     Raises:
         FormatError: tensors of other shapes than the format has.
     """
-    canonical = _jump_relu(release.weights, len(_NAMES & release.weights.headers.keys()) > 2)
+    canonical = _jump_relu(release.weights)
     release.weights.finish()
     if re.search(r"(^|[/:])embedding/", release.ref):
         scale = math.sqrt(canonical.W_enc.shape[0])
@@ -82,7 +80,7 @@ def read_gemma_scope_2(release: Release) -> SAE:
         FormatError: config and weights disagree.
     """
     weights = release.weights
-    canonical = _jump_relu(weights, True)
+    canonical = _jump_relu(weights)
     skip = weights.take_if("affine_skip_connection", canonical.W_enc.shape[0], canonical.W_dec.shape[1])
     _check_config(release, canonical.W_enc.shape[1], has_skip=skip is not None, kinds=("sae", "transcoder"))
     weights.finish()
@@ -144,8 +142,8 @@ def read_gemma_scope_2_layers(release: Release) -> SAE:
     return MultiLayerDictionary(cfg, tensors, source={"units": _UNITS})
 
 
-def _jump_relu(weights: Weights, lower: bool) -> Canonical:
-    encoder, decoder = ("w_enc", "w_dec") if lower and "w_enc" in weights else ("W_enc", "W_dec")
+def _jump_relu(weights: Weights) -> Canonical:
+    encoder, decoder = ("w_enc", "w_dec") if "w_enc" in weights else ("W_enc", "W_dec")
     d_in, d_sae = weights.shape(encoder, 2)
     d_out = weights.shape(decoder, 2)[1]
     return Canonical(

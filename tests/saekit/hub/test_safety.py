@@ -148,6 +148,13 @@ def test_weights_that_are_not_finite_are_refused(tensor: str, value: float, chan
         ("saelens_v6_standard", {"architecture": "skip_transcoder"}, {}, r"apply_b_dec_to_input is true, needs false"),
         ("saelens_v6_topk", {"k": 0}, {}, r"read as 'saelens': .*greater than or equal to 1"),
         ("saelens_v6_topk", {"k": 129}, {}, r"k is 129, needs at most d_sae = 128"),
+        ("saelens_v6_standard", {"normalize_activations": ["none"]}, {}, r"read as 'saelens': TypeError: "),
+        (
+            "saelens_v6_standard",
+            {},
+            {"W_dec": torch.ones(128, 9), "b_dec": torch.ones(9)},
+            r"bias of width 9 on an input of",
+        ),
         ("saelens_v6_topk", {"k": "8"}, {}, r"config: k is '8', needs int"),
         ("saelens_v3_topk", {"activation_fn_str": "swish"}, {}, r"activation 'swish', needs relu, tanh-relu or topk"),
         ("sparsify_topk", {"activation": "swish"}, {}, r"activation is 'swish', needs 'topk' or 'groupmax'"),
