@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from saekit.hub import load_sae, load_saes
+from saekit.hub.discover import config_names, dictionaries
 from saekit.hub.formats.dictionary_learning import read_dictionary_learning
-from saekit.hub.release import Release, read_mapping
+from saekit.hub.place import locate
+from saekit.hub.release import Release, Weights, read_mapping
+from saekit.hub.table import FORMATS, recognise
 from saekit.sae.activation import BatchTopK, JumpReLU, TopK
 from saekit.sae.base import SAE
 from saekit.sae.dictionary import Dictionary
@@ -191,3 +194,54 @@ def _with_inputs(name: str) -> list[tuple[SAE, Tensor]]:
     if SPECIAL.get(name) is one_layer_of_several:
         return [(sae, x[:, None].repeat(1, 3, 1))]
     return [(sae, x.flatten(1) if SPECIAL.get(name) is heads else x)]
+
+
+FORMATS_OF = {
+    "apollo": "apollo",
+    "bytedance": "cross_layer",
+    "circuittracer_clt": "cross_layer",
+    "circuittracer_plt": "transcoder_set",
+    "ckkissane": "model_diff_crosscoder",
+    "connor": "connor",
+    "deepseek": "deepseek",
+    "dictlearn": "dictionary_learning",
+    "dunefsky": "dunefsky",
+    "gemmascope2_clt": "gemma_scope_2_layers",
+    "gemmascope2_crosscoder": "gemma_scope_2_layers",
+    "gemmascope2_": "gemma_scope_2",
+    "gemmascope_": "gemma_scope",
+    "goodfire": "goodfire",
+    "llamascope_r1": "llama_scope_r1",
+    "llamascope_": "llama_scope",
+    "llamascopium_clt": "llamascopium_layers",
+    "llamascopium_crosscoder": "llamascopium_layers",
+    "llamascopium_": "llamascopium",
+    "mntss": "cross_layer",
+    "mwhanna": "transcoder_set",
+    "openai": "openai",
+    "qwen": "qwen_scope",
+    "saelens_v6_temporal": "saelens_temporal",
+    "saelens": "saelens",
+    "sof": "finetuning_crosscoder",
+    "sparsify": "sparsify",
+    "temporal_hub": "temporal",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_format_is_recognised_without_reading_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: object) -> Tensor:
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(Weights, "take", read)
+    monkeypatch.setattr(Weights, "scalar", read)
+    place = locate(FIXTURES / name, None)
+    for dictionary, files in dictionaries(place.names).items():
+        configs = {Path(c).name: read_mapping(FIXTURES / name / c) for c in config_names(place.names, files)}
+        release = Release(folder=FIXTURES / name, files=files, configs=configs, ref=place.name_of(dictionary))
+        expected = next(format for prefix, format in FORMATS_OF.items() if name.startswith(prefix))
+        assert recognise(release) == expected
+
+
+def test_every_format_has_a_fixture() -> None:
+    assert set(FORMATS_OF.values()) == set(FORMATS)
