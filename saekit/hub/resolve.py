@@ -19,8 +19,10 @@ from saekit.hub.table import FORMATS, recognise
 from saekit.manifest import file_sha256
 from saekit.sae.base import SAE
 from saekit.sae.checkpoint import CFG_NAME, WEIGHTS_NAME, load_sae_folder
+from saekit.sae.dictionary import Dictionary
 from saekit.sae.released import RELEASED_KINDS, build_released
 from saekit.sae.site import Site
+from saekit.sae.temporal import TemporalDictionary
 
 __all__ = ["load_sae", "load_saes"]
 
@@ -59,7 +61,7 @@ def load_sae(
     place = locate(ref, revision)
     sae = _load(place, _the_one(place), format=format, sha256=sha256)
     if hook_point is not None:
-        sae.hook_point = hook_point
+        _place_at(sae, hook_point)
     return sae.to(device=device, dtype=dtype)
 
 
@@ -89,6 +91,16 @@ def load_saes(
             f"sae {place.ref!r}: none is named like {pattern!r}, needs one of {shown(list(found), place)}"
         )
     return {name: _load(place, name, format=format, sha256=None).to(device=device, dtype=dtype) for name in names}
+
+
+def _place_at(sae: SAE, hook_point: str) -> None:
+    sae.hook_point = hook_point
+    if isinstance(sae, Dictionary | TemporalDictionary):
+        path, _, side = hook_point.partition(":")
+        if not path or side not in {"", "input", "output"}:
+            raise ConfigError(f"hook point {hook_point!r}: needs a module path, ':input' or ':output' behind it")
+        site = Site(path=path, side="input" if side == "input" else "output")
+        sae.cfg = sae.cfg.model_copy(update={"site": site})
 
 
 def _the_one(place: Place) -> str:

@@ -114,11 +114,12 @@ class Dictionary(SAE):
         Raises:
             ConfigError: `x` has another width than d_in.
         """
-        return self._normed(x).u
+        return _normed(self, x).u
 
     def pre_acts(self, x: Tensor) -> Tensor:
         """Returns what the nonlinearity is given, dense [N, d_sae]; for Gated what the gate compares with 0."""
-        return self._pre_acts(self.encoder_input(x))
+        u = self.encoder_input(x)
+        return _pre_acts(self, u, u @ self.W_enc)
 
     def encode(self, x: Tensor) -> Tensor:
         """Returns dense feature activations [..., d_sae] of x [..., d_in]; negative ones only where the release has them."""
@@ -131,7 +132,7 @@ class Dictionary(SAE):
         """
         u = self.encoder_input(x)
         if self.W_glu is None and self.score_scale is None:
-            code = self._encode_by_kernel(u)
+            code = _encode_by_kernel(self, u)
             if code is not None:
                 return code
         return dense_to_rows(self._encode(u))
@@ -146,11 +147,11 @@ class Dictionary(SAE):
             ConfigError: each token was normalised by its own statistics and `x` is not given.
         """
         y = feature_acts.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
-        return self._finished(y.reshape(-1, self.d_out), x).reshape(y.shape)
+        return _finished(self, y.reshape(-1, self.d_out), x).reshape(y.shape)
 
     def decode_sparse(self, top_acts: Tensor, top_indices: Tensor, x: Tensor | None = None) -> Tensor:
         """Returns the reconstruction [N, d_out] of top_acts [N, K] at top_indices [N, K]; `x` as in `decode`."""
-        return self._finished(super().decode_sparse(top_acts, top_indices), x)
+        return _finished(self, super().decode_sparse(top_acts, top_indices), x)
 
     def forward(self, x: Tensor) -> SAEOutput:
         """Encodes and reconstructs x [N, d_in], skip connection and normalisation included."""
@@ -170,77 +171,82 @@ class Dictionary(SAE):
             threshold: [d_sae] or [1] for JumpReLU; None keeps what is there.
         """
         kept = {name: value.detach() for name, value in self.named_parameters()}
-        kept.pop("threshold", None) if activation.kind != "jumprelu" else None
-        if threshold is not None:
+        if activation.kind != "jumprelu":
+            kept.pop("threshold", None)
+        elif threshold is not None:
             kept["threshold"] = threshold.to(self.b_enc).expand(self.d_sae).clone()
         cfg = self.cfg.model_copy(update={"activation": activation})
         return type(self)(cfg, kept, source=self.source)
 
-    def _normed(self, x: Tensor) -> _Normed:
-        if x.ndim == 0 or x.shape[-1] != self.d_in:
-            where = f"dictionary of {self.hook_point!r}" if self.hook_point else "dictionary"
-            raise ConfigError(f"{where}: x has shape {list(x.shape)}, needs [..., {self.d_in}]")
-        flat = x.reshape(-1, self.d_in).to(self.W_enc.dtype)
-        match self.cfg.norm:
-            case "none":
-                return _Normed(flat, None, None)
-            case "layer_norm":
-                mean, std = flat.mean(dim=1, keepdim=True), flat.std(dim=1, keepdim=True)
-                return _Normed((flat - mean) / (std + NORM_EPS), std, mean)
-            case "constant_norm":
-                scale = flat.norm(dim=1, keepdim=True) / self.d_in**0.5
-                return _Normed(flat / scale, scale, None)
-
-    def _pre_acts(self, u: Tensor) -> Tensor:
-        pre_acts = u @ self.W_enc + self.b_enc
-        if self.W_glu is None or self.b_glu is None:
-            return pre_acts
-        return pre_acts * torch.sigmoid(u @ self.W_glu + self.b_glu)
-
     def _encode(self, u: Tensor) -> Tensor:
-        pre_acts = self._pre_acts(u)
+        z = u @ self.W_enc
         magnitude = None
         if self.r_mag is not None and self.b_mag is not None:
-            magnitude = (pre_acts - self.b_enc) * self.r_mag.exp() + self.b_mag
+            magnitude = z * self.r_mag.exp() + self.b_mag
         return activate(
             self.cfg.activation,
-            pre_acts,
+            _pre_acts(self, u, z),
             threshold=self.threshold,
             score_scale=self.score_scale,
             magnitude=magnitude,
         )
 
-    def _encode_by_kernel(self, u: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The code without a dense [N, d_sae] array; None where no kernel computes this nonlinearity."""
-        match self.cfg.activation:
-            case TopK(by="value") as top:
-                values, indices = encode_topk(u, self.W_enc, self.b_enc, top.k)
-                if top.negative == "keep" and not bool((values > 0).all()):
-                    return None
-                return values, torch.where(values > 0, indices, 0)
-            case JumpReLU() as jump:
-                assert self.threshold is not None
-                threshold = self.threshold if jump.negative == "keep" else self.threshold.clamp_min(0)
-                return pad_rows(*encode_threshold(u, self.W_enc, self.b_enc, threshold.detach()))
-            case _:
-                return None
 
-    def _finished(self, y: Tensor, x: Tensor | None) -> Tensor:
-        undone = self.cfg.norm != "none" and self.cfg.undo_norm
-        if x is None:
-            if undone:
-                raise ConfigError(
-                    f"dictionary: normalises each token ({self.cfg.norm}), needs the input to undo it; use decode(acts, x)"
-                )
-            return y
-        normed = self._normed(x)
-        if undone and normed.scale is not None:
-            y = y * normed.scale
-        if undone and normed.shift is not None:
-            y = y + normed.shift
-        if self.W_skip is not None:
-            y = y + x.reshape(-1, self.d_in).to(self.W_skip.dtype) @ self.W_skip
+def _normed(sae: Dictionary, x: Tensor) -> _Normed:
+    if x.ndim == 0 or x.shape[-1] != sae.d_in:
+        where = f"dictionary of {sae.hook_point!r}" if sae.hook_point else "dictionary"
+        raise ConfigError(f"{where}: x has shape {list(x.shape)}, needs [..., {sae.d_in}]")
+    flat = x.reshape(-1, sae.d_in).to(sae.W_enc.dtype)
+    match sae.cfg.norm:
+        case "none":
+            return _Normed(flat, None, None)
+        case "layer_norm":
+            mean, std = flat.mean(dim=1, keepdim=True), flat.std(dim=1, keepdim=True)
+            return _Normed((flat - mean) / (std + NORM_EPS), std, mean)
+        case "constant_norm":
+            scale = flat.norm(dim=1, keepdim=True) / sae.d_in**0.5
+            return _Normed(flat / scale, scale, None)
+
+
+def _pre_acts(sae: Dictionary, u: Tensor, z: Tensor) -> Tensor:
+    pre_acts = z + sae.b_enc
+    if sae.W_glu is None or sae.b_glu is None:
+        return pre_acts
+    return pre_acts * torch.sigmoid(u @ sae.W_glu + sae.b_glu)
+
+
+def _encode_by_kernel(sae: Dictionary, u: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The code without a dense [N, d_sae] array; None where no kernel computes this nonlinearity."""
+    match sae.cfg.activation:
+        case TopK(by="value") as top:
+            values, indices = encode_topk(u, sae.W_enc, sae.b_enc, top.k)
+            if top.negative == "keep" and not bool((values > 0).all()):
+                return None
+            return values, torch.where(values > 0, indices, 0)
+        case JumpReLU() as jump:
+            assert sae.threshold is not None
+            threshold = sae.threshold if jump.negative == "keep" else sae.threshold.clamp_min(0)
+            return pad_rows(*encode_threshold(u, sae.W_enc, sae.b_enc, threshold.detach()))
+        case _:
+            return None
+
+
+def _finished(sae: Dictionary, y: Tensor, x: Tensor | None) -> Tensor:
+    undone = sae.cfg.norm != "none" and sae.cfg.undo_norm
+    if x is None:
+        if undone:
+            raise ConfigError(
+                f"dictionary: normalises each token ({sae.cfg.norm}), needs the input to undo it; use decode(acts, x)"
+            )
         return y
+    normed = _normed(sae, x)
+    if undone and normed.scale is not None:
+        y = y * normed.scale
+    if undone and normed.shift is not None:
+        y = y + normed.shift
+    if sae.W_skip is not None:
+        y = y + x.reshape(-1, sae.d_in).to(sae.W_skip.dtype) @ sae.W_skip
+    return y
 
 
 def _shapes(cfg: DictionaryConfig) -> dict[str, list[int]]:

@@ -111,11 +111,11 @@ class TemporalDictionary(SAE):
 
     def encode(self, x: Tensor) -> Tensor:
         """Returns the novel codes [..., T, d_sae] of x [..., T, d_in]."""
-        return self._novel(self.pre_acts(x)).reshape(*x.shape[:-1], self.d_sae)
+        return _novel(self.cfg, self.pre_acts(x)).reshape(*x.shape[:-1], self.d_sae)
 
     def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the novel codes as (top_acts [B * T, K], top_indices [B * T, K]), the largest first."""
-        return dense_to_rows(self._novel(self.pre_acts(x)))
+        return dense_to_rows(_novel(self.cfg, self.pre_acts(x)))
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Returns the part of the reconstruction that novel codes [..., d_sae] make, [..., d_in]; not the predicted part."""
@@ -128,15 +128,12 @@ class TemporalDictionary(SAE):
     def forward(self, x: Tensor) -> SAEOutput:
         """Encodes and reconstructs x [B, T, d_in] or [T, d_in]; x_hat has x's shape, novel and predicted part together."""
         residual, predicted = self._split(x)
-        novel = self._novel((residual @ self.W_enc / (4 * self.d_in)).reshape(-1, self.d_sae))
+        novel = _novel(self.cfg, (residual @ self.W_enc / (4 * self.d_in)).reshape(-1, self.d_sae))
         x_hat = self.decode(novel.reshape(predicted.shape) + predicted).reshape(x.shape)
         return SAEOutput(x_hat, *dense_to_rows(novel))
 
     def scale_thresholds(self, factor: float) -> None:
         """Does nothing: there are no thresholds."""
-
-    def _novel(self, pre_acts: Tensor) -> Tensor:
-        return activate(ReLU() if self.cfg.k is None else TopK(k=self.cfg.k), pre_acts)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns what attention does not predict, [B, T, d_in], and the predicted codes, [B, T, d_sae]."""
@@ -156,16 +153,21 @@ class TemporalDictionary(SAE):
         earlier = torch.cat([torch.zeros_like(z[:, :1]), z[:, :-1]], dim=1)
         key, value = self._project(layer, "k_ctx", earlier), self._project(layer, "v_ctx", earlier)
         query = self._project(layer, "q_target", z)
-        query, key, value = (self._by_head(part) for part in (query, key, value))
+        query, key, value = (_by_head(part, self.cfg.num_heads) for part in (query, key, value))
         mixed = scaled_dot_product_attention(query, key, value, is_causal=True)
         mixed = mixed.transpose(1, 2).flatten(2)  # [B, T, d_sae]
         return self._project(layer, "c_proj", mixed)
 
-    def _by_head(self, part: Tensor) -> Tensor:
-        return part.view(*part.shape[:2], self.cfg.num_heads, -1).transpose(1, 2)  # [B, H, T, width of a head]
-
     def _project(self, layer: int, name: str, z: Tensor) -> Tensor:
         return linear(z, self.attention[f"{layer}_{name}_weight"], self.attention[f"{layer}_{name}_bias"])
+
+
+def _novel(cfg: TemporalConfig, pre_acts: Tensor) -> Tensor:
+    return activate(ReLU() if cfg.k is None else TopK(k=cfg.k), pre_acts)
+
+
+def _by_head(part: Tensor, num_heads: int) -> Tensor:
+    return part.view(*part.shape[:2], num_heads, -1).transpose(1, 2)  # [B, H, T, width of a head]
 
 
 def _shapes(cfg: TemporalConfig) -> dict[str, list[int]]:

@@ -12,10 +12,10 @@ from threading import Thread
 import pytest
 import torch
 
-from saekit.errors import FormatError
+from saekit.errors import ConfigError, FormatError
 from saekit.hub import load_sae, load_saes
 from saekit.manifest import begin_stage, file_sha256
-from saekit.sae import TopKConfig, TopKSAE
+from saekit.sae import Dictionary, TopKConfig, TopKSAE
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "dictionaries"
 COMMIT = "c0ffee" * 6 + "c0ff"
@@ -208,6 +208,12 @@ def test_dtype_and_hook_point_can_be_chosen() -> None:
     sae = load_sae(FIXTURES / "goodfire_llama31_8b", dtype=torch.bfloat16, hook_point="model.layers.3:input")
     assert sae.W_enc.dtype == torch.bfloat16
     assert sae.hook_point == "model.layers.3:input"
+    assert isinstance(sae, Dictionary)
+    assert str(sae.cfg.site) == "model.layers.3:input"
+    with pytest.raises(
+        ConfigError, match=r"'model\.layers\.3:inside': needs a module path, ':input' or ':output' behind it"
+    ):
+        load_sae(FIXTURES / "goodfire_llama31_8b", hook_point="model.layers.3:inside")
 
 
 @pytest.mark.parametrize(
