@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from saekit.activations import ActivationStore, CacheConfig, PairedStore, StoreView, cache_activations
     from saekit.errors import SaekitError
     from saekit.evaluation import EvaluationConfig, evaluate
-    from saekit.hub import load_sae
+    from saekit.hub import load_sae, load_saes, save_sae
     from saekit.labelling import LabelConfig, label_features
     from saekit.models import LanguageModel, ModelConfig, capture, load_model
     from saekit.report import build_report
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         SAE,
         BatchTopKConfig,
         BatchTopKSAE,
+        Dictionary,
         GatedConfig,
         GatedSAE,
         JumpReLUConfig,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         MatryoshkaBatchTopKSAE,
         MatryoshkaTopKConfig,
         MatryoshkaTopKSAE,
+        MultiLayerDictionary,
         ReLUConfig,
         ReLUSAE,
         SAEOutput,
@@ -42,7 +44,7 @@ _HOMES = {
     "saekit.activations": ("ActivationStore", "CacheConfig", "PairedStore", "StoreView", "cache_activations"),
     "saekit.errors": ("SaekitError",),
     "saekit.evaluation": ("EvaluationConfig", "evaluate"),
-    "saekit.hub": ("load_sae",),
+    "saekit.hub": ("load_sae", "load_saes", "save_sae"),
     "saekit.labelling": ("LabelConfig", "label_features"),
     "saekit.models": ("LanguageModel", "ModelConfig", "capture", "load_model"),
     "saekit.report": ("build_report",),
@@ -65,6 +67,8 @@ _HOMES = {
         "TopKSAE",
         "Transcoder",
         "TranscoderConfig",
+        "Dictionary",
+        "MultiLayerDictionary",
     ),
     "saekit.training": ("TrainConfig", "Trainer"),
 }
@@ -76,6 +80,7 @@ __all__ = [
     "BatchTopKConfig",
     "BatchTopKSAE",
     "CacheConfig",
+    "Dictionary",
     "EvaluationConfig",
     "GatedConfig",
     "GatedSAE",
@@ -88,6 +93,7 @@ __all__ = [
     "MatryoshkaTopKConfig",
     "MatryoshkaTopKSAE",
     "ModelConfig",
+    "MultiLayerDictionary",
     "PairedStore",
     "ReLUConfig",
     "ReLUSAE",
@@ -107,6 +113,8 @@ __all__ = [
     "label_features",
     "load_model",
     "load_sae",
+    "load_saes",
+    "save_sae",
 ]
 
 

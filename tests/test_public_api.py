@@ -14,6 +14,7 @@ PUBLIC = [
     "BatchTopKConfig",
     "BatchTopKSAE",
     "CacheConfig",
+    "Dictionary",
     "EvaluationConfig",
     "GatedConfig",
     "GatedSAE",
@@ -29,6 +30,7 @@ PUBLIC = [
     "PairedStore",
     "ReLUConfig",
     "ReLUSAE",
+    "MultiLayerDictionary",
     "SAEOutput",
     "SaekitError",
     "StoreView",
@@ -45,6 +47,8 @@ PUBLIC = [
     "label_features",
     "load_model",
     "load_sae",
+    "load_saes",
+    "save_sae",
 ]
 
 

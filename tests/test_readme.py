@@ -10,6 +10,7 @@ import pytest
 from saekit_pipelines.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
+RELEASED = ROOT / "tests" / "fixtures" / "dictionaries" / "gemmascope_res"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -38,6 +39,7 @@ def test_python_code_runs(
         "d_sae=24_576, k=32": "d_sae=64, k=4",
         "test_fraction=0.01": "test_fraction=0.2",
         "W_dec[123]": "W_dec[12]",
+        "google/gemma-scope-2b-pt-res:layer_20/width_16k/average_l0_71": str(RELEASED),
     }
     code = "\n".join(blocks("python"))
     for written, stand_in in stand_ins.items():

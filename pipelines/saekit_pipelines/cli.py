@@ -187,6 +187,23 @@ def verify(
     typer.echo(f"{folder}: every shard is as it was written")
 
 
+@app.command(epilog="Example:  saekit convert EleutherAI/sae-llama-3-8b-32x:layers.10 mine --to saelens")
+@_guarded
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Any reference to a dictionary.", show_default=False)],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="A new folder.", show_default=False)],
+    to: Annotated[str, typer.Option("--to", help="saekit, saelens, sparsify or dictionary_learning.")] = "saekit",
+) -> None:
+    """Write a dictionary in another library's format."""
+    from saekit.errors import ConfigError
+    from saekit.hub import load_sae, save_sae
+
+    if target.exists() and (target.is_file() or any(target.iterdir())):
+        raise ConfigError(f"convert: {str(target)!r} is not empty, needs a new folder")
+    save_sae(load_sae(source), target, format=to)
+    typer.echo(f"{target}: {to}")
+
+
 def _progress() -> Progress:
     """Bars or lines of the first process; the others of a launch say nothing."""
     return make_progress() if os.environ.get("RANK", "0") == "0" else NO_PROGRESS

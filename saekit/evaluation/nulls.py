@@ -5,7 +5,19 @@ import torch
 from torch import Tensor
 
 from saekit.evaluation.reconstruction import Candidate, Int64Array, Reconstruction, TokenReader
-from saekit.sae import SAE, BatchTopKSAE, GatedSAE, JumpReLUSAE, ReLUSAE, build_sae
+from saekit.sae import (
+    SAE,
+    BatchTopKSAE,
+    Dictionary,
+    GatedSAE,
+    JumpReLUConfig,
+    JumpReLUSAE,
+    ReLUSAE,
+    SAEConfig,
+    TopKConfig,
+    build_sae,
+)
+from saekit.sae.activation import GroupMax, TopK
 
 __all__ = [
     "fit_sample",
@@ -73,6 +85,16 @@ def pca_candidate(x: Tensor, num_components: int) -> Candidate:
     )
 
 
+def _twin_config(sae: SAE) -> SAEConfig:
+    """The config of a new SAE with the shape and the activation rule of `sae`; released rules that have no class of ours
+    choose by threshold."""
+    if not isinstance(sae, Dictionary):
+        return sae.cfg.model_copy(update={"apply_b_dec_to_input": True})
+    if isinstance(sae.cfg.activation, TopK | GroupMax):
+        return TopKConfig(d_in=sae.d_in, d_sae=sae.d_sae, k=sae.cfg.activation.k)
+    return JumpReLUConfig(d_in=sae.d_in, d_sae=sae.d_sae)
+
+
 @torch.no_grad()
 def random_candidate(sae: SAE, x: Tensor, *, l0: float, seed: int) -> Candidate:
     """Returns an untrained dictionary of the SAE's shape and activation rule.
@@ -85,8 +107,7 @@ def random_candidate(sae: SAE, x: Tensor, *, l0: float, seed: int) -> Candidate:
         x: training tokens `[n, d_in]`.
         l0: mean number of active features that thresholds are set to.
     """
-    cfg = sae.cfg.model_copy(update={"apply_b_dec_to_input": True})
-    random = build_sae(cfg, seed=seed).to(x.device).eval()
+    random = build_sae(_twin_config(sae), seed=seed).to(x.device).eval()
     random.b_dec.copy_(x.mean(dim=0, dtype=torch.float64))
     sample = x[: max(64, _CALIBRATION_ENTRIES // sae.d_sae)]
     if isinstance(random, JumpReLUSAE | BatchTopKSAE | ReLUSAE | GatedSAE):

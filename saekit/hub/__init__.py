@@ -1,5 +1,6 @@
-"""From a reference to an SAE."""
+"""From a reference to a dictionary, whoever released it."""
 
-from saekit.hub.resolve import load_sae
+from saekit.hub.export import save_sae
+from saekit.hub.resolve import load_sae, load_saes
 
-__all__ = ["load_sae"]
+__all__ = ["load_sae", "load_saes", "save_sae"]

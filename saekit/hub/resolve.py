@@ -1,37 +1,225 @@
-"""Any reference to an SAE -> the SAE. Today: folders that saekit wrote."""
+"""Any reference to a dictionary -> the dictionary: a folder, a weights file, or a place on the Hugging Face hub."""
 
+import fnmatch
+import json
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from saekit.errors import FormatError
-from saekit.manifest import read_manifest
+from saekit.errors import ConfigError, FormatError
+from saekit.hub.discover import config_names, dictionaries
+from saekit.hub.place import Place, locate, shown
+from saekit.hub.release import Release, read_mapping
+from saekit.hub.table import FORMATS, recognise
+from saekit.manifest import file_sha256
 from saekit.sae.base import SAE
-from saekit.sae.checkpoint import CFG_NAME, load_sae_folder
+from saekit.sae.checkpoint import CFG_NAME, WEIGHTS_NAME, load_sae_folder
+from saekit.sae.dictionary import Dictionary
+from saekit.sae.released import RELEASED_KINDS, build_released
+from saekit.sae.site import Site
+from saekit.sae.temporal import TemporalDictionary
 
-__all__ = ["load_sae"]
+__all__ = ["load_sae", "load_saes"]
+
+log = logging.getLogger(__name__)
 
 
-def load_sae(ref: str | Path, *, device: str | torch.device = "cpu") -> SAE:
-    """Returns the SAE that `ref` names.
+def load_sae(
+    ref: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    hook_point: str | None = None,
+    format: str | None = None,
+    sha256: str | Mapping[str, str] | None = None,
+) -> SAE:
+    """Returns the dictionary that `ref` names, computing what its release defines.
+
+    A folder that saekit wrote gives the class that was trained. Anything else is read by its format, into a `Dictionary`, a
+    `MultiLayerDictionary` (the layer is the last axis but one of its input) or a `TemporalDictionary`, without gradients.
+    Nothing in the files is run: pickles are read as tensors, numbers and texts only.
 
     Args:
-        ref: the output folder of a training run, or any folder that `SAE.save` wrote.
+        ref: the output folder of a training run, any folder or weights file of a release, or `owner/repo:sub/path` on the
+            Hugging Face hub, of which only the needed files are downloaded.
         device: where to put the weights.
+        dtype: what to store them in; None: float32.
+        revision: branch, tag or commit on the hub.
+        hook_point: overrides where the dictionary reads: a module path, or one with ":input".
+        format: a name of `saekit.hub.table.FORMATS`, for files that are not recognised.
+        sha256: what the weights file must hash to; a mapping from file name where there are several.
 
     Raises:
-        FormatError: `ref` names nothing that can be read; the message says what was found there and what is supported.
+        FormatError: `ref` names nothing that can be read, several dictionaries, or files that are not what they claim.
     """
-    folder = Path(ref)
-    if (folder / CFG_NAME).is_file():
-        return load_sae_folder(folder, device=device)
-    if not folder.is_dir():
-        raise FormatError(f"sae {str(ref)!r}: no such folder, needs the output folder of a training run")
-    manifest = read_manifest(folder)
-    if manifest is not None and manifest.stage == "train":
-        raise FormatError(f"sae {str(ref)!r}: training has not finished; run it again to resume it")
-    inner = sorted(path.parent for path in folder.glob(f"*/{CFG_NAME}"))
-    if inner:
-        names = ", ".join(repr(str(path)) for path in inner[:5])
-        raise FormatError(f"sae {str(ref)!r}: holds {len(inner)} SAE folders, needs one; use {names}")
-    raise FormatError(f"sae {str(ref)!r}: no {CFG_NAME}, needs the output folder of a training run")
+    place = locate(ref, revision)
+    sae = _load(place, _the_one(place), format=format, sha256=sha256)
+    if hook_point is not None:
+        _place_at(sae, hook_point)
+    return sae.to(device=device, dtype=dtype)
+
+
+def load_saes(
+    ref: str | Path,
+    *,
+    pattern: str = "*",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    format: str | None = None,
+) -> dict[str, SAE]:
+    """Returns every dictionary under a folder or repository by its name there: its folder, or its file.
+
+    Args:
+        pattern: which names, as in a shell: `layer_*/width_16k/*`.
+        ref, device, dtype, revision, format: as in `load_sae`.
+
+    Raises:
+        FormatError: no dictionary is there, none has such a name, or one cannot be read.
+    """
+    place = locate(ref, revision)
+    found = dictionaries(place.names)
+    names = [name for name in found if fnmatch.fnmatchcase(name, pattern)]
+    if not names:
+        raise FormatError(
+            f"sae {place.ref!r}: none is named like {pattern!r}, needs one of {shown(list(found), place)}"
+        )
+    return {name: _load(place, name, format=format, sha256=None).to(device=device, dtype=dtype) for name in names}
+
+
+def _place_at(sae: SAE, hook_point: str) -> None:
+    sae.hook_point = hook_point
+    if isinstance(sae, Dictionary | TemporalDictionary):
+        path, _, side = hook_point.partition(":")
+        if not path or side not in {"", "input", "output"}:
+            raise ConfigError(f"hook point {hook_point!r}: needs a module path, ':input' or ':output' behind it")
+        site = Site(path=path, side="input" if side == "input" else "output")
+        sae.cfg = sae.cfg.model_copy(update={"site": site})
+
+
+def _the_one(place: Place) -> str:
+    found = dictionaries(place.names)
+    if "" in found:
+        return ""
+    if not found:
+        raise FormatError(
+            f"sae {place.ref!r}: no {CFG_NAME} and no weights of a dictionary, needs the output folder of a training run"
+            " or a release"
+        )
+    if len(found) > 1:
+        kind = "SAEs" if any(name in place.names for name in found) else "SAE folders"
+        raise FormatError(
+            f"sae {place.ref!r}: holds {len(found)} {kind}, needs one; use {shown(list(found), place)}, or load_saes for all"
+        )
+    return next(iter(found))
+
+
+def _load(place: Place, name: str, *, format: str | None, sha256: str | Mapping[str, str] | None) -> SAE:
+    files = dictionaries(place.names)[name]
+    folder = place.folder_of(files)
+    configs = {Path(config).name: folder / config for config in config_names(place.names, files)}
+    own = folder / name
+    is_own = format is None and _is_own(own / CFG_NAME)
+    hashes = {} if is_own and sha256 is None else {file: file_sha256(folder / file) for file in files}
+    _check_hashes(place.name_of(name), hashes, sha256)
+    if is_own:
+        return _load_own(own)
+    release = Release(
+        folder=folder,
+        files=files,
+        configs={config: read_mapping(path) for config, path in configs.items()},
+        ref=place.name_of(name),
+        repo=place.repo,
+        revision=place.revision,
+    )
+    sae = _read(release, format)
+    _warn_of_transform(release.ref, sae)
+    sae.source["files"] = hashes | {config: file_sha256(path) for config, path in configs.items()}
+    return sae.requires_grad_(False).eval()
+
+
+def _read(release: Release, format: str | None) -> SAE:
+    name = recognise(release, format)
+    try:
+        sae = FORMATS[name].read(release)
+    except (ConfigError, ValidationError) as error:
+        # A value of the peer's config that ours does not admit, such as k = 0.
+        reason = str(error) if isinstance(error, ConfigError) else "; ".join(e["msg"] for e in error.errors())
+        raise FormatError(
+            f"{release.ref!r}: read as {name!r}: {reason}, needs a config that fits its weights"
+        ) from error
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError) as error:
+        # A config may hold a list where a text belongs, and so on: it is input that nobody checked before.
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        raise FormatError(
+            f"{release.ref!r}: read as {name!r}: {reason}, needs a config and weights of that format"
+        ) from error
+    pickled = {"pickled": release.values} if release.values else {}
+    sae.source = {
+        "format": name,
+        "ref": release.ref,
+        "repo": release.repo,
+        "revision": release.revision,
+        "units": sae.source["units"],
+        # Through JSON, so that the record can be saved; what JSON cannot hold stands there as text.
+        "metadata": json.loads(json.dumps({**release.configs, **pickled}, default=str), parse_constant=str),
+    }
+    return sae
+
+
+def _warn_of_transform(ref: str, sae: SAE) -> None:
+    site = getattr(sae.cfg, "site", None) or next(iter(getattr(sae.cfg, "sites", None) or ()), None)
+    if isinstance(site, Site) and site.transform != "none":
+        log.warning(
+            "%s: reads %s after the step %r; give it sae.cfg.site.values(hidden, module)", ref, site, site.transform
+        )
+
+
+def _is_own(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8")).get("format") == "saekit")
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _load_own(folder: Path) -> SAE:
+    header = read_mapping(folder / CFG_NAME)
+    values = header.get("sae")
+    if not isinstance(values, dict) or values.get("kind") not in RELEASED_KINDS:
+        return load_sae_folder(folder)
+    path = folder / WEIGHTS_NAME
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise FormatError(f"{str(path)!r}: cannot be read: {error}, needs an unbroken safetensors file") from error
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise FormatError(f"{str(path)!r}: {name} has NaN or Inf or is not floating point, needs finite weights")
+    return build_released(header, tensors, where=repr(str(folder))).requires_grad_(False).eval()
+
+
+def _check_hashes(ref: str, found: Mapping[str, str], wanted: str | Mapping[str, str] | None) -> None:
+    if wanted is None:
+        return
+    if isinstance(wanted, str):
+        if len(found) > 1:
+            raise FormatError(
+                f"sae {ref!r}: {len(found)} weights files and one sha256, needs one for each: {shown(list(found))}"
+            )
+        wanted = dict.fromkeys(found, wanted)
+    for file, digest in wanted.items():
+        if file not in found:
+            raise FormatError(f"sae {ref!r}: a sha256 for {file!r}, needs one for {shown(list(found))}")
+        if found[file] != digest.lower():
+            raise FormatError(
+                f"sae {ref!r}: {file} has sha256 {found[file]}, needs {digest}; it is not the file you mean"
+            )
+    missing = sorted(found.keys() - wanted.keys())
+    if missing:
+        raise FormatError(f"sae {ref!r}: no sha256 for {shown(missing)}, needs one for each weights file")

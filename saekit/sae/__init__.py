@@ -3,6 +3,7 @@
 from saekit.sae.base import SAE, SAEConfig, SAEOutput
 from saekit.sae.batchtopk import BatchTopKConfig, BatchTopKSAE
 from saekit.sae.checkpoint import AnySAEConfig, build_sae, load_sae_folder
+from saekit.sae.dictionary import Dictionary, DictionaryConfig
 from saekit.sae.fold import Normalization, PairNormalization
 from saekit.sae.gated import GatedConfig, GatedSAE
 from saekit.sae.jumprelu import JumpReLUConfig, JumpReLUSAE
@@ -12,7 +13,10 @@ from saekit.sae.matryoshka import (
     MatryoshkaTopKConfig,
     MatryoshkaTopKSAE,
 )
+from saekit.sae.multilayer import MultiLayerConfig, MultiLayerDictionary
 from saekit.sae.relu import ReLUConfig, ReLUSAE
+from saekit.sae.site import Site
+from saekit.sae.temporal import TemporalConfig, TemporalDictionary
 from saekit.sae.topk import TopKConfig, TopKSAE
 from saekit.sae.transcoder import Transcoder, TranscoderConfig
 
@@ -21,6 +25,8 @@ __all__ = [
     "AnySAEConfig",
     "BatchTopKConfig",
     "BatchTopKSAE",
+    "Dictionary",
+    "DictionaryConfig",
     "GatedConfig",
     "GatedSAE",
     "JumpReLUConfig",
@@ -29,12 +35,17 @@ __all__ = [
     "MatryoshkaBatchTopKSAE",
     "MatryoshkaTopKConfig",
     "MatryoshkaTopKSAE",
+    "MultiLayerConfig",
+    "MultiLayerDictionary",
     "Normalization",
     "PairNormalization",
     "ReLUConfig",
     "ReLUSAE",
     "SAEConfig",
     "SAEOutput",
+    "Site",
+    "TemporalConfig",
+    "TemporalDictionary",
     "TopKConfig",
     "TopKSAE",
     "Transcoder",

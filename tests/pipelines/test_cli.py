@@ -10,7 +10,7 @@ import pytest
 from saekit_pipelines.cli import app
 from typer.testing import CliRunner, Result
 
-COMMANDS = ["run", "cache", "train", "label", "evaluate", "report", "status", "verify"]
+COMMANDS = ["run", "cache", "train", "label", "evaluate", "report", "status", "verify", "convert"]
 
 
 def invoke(*arguments: str | Path) -> Result:
@@ -238,3 +238,14 @@ def test_a_hook_point_outside_the_residual_stream_is_labelled_by_its_contexts(re
     assert result.exit_code == 0, result.output
     assert "no vocabulary projection: decoder rows are" in result.output
     assert (recipe_file.parent / "run" / "report" / "index.html").is_file()
+
+
+def test_convert_writes_another_librarys_format_into_a_new_folder_only(tmp_path: Path) -> None:
+    source = Path(__file__).parents[1] / "fixtures" / "dictionaries" / "sparsify_topk"
+    result = invoke("convert", source, tmp_path / "new", "--to", "saelens")
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+    assert "is not empty, needs a new folder" in one_line_error(invoke("convert", source, tmp_path / "new"))
+    assert "cannot express" in one_line_error(
+        invoke("convert", source.parent / "qwen_scope", tmp_path / "other", "--to", "sparsify")
+    )

@@ -15,6 +15,8 @@ from saekit.evaluation.nulls import (
 )
 from saekit.sae import (
     SAE,
+    Dictionary,
+    DictionaryConfig,
     GatedConfig,
     GatedSAE,
     JumpReLUConfig,
@@ -24,6 +26,7 @@ from saekit.sae import (
     TopKConfig,
     TopKSAE,
 )
+from saekit.sae.activation import ReLU, TopK
 
 
 @pytest.fixture
@@ -72,6 +75,20 @@ def test_pca_candidate_is_fitted_on_what_it_is_given(x: Tensor) -> None:
     x_hat = pca_candidate(flat, 3).reconstruct(x).x_hat
     assert x_hat[:, 0].std() < 1e-4
     assert x[:, 0].std() > 0.5
+
+
+@pytest.mark.parametrize("activation", [ReLU(), TopK(k=6, negative="keep")], ids=lambda spec: spec.kind)
+def test_random_candidate_of_a_released_dictionary_fires_as_often(x: Tensor, activation: ReLU | TopK) -> None:
+    tensors = {
+        "W_enc": torch.randn(12, 64),
+        "b_enc": torch.zeros(64),
+        "W_dec": torch.randn(64, 12),
+        "b_dec": torch.zeros(12),
+    }
+    sae = Dictionary(DictionaryConfig(d_in=12, d_sae=64, d_out=12, activation=activation), tensors)
+    code = random_candidate(sae, x, l0=6, seed=0).reconstruct(x).top_acts
+    assert code is not None
+    assert float((code > 0).sum() / len(x)) == pytest.approx(6, rel=0.01)
 
 
 @pytest.mark.parametrize("kind", ["topk", "jumprelu"])

@@ -1,14 +1,24 @@
 """From a reference to an SAE, and what references that name nothing say."""
 
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
 
-from saekit.errors import FormatError
-from saekit.hub import load_sae
-from saekit.manifest import begin_stage
-from saekit.sae import TopKConfig, TopKSAE
+from saekit.errors import ConfigError, FormatError
+from saekit.hub import load_sae, load_saes
+from saekit.manifest import begin_stage, file_sha256
+from saekit.sae import Dictionary, TopKConfig, TopKSAE
+
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "dictionaries"
+COMMIT = "c0ffee" * 6 + "c0ff"
 
 
 def test_folder_of_an_sae_is_loaded(tmp_path: Path) -> None:
@@ -31,12 +41,228 @@ def test_unfinished_training_says_how_to_go_on(tmp_path: Path) -> None:
         load_sae(tmp_path)
 
 
-@pytest.mark.parametrize("ref", ["google/gemma-scope-2b-pt-res", "runs/none"])
-def test_reference_that_is_no_folder_says_what_is_read(ref: str) -> None:
-    with pytest.raises(FormatError, match="no such folder, needs the output folder of a training run"):
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """No hub; returns the folder of its cache, empty."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("ref", ["google/gemma-scope-2b-pt-res:layer_20/width_16k", "runs/none"])
+def test_reference_that_is_no_folder_and_not_cached_says_so(ref: str) -> None:
+    with pytest.raises(FormatError, match=r"no such folder here, not in the hub's cache, and the hub cannot be asked"):
+        load_sae(ref)
+
+
+@pytest.mark.parametrize("ref", ["/nowhere/at/all", "a/../b", "one"])
+def test_reference_that_can_be_no_repository_says_what_is_read(ref: str) -> None:
+    with pytest.raises(FormatError, match="no such folder, needs the output folder of a training run, a release"):
         load_sae(ref)
 
 
 def test_empty_folder_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"no cfg.json, needs the output folder"):
+    with pytest.raises(FormatError, match=r"no cfg.json and no weights of a dictionary, needs the output folder"):
         load_sae(tmp_path)
+
+
+def cached(cache: Path, fixture: str, repo: str) -> None:
+    """Puts a fixture's files where the hub's client keeps a repository."""
+    home = cache / f"models--{repo.replace('/', '--')}"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text("c0ffee", encoding="utf-8")
+    shutil.copytree(FIXTURES / fixture, home / "snapshots" / "c0ffee")
+
+
+def test_hub_reference_is_read_from_the_cache_when_offline(offline: Path) -> None:
+    cached(offline, "gemmascope_res", "google/gemma-scope-2b-pt-res")
+    sae = load_sae("google/gemma-scope-2b-pt-res:layer_20/width_16k/average_l0_71")
+    local = load_sae(FIXTURES / "gemmascope_res")
+    assert torch.equal(sae.W_dec, local.W_dec)
+    assert sae.hook_point == "model.layers.20"
+    assert (sae.source["repo"], sae.source["revision"]) == ("google/gemma-scope-2b-pt-res", "c0ffee")
+    assert local.hook_point is None
+
+
+def test_hub_file_is_read_with_the_configs_beside_it(offline: Path) -> None:
+    cached(offline, "qwen_scope", "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50")
+    sae = load_sae("Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50:layer0.sae.pt")
+    assert sae.hook_point == "model.layers.0"
+    assert set(sae.source["files"]) >= {"layer0.sae.pt", "config.json"}
+
+
+def test_hub_path_that_is_not_there_names_what_is(offline: Path) -> None:
+    cached(offline, "qwen_scope", "Qwen/x")
+    with pytest.raises(FormatError, match=r"'Qwen/x' has no 'layer9', needs one of 'layer0.sae.pt'"):
+        load_sae("Qwen/x:layer9")
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """Serves one folder as the hub serves a repository at one commit."""
+
+    folder: Path
+    asked: list[str]
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def log_message(self, *_: object) -> None: ...
+
+    def _answer(self, *, with_body: bool) -> None:
+        listing = re.fullmatch(r"/api/models/google/gemma-scope-2-1b-pt(/revision/\w+)?", self.path)
+        file = re.fullmatch(r"/google/gemma-scope-2-1b-pt/resolve/\w+/(.+)", self.path)
+        if listing:
+            names = sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
+            siblings = [{"rfilename": name} for name in names]
+            body = json.dumps({"id": "google/gemma-scope-2-1b-pt", "sha": COMMIT, "siblings": siblings}).encode()
+        elif file and (self.folder / file.group(1)).is_file():
+            body = (self.folder / file.group(1)).read_bytes()
+            if with_body:
+                self.asked.append(file.group(1))
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[_Hub]]:
+    """A local server with two dictionaries of Gemma Scope 2, which the hub's client takes for the hub."""
+    from huggingface_hub import constants
+
+    handler = type("Hub", (_Hub,), {"folder": tmp_path / "repo", "asked": []})
+    for name in ("gemmascope2_resid", "gemmascope2_transcoder"):
+        for folder in (FIXTURES / name).iterdir():
+            if folder.is_dir():
+                shutil.copytree(folder, tmp_path / "repo" / folder.name)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    yield handler
+    server.shutdown()
+    server.server_close()
+
+
+def test_only_the_needed_files_are_downloaded(hub: type[_Hub]) -> None:
+    repo, folder = "google/gemma-scope-2-1b-pt", "transcoder/layer_13_width_16k_l0_big"
+    with pytest.raises(FormatError, match=rf"holds 2 SAE folders, needs one; use '{repo}:resid_post/layer_13"):
+        load_sae(repo)
+    assert hub.asked == []
+    sae = load_sae(f"{repo}:{folder}")
+    assert hub.asked == [f"{folder}/params.safetensors", f"{folder}/config.json"]
+    assert sae.source["revision"] == COMMIT
+    assert load_sae(f"{repo}:{folder}/params.safetensors").hook_point == sae.hook_point
+    assert len(hub.asked) == 2
+    assert list(load_saes(repo, pattern="resid_post/*")) == ["resid_post/layer_13_width_16k_l0_medium"]
+
+
+def test_cache_answers_when_the_hub_does_not(hub: type[_Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    ref = "google/gemma-scope-2-1b-pt:resid_post/layer_13_width_16k_l0_medium"
+    first = load_sae(ref, revision=COMMIT)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert torch.equal(load_sae(ref, revision=COMMIT).W_dec, first.W_dec)
+    with pytest.raises(
+        FormatError, match=r"not in the hub's cache, and the hub cannot be asked \(.+\), needs a folder"
+    ):
+        load_sae("google/other:x")
+
+
+@pytest.mark.usefixtures("hub")
+def test_repository_that_the_hub_does_not_have_is_named() -> None:
+    with pytest.raises(FormatError, match=r"sae 'runs/none': no such folder here, and no such repository or revision"):
+        load_sae("runs/none")
+
+
+def test_load_saes_without_a_match_names_what_there_is() -> None:
+    with pytest.raises(FormatError, match=r"none is named like 'layer_9\*', needs one of '.*layer_0.safetensors'"):
+        load_saes(FIXTURES / "circuittracer_plt_relu", pattern="layer_9*")
+
+
+def test_weights_file_alone_is_read() -> None:
+    sae = load_sae(FIXTURES / "circuittracer_plt_relu" / "layer_1.safetensors")
+    assert sae.hook_point == "model.layers.1.mlp:input"
+
+
+def test_dtype_and_hook_point_can_be_chosen() -> None:
+    sae = load_sae(FIXTURES / "goodfire_llama31_8b", dtype=torch.bfloat16, hook_point="model.layers.3:input")
+    assert sae.W_enc.dtype == torch.bfloat16
+    assert sae.hook_point == "model.layers.3:input"
+    assert isinstance(sae, Dictionary)
+    assert str(sae.cfg.site) == "model.layers.3:input"
+    with pytest.raises(
+        ConfigError, match=r"'model\.layers\.3:inside': needs a module path, ':input' or ':output' behind it"
+    ):
+        load_sae(FIXTURES / "goodfire_llama31_8b", hook_point="model.layers.3:inside")
+
+
+@pytest.mark.parametrize(
+    "fixture", ["saelens_v5_gated", "gemmascope2_clt_affine", "temporal_hub", "llamascopium_sae_topk"]
+)
+def test_release_saved_by_saekit_is_loaded_again_with_its_record(fixture: str, tmp_path: Path) -> None:
+    sae = load_sae(FIXTURES / fixture)
+    sae.save(tmp_path)
+    again = load_sae(tmp_path)
+    assert type(again) is type(sae)
+    assert again.cfg == sae.cfg
+    assert again.hook_point == sae.hook_point
+    assert again.source == sae.source
+    assert {k: v.tolist() for k, v in again.state_dict().items()} == {
+        k: v.tolist() for k, v in sae.state_dict().items()
+    }
+
+
+def test_source_keeps_the_peers_config_as_it_stands() -> None:
+    folder = FIXTURES / "sparsify_topk"
+    source = load_sae(folder).source
+    assert source["format"] == "sparsify"
+    assert source["metadata"] == {"cfg.json": json.loads((folder / "layers.5" / "cfg.json").read_text())}
+    assert source["files"]["layers.5/sae.safetensors"] == file_sha256(folder / "layers.5" / "sae.safetensors")
+
+
+def test_sha256_is_enforced() -> None:
+    file = FIXTURES / "goodfire_llama31_8b" / "Llama-3.1-8B-Instruct-SAE-l19.pth"
+    digest = file_sha256(file)
+    assert load_sae(file, sha256=digest).d_sae == 128
+    assert load_sae(file, sha256={file.name: digest}).d_sae == 128
+    with pytest.raises(FormatError, match=f"has sha256 {digest}, needs {'0' * 64}; it is not the file you mean"):
+        load_sae(file, sha256="0" * 64)
+    with pytest.raises(FormatError, match=r"3 weights files and one sha256|6 weights files and one sha256"):
+        load_sae(FIXTURES / "circuittracer_clt_relu", sha256=digest)
+
+
+def test_sha256_of_an_own_folder_is_enforced(tmp_path: Path) -> None:
+    TopKSAE(TopKConfig(d_in=6, d_sae=10, k=2)).save(tmp_path)
+    load_sae(tmp_path, sha256=file_sha256(tmp_path / "sae.safetensors"))
+    with pytest.raises(FormatError, match="it is not the file you mean"):
+        load_sae(tmp_path, sha256="0" * 64)
+
+
+def test_unknown_forced_format_names_the_known_ones() -> None:
+    with pytest.raises(FormatError, match=r"format 'saelenz', needs one of gemma_scope, .*saelens, "):
+        load_sae(FIXTURES / "saelens_v6_topk", format="saelenz")
+
+
+def test_forced_format_that_does_not_fit_says_what_it_needs() -> None:
+    with pytest.raises(FormatError, match=r"has \['cfg.json'\], needs hyperparams.json"):
+        load_sae(FIXTURES / "saelens_v6_topk", format="llama_scope")

@@ -1,0 +1,125 @@
+"""Exact folds: from the numbers a release stores to the canonical form that `Dictionary` computes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from saekit.errors import ConfigError
+from saekit.sae.activation import Activation
+from saekit.sae.dictionary import Dictionary, DictionaryConfig
+from saekit.sae.site import Site
+
+__all__ = ["Canonical", "projected"]
+
+_CHUNK = 4096
+
+
+def projected(bias: Tensor, W_enc: Tensor) -> Tensor:
+    """Returns `bias @ W_enc`, summed in float64; bias [d_in], W_enc [d_in, F]."""
+    wide = bias.double()
+    parts = [wide @ W_enc[:, start : start + _CHUNK].double() for start in range(0, W_enc.shape[1], _CHUNK)]
+    return torch.cat(parts)
+
+
+@dataclass(kw_only=True)
+class Canonical:
+    """Weights on their way to canonical form; every fold changes them in place and leaves the function as it is.
+
+    Source: algebra only; each fold is the substitution that its name says.
+    """
+
+    W_enc: Tensor
+    """[d_in, F]."""
+    b_enc: Tensor
+    """[F]; the bias of the gate for gated dictionaries."""
+    W_dec: Tensor
+    """[F, d_out]."""
+    b_dec: Tensor
+    """[d_out]."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """Further tensors of `Dictionary` by name."""
+
+    def subtract_from_input(self, pre_bias: Tensor) -> None:
+        """Folds an encoder that reads `u - pre_bias`.
+
+        Raises:
+            ConfigError: the bias has another width than the input.
+        """
+        if pre_bias.shape[0] != self.W_enc.shape[0]:
+            raise ConfigError(
+                f"bias of width {pre_bias.shape[0]} on an input of width {self.W_enc.shape[0]}, needs equal ones"
+            )
+        shift = projected(pre_bias, self.W_enc)
+        self.b_enc = (self.b_enc.double() - shift).float()
+        if "b_mag" in self.extra:
+            scale = self.extra["r_mag"].double().exp()
+            self.extra["b_mag"] = (self.extra["b_mag"].double() - scale * shift).float()
+        if "W_glu" in self.extra:
+            self.extra["b_glu"] = (self.extra["b_glu"].double() - projected(pre_bias, self.extra["W_glu"])).float()
+
+    def scale_input(self, factor: float) -> None:
+        """Folds an encoder that reads `factor * x`."""
+        self.W_enc.mul_(factor)
+        if "W_glu" in self.extra:
+            self.extra["W_glu"].mul_(factor)
+
+    def scale_output(self, factor: float) -> None:
+        """Folds a reconstruction that is multiplied by `factor`."""
+        self.W_dec.mul_(factor)
+        self.b_dec.mul_(factor)
+
+    def scale_features(self, factor: Tensor | float) -> None:
+        """Multiplies each feature's activation by `factor` > 0, and divides its decoder row by it.
+
+        Exact where each feature decides for itself (relu, jumprelu, gated), and for top-k where the release compares the
+        multiplied pre-activations.
+
+        Args:
+            factor: [F] or one number.
+        """
+        self.W_enc.mul_(factor)
+        self.b_enc = self.b_enc * factor
+        # A row of zeros writes nothing whatever it is divided by.
+        self.W_dec.div_(factor.masked_fill(factor == 0, 1.0)[:, None] if isinstance(factor, Tensor) else factor)
+        for name in ("b_mag", "threshold"):
+            if name in self.extra:
+                self.extra[name] = self.extra[name] * factor
+
+    def decoder_norms(self) -> Tensor:
+        """Returns the norm of each decoder row, [F]."""
+        norms: Tensor = torch.linalg.vector_norm(self.W_dec, dim=1)
+        return norms
+
+    def build(
+        self,
+        activation: Activation,
+        *,
+        units: str,
+        site: Site | None,
+        site_out: Site | None = None,
+        norm: Mapping[str, object] | None = None,
+    ) -> Dictionary:
+        """Returns the dictionary.
+
+        Args:
+            activation: the nonlinearity.
+            units: what the activations are measured in, for the record.
+            site: where the input is read.
+            site_out: where the reconstruction belongs, if elsewhere.
+            norm: `norm` and `undo_norm` of the config, where tokens are normalised.
+        """
+        cfg = DictionaryConfig.model_validate(
+            {
+                "d_in": self.W_enc.shape[0],
+                "d_sae": self.W_enc.shape[1],
+                "d_out": self.W_dec.shape[1],
+                "activation": activation,
+                "site": site,
+                "site_out": site_out,
+                **(norm or {}),
+            }
+        )
+        tensors = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
+        return Dictionary(cfg, tensors | self.extra, source={"units": units})

@@ -1,0 +1,1 @@
+"""Readers of released dictionaries, one family a module; `saekit.hub.table` lists them all."""

@@ -1,0 +1,147 @@
+"""llamascopium 2: crosscoders and cross-layer transcoders."""
+
+import torch
+from torch import Tensor
+
+from saekit.errors import FormatError
+from saekit.hub.formats.openmoss import hook_scale, norm_names, openmoss_site
+from saekit.hub.release import Release
+from saekit.sae.activation import Activation, JumpReLU, ReLU, TopK
+from saekit.sae.base import SAE
+from saekit.sae.multilayer import MultiLayerConfig, MultiLayerDictionary
+from saekit.sae.site import Site
+
+__all__ = ["is_llamascopium_layers", "read_llamascopium_layers"]
+
+_THRESHOLD = "activation_function.log_jumprelu_threshold"
+_UNITS = "pre-activations of the normalised input"
+
+
+def is_llamascopium_layers(release: Release) -> bool:
+    """Whether these are the files of a crosscoder or cross-layer transcoder of llamascopium 2."""
+    return "W_E" in release.weights and len(release.weights.headers["W_E"].shape) == 3
+
+
+def read_llamascopium_layers(release: Release) -> SAE:
+    """Returns a crosscoder or cross-layer transcoder: activations of the normalised input, reconstruction in raw units.
+
+    Raises:
+        FormatError: a config that this function does not cover.
+    """
+    config = release.configs.get("config.json", {})
+    match config.get("sae_type"):
+        case "crosscoder":
+            return _crosscoder(release)
+        case "clt":
+            return _cross_layer_transcoder(release)
+        case other:
+            raise FormatError(f"{release.ref!r}: config: sae_type is {other!r}, needs 'sae', 'crosscoder' or 'clt'")
+
+
+def _crosscoder(release: Release) -> SAE:
+    """Pre-activations summed over the layers; each layer has its own activations, scored by its own decoder norm."""
+    weights = release.weights
+    num, d_in, d_sae = weights.shape("W_E", 3)
+    d_out = weights.shape("W_D", 3)[2]
+    hooks = _hooks(release, "hook_points", num)
+    scale = torch.tensor([hook_scale(release, release.config, hook, d_in) for hook in hooks])
+    decoder = weights.take("W_D", num, d_sae, d_out)
+    norms = torch.linalg.vector_norm(decoder, dim=2)  # [H, F]
+    # Every layer adds its own bias to the sum.
+    b_enc = weights.take("b_E", num, d_sae).sum(dim=0)
+    tensors: dict[str, Tensor] = {
+        "W_enc": weights.take("W_E", num, d_in, d_sae).mul_(scale[:, None, None]),
+        "b_enc": b_enc.expand(num, d_sae).clone(),
+        "b_dec": weights.take("b_D", num, d_out) / scale[:, None],
+    }
+    by_norm = release.flag("sparsity_include_decoder_norm", True)
+    activation = _activation(release, tensors, norms if by_norm else None)
+    for layer in range(num):
+        tensors[f"decoders.{layer}"] = (decoder[layer] / scale[layer])[:, None]
+    weights.finish(*norm_names(release))
+    cfg = MultiLayerConfig(
+        d_in=d_in,
+        d_sae=d_sae,
+        d_out=d_out,
+        num_layers_in=num,
+        num_layers_out=num,
+        encoder="sum_per_layer",
+        targets=tuple((layer, 1) for layer in range(num)),
+        activation=activation,
+        sites=_sites(release, hooks),
+    )
+    return MultiLayerDictionary(cfg, tensors, source={"units": _UNITS})
+
+
+def _cross_layer_transcoder(release: Release) -> SAE:
+    """`W_D.<to>` holds the decoders into one layer from it and all before; ours hold those from one layer into the rest."""
+    weights = release.weights
+    num, d_in, d_sae = weights.shape("W_E", 3)
+    d_out = weights.shape("W_D.0", 3)[2]
+    if release.flag("sparsity_include_decoder_norm", False):
+        raise FormatError(f"{release.ref!r}: config: sparsity_include_decoder_norm is True, needs False for 'clt'")
+    hooks_in, hooks_out = _hooks(release, "hook_points_in", num), _hooks(release, "hook_points_out", num)
+    scale_in = torch.tensor([hook_scale(release, release.config, hook, d_in) for hook in hooks_in])
+    scale_out = torch.tensor([hook_scale(release, release.config, hook, d_out) for hook in hooks_out])
+    tensors: dict[str, Tensor] = {
+        "W_enc": weights.take("W_E", num, d_in, d_sae).mul_(scale_in[:, None, None]),
+        "b_enc": weights.take("b_E", num, d_sae),
+        "b_dec": torch.stack([weights.take(f"b_D.{to}", d_out) for to in range(num)]) / scale_out[:, None],
+    }
+    activation = _activation(release, tensors, None)
+    for source in range(num):
+        tensors[f"decoders.{source}"] = torch.empty(d_sae, num - source, d_out)
+    for to in range(num):
+        into = weights.take(f"W_D.{to}", to + 1, d_sae, d_out).div_(scale_out[to])
+        for source in range(to + 1):
+            tensors[f"decoders.{source}"][:, to - source] = into[source]
+    weights.finish(*norm_names(release))
+    cfg = MultiLayerConfig(
+        d_in=d_in,
+        d_sae=d_sae,
+        d_out=d_out,
+        num_layers_in=num,
+        num_layers_out=num,
+        encoder="own",
+        targets=tuple((source, num - source) for source in range(num)),
+        activation=activation,
+        sites=_sites(release, hooks_in),
+        sites_out=_sites(release, hooks_out),
+    )
+    return MultiLayerDictionary(cfg, tensors, source={"units": _UNITS})
+
+
+def _activation(release: Release, tensors: dict[str, Tensor], norms: Tensor | None) -> Activation:
+    kind, weights = release.get("act_fn", str), release.weights
+    sources, d_sae = tensors["b_enc"].shape
+    match kind:
+        case "relu":
+            return ReLU()
+        case "jumprelu":
+            shared = len(weights.shape(_THRESHOLD, len(weights.headers[_THRESHOLD].shape))) == 1
+            log_threshold = weights.take(_THRESHOLD, *((d_sae,) if shared else (sources, d_sae)))
+            threshold = torch.exp(log_threshold).expand(sources, d_sae).clone()
+            tensors["threshold"] = threshold if norms is None else threshold / norms
+            if not bool(torch.isfinite(tensors["threshold"]).all()):
+                raise FormatError(f"{weights.where}: a decoder row is zero, needs a norm to compare with the threshold")
+            return JumpReLU(negative="keep")
+        case "topk":
+            if norms is not None:
+                tensors["score_scale"] = norms
+            return TopK(k=release.get("top_k", int))
+        case _:
+            raise FormatError(
+                f"{release.ref!r}: config: act_fn is {kind!r}, needs relu, jumprelu or topk over several layers"
+            )
+
+
+def _hooks(release: Release, key: str, num: int) -> list[str]:
+    names = release.get(key, list)
+    if len(names) != num or not all(isinstance(name, str) for name in names):
+        raise FormatError(f"{release.ref!r}: config: {key} is {names!r}, the weights need {num} hook points")
+    return names
+
+
+def _sites(release: Release, hooks: list[str]) -> tuple[Site, ...] | None:
+    sites = [openmoss_site(hook, release.ref) for hook in hooks]
+    return None if None in sites else tuple(site for site in sites if site is not None)

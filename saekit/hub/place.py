@@ -1,0 +1,100 @@
+"""Where a reference leads: the names of the files under it, and the folder that holds those of one dictionary."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from saekit.errors import FormatError
+from saekit.hub.discover import config_names, dictionaries
+from saekit.hub.download import HubRef, Listing, fetch, list_files, parse_hub_ref
+from saekit.manifest import read_manifest
+from saekit.sae.checkpoint import CFG_NAME
+
+__all__ = ["Place", "locate", "shown"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """A local folder, or a folder of a hub repository of which nothing need be here yet."""
+
+    ref: str
+    """As the user wrote it."""
+    names: tuple[str, ...]
+    """Files under it, as paths relative to it."""
+    folder: Path
+    """On disk; inside the repository for a place on the hub."""
+    is_file: bool = False
+    """Whether the reference names one weights file, which `names` then has beside its configs."""
+    hub: tuple[HubRef, Listing] | None = None
+    """Where to get the files."""
+
+    @property
+    def repo(self) -> str | None:
+        """Hub repository; None for a local folder."""
+        return None if self.hub is None else self.hub[0].repo
+
+    @property
+    def revision(self) -> str | None:
+        """Commit of the repository; None for a local folder."""
+        return None if self.hub is None else self.hub[1].revision
+
+    def name_of(self, dictionary: str) -> str:
+        """Returns the reference of one dictionary under this place."""
+        if not dictionary or self.is_file:
+            return self.ref
+        separator = ":" if self.hub is not None and ":" not in self.ref else "/"
+        return f"{self.ref}{separator}{dictionary}"
+
+    def folder_of(self, files: Sequence[str]) -> Path:
+        """Returns the local folder under which these files are, and the configs beside them; downloads what is not there."""
+        if self.hub is None:
+            return self.folder
+        wanted = [*files, *config_names(self.names, files)]
+        root = fetch(*self.hub, [(self.folder / name).as_posix() for name in wanted])
+        return root / self.folder
+
+
+def locate(ref: str | Path, revision: str | None) -> Place:
+    """Returns the place that a reference names; asks the hub for file names, downloads nothing.
+
+    Raises:
+        FormatError: there is no such folder, file or repository, or its training has not finished.
+    """
+    path = Path(ref)
+    if path.is_file():
+        configs = config_names((entry.name for entry in path.parent.iterdir()), [path.name])
+        return Place(ref=str(ref), names=(path.name, *configs), folder=path.parent, is_file=True)
+    if path.is_dir():
+        manifest = read_manifest(path)
+        if manifest is not None and manifest.stage == "train" and not (path / CFG_NAME).is_file():
+            raise FormatError(f"sae {str(ref)!r}: training has not finished; run it again to resume it")
+        names = sorted(entry.relative_to(path).as_posix() for entry in path.rglob("*") if entry.is_file())
+        return Place(ref=str(ref), names=tuple(names), folder=path)
+    hub = parse_hub_ref(ref) if isinstance(ref, str) else None
+    if hub is None:
+        raise FormatError(
+            f"sae {str(ref)!r}: no such folder, needs the output folder of a training run, a release,"
+            " or 'owner/repo:sub/path' on the hub"
+        )
+    listing = list_files(hub, revision=revision)
+    if hub.path in listing.names:
+        folder = Path(hub.path).parent
+        names = [hub.path, *config_names(listing.names, [hub.path])]
+    else:
+        folder = Path(hub.path)
+        names = [name for name in listing.names if folder == Path() or name.startswith(f"{hub.path}/")]
+    if not names:
+        raise FormatError(
+            f"sae {ref!r}: {hub.repo!r} has no {hub.path!r}, needs one of {shown(dictionaries(listing.names))}"
+        )
+    relative = tuple(Path(name).relative_to(folder).as_posix() for name in names)
+    return Place(ref=str(ref), names=relative, folder=folder, is_file=hub.path in listing.names, hub=(hub, listing))
+
+
+def shown(names: object, place: Place | None = None) -> str:
+    """Returns the first few names for a message, as references of `place`."""
+    listed = [str(name) for name in names] if isinstance(names, dict | list | tuple) else []
+    if not listed:
+        return "none"
+    quoted = ", ".join(repr(name if place is None else place.name_of(name)) for name in listed[:5])
+    return quoted + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")

@@ -1,0 +1,237 @@
+"""One released dictionary on disk: its files, its config as it stands, and its tensors, taken by name and checked."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+import torch
+import yaml
+from torch import Tensor
+
+from saekit.errors import FormatError
+from saekit.hub.containers import Container, TensorHeader, open_container
+
+__all__ = ["Release", "Weights", "read_mapping"]
+
+_MAX_CONFIG_BYTES = 10_000_000
+
+_T = TypeVar("_T")
+
+
+class Weights:
+    """The tensors of some files, by name; each is checked when it is taken, and none may be left over.
+
+    Attributes:
+        where: names the file in messages.
+        headers: name -> dtype and shape, known before any weight is read.
+        values: what else the files hold.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        """Opens the files and reads their headers.
+
+        Raises:
+            FormatError: a file cannot be read, or two hold a tensor of the same name.
+        """
+        self.headers: dict[str, TensorHeader] = {}
+        self.values: dict[str, object] = {}
+        self._home: dict[str, Container] = {}
+        self._taken: set[str] = set()
+        names = []
+        for path in paths:
+            container = open_container(path)
+            names.append(str(path))
+            twice = self._home.keys() & container.headers.keys()
+            if twice:
+                raise FormatError(f"{str(path)!r}: holds {sorted(twice)[0]} again, needs each tensor once")
+            self.headers |= container.headers
+            self.values |= container.values
+            self._home |= dict.fromkeys(container.headers, container)
+        self.where = repr(names[0]) if len(names) == 1 else f"{names[0]!r} and {len(names) - 1} more"
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.headers
+
+    def has(self, *names: str) -> bool:
+        """Whether all these tensors are there."""
+        return self.headers.keys() >= set(names)
+
+    def shape(self, name: str, num_dims: int) -> tuple[int, ...]:
+        """Returns the shape of a tensor.
+
+        Raises:
+            FormatError: it is not there, or has another number of axes.
+        """
+        if name not in self.headers:
+            raise FormatError(f"{self.where}: has {', '.join(sorted(self.headers)[:12])}, needs also {name}")
+        shape = self.headers[name].shape
+        if len(shape) != num_dims or 0 in shape:
+            raise FormatError(f"{self.where}: {name} is {list(shape)}, needs {num_dims} axes, none of them 0")
+        return shape
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """Returns a tensor as float32 in memory of its own.
+
+        Raises:
+            FormatError: it is not there, has another shape, is not floating point, or holds NaN or Inf.
+        """
+        found = self.shape(name, len(shape))
+        if found != shape:
+            raise FormatError(f"{self.where}: {name} is {list(found)}, needs {list(shape)}")
+        header = self.headers[name]
+        if not header.is_floating_point:
+            raise FormatError(f"{self.where}: {name} is {header.dtype}, needs floating point")
+        self._taken.add(name)
+        tensor = self._home[name].tensor(name).to(torch.float32)
+        low, high = tensor.aminmax()
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            raise FormatError(f"{self.where}: {name} has NaN or Inf, needs finite weights")
+        return tensor
+
+    def take_if(self, name: str, *shape: int) -> Tensor | None:
+        """Returns a tensor as `take` does, or None where it is not there."""
+        return self.take(name, *shape) if name in self.headers else None
+
+    def scalar(self, name: str) -> float:
+        """Returns a tensor of one number.
+
+        Raises:
+            FormatError: it is not there or holds more than one number.
+        """
+        if name not in self.headers or self.headers[name].shape not in {(), (1,)}:
+            found = list(self.headers[name].shape) if name in self.headers else "not there"
+            raise FormatError(f"{self.where}: {name} is {found}, needs one number")
+        self._taken.add(name)
+        value = float(self._home[name].tensor(name).reshape(()))
+        if value != value or value in {float("inf"), float("-inf")}:
+            raise FormatError(f"{self.where}: {name} is {value}, needs a finite number")
+        return value
+
+    def is_all_nan(self, name: str) -> bool:
+        """Whether a tensor is NaN throughout, by which some formats say that it is not used."""
+        return bool(torch.isnan(self._home[name].tensor(name)).all())
+
+    def finish(self, *ignored: str) -> None:
+        """Checks that every tensor was taken: one that nobody reads might change the function.
+
+        Args:
+            ignored: tensors that are known to be records only.
+
+        Raises:
+            FormatError: a tensor was not taken.
+        """
+        left = sorted(self.headers.keys() - self._taken - set(ignored))
+        if left:
+            raise FormatError(f"{self.where}: also holds {', '.join(left)}, needs only tensors that the format knows")
+
+
+@dataclass(kw_only=True)
+class Release:
+    """The files of one dictionary and where they come from."""
+
+    folder: Path
+    """The folder of the weights, or the one above `checkpoints/`."""
+    files: tuple[str, ...]
+    """Weights files, relative to `folder`."""
+    configs: Mapping[str, Mapping[str, object]]
+    """Name -> content of the config files beside them, untouched."""
+    ref: str
+    """What names it in messages, and what tells layer and site where nothing else does."""
+    repo: str | None = None
+    """Hub repository."""
+    revision: str | None = None
+    """Commit of the repository."""
+    _weights: Weights | None = field(default=None, repr=False)
+
+    @property
+    def weights(self) -> Weights:
+        """All weights files together, opened at first use."""
+        if self._weights is None:
+            self._weights = Weights(self.folder / name for name in self.files)
+        return self._weights
+
+    @property
+    def values(self) -> Mapping[str, object]:
+        """What the weights files hold beside tensors; empty where they were not opened together."""
+        return {} if self._weights is None else self._weights.values
+
+    @property
+    def name(self) -> str:
+        """Name of the first weights file."""
+        return PurePosixPath(self.files[0]).name
+
+    @property
+    def config(self) -> Mapping[str, object]:
+        """The config files' keys together; empty where there is none."""
+        merged: dict[str, object] = {}
+        for values in self.configs.values():
+            merged |= values
+        return merged
+
+    def need(self, name: str) -> Mapping[str, object]:
+        """Returns one config file's content.
+
+        Raises:
+            FormatError: it is not there.
+        """
+        if name not in self.configs:
+            raise FormatError(f"{self.ref!r}: has {sorted(self.configs) or 'no config'}, needs {name}")
+        return self.configs[name]
+
+    def get(self, key: str, kind: type[_T], *, config: Mapping[str, object] | None = None) -> _T:
+        """Returns a config value of a kind; int serves for float.
+
+        Raises:
+            FormatError: it is missing or of another kind.
+        """
+        values = self.config if config is None else config
+        value = values.get(key)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise FormatError(f"{self.ref!r}: config: {key} is {value!r}, needs {kind.__name__}")
+        return value
+
+    def flag(self, key: str, default: bool, *, config: Mapping[str, object] | None = None) -> bool:
+        """Returns a true-or-false config value; `default` where it is missing or null."""
+        values = self.config if config is None else config
+        return default if values.get(key) is None else self.get(key, bool, config=values)
+
+    def check(self, key: str, found: int, *, config: Mapping[str, object] | None = None) -> None:
+        """Checks that a size in the config, where there is one, is the one of the weights.
+
+        Raises:
+            FormatError: they disagree.
+        """
+        values = self.config if config is None else config
+        if values.get(key) is not None and self.get(key, int, config=values) != found:
+            raise FormatError(f"{self.ref!r}: config: {key} is {values[key]!r}, the weights need {found}")
+
+
+def read_mapping(path: Path) -> Mapping[str, object]:
+    """Returns the content of a `.json` or `.yaml` file.
+
+    Raises:
+        FormatError: it cannot be read, or is not a mapping.
+    """
+    try:
+        size = path.stat().st_size
+        if size > _MAX_CONFIG_BYTES:
+            raise ValueError(f"{size} bytes are too many")
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else _read_yaml(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise FormatError(f"{str(path)!r}: cannot be read: {reason}, needs a config") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{str(path)!r}: holds a {type(content).__name__}, needs a mapping")
+    return {str(key): value for key, value in content.items()}
+
+
+def _read_yaml(text: str) -> object:
+    # A few nested aliases can stand for more text than fits the memory.
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+        raise yaml.YAMLError("holds an alias, needs every value written out")
+    return yaml.safe_load(text)

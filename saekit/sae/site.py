@@ -1,0 +1,57 @@
+"""Where a dictionary reads and writes: a module of the model, its side, and what is done to the hidden states there."""
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from saekit.config import Config
+from saekit.errors import ConfigError
+
+__all__ = ["Site"]
+
+
+class Site(Config):
+    """A place in a Hugging Face model, with the step between its hidden states and what the release means by its name.
+
+    Attributes hold JSON values only, so that a site is saved with its dictionary.
+    """
+
+    path: str
+    """Module path, as in `model.named_modules()`."""
+    side: Literal["output", "input"] = "output"
+    """Which side of the module."""
+    transform: Literal["none", "centered", "without_gain", "without_gain_plus_one"] = "none"
+    """`centered`: less the mean over the width (models with centred writing weights). `without_gain`: the norm's output
+    before its weight and bias. `without_gain_plus_one`: the same where the norm multiplies by 1 + weight (Gemma)."""
+
+    def __str__(self) -> str:
+        """Returns the hook point: `path` or `path:input`."""
+        return self.path if self.side == "output" else f"{self.path}:input"
+
+    def values(self, hidden: Tensor, module: nn.Module) -> Tensor:
+        """Returns what the dictionary reads there.
+
+        Args:
+            hidden: [..., D], the hidden states captured at this site.
+            module: the module at `path`; its weight and bias are read for the kinds without gain.
+
+        Raises:
+            ConfigError: the gain is to be removed and the module has none, or one with zeros.
+        """
+        match self.transform:
+            case "none":
+                return hidden
+            case "centered":
+                return hidden - hidden.mean(dim=-1, keepdim=True)
+            case "without_gain" | "without_gain_plus_one":
+                return self._without_gain(hidden, module)
+
+    def _without_gain(self, hidden: Tensor, module: nn.Module) -> Tensor:
+        gain = getattr(module, "weight", None)
+        if not isinstance(gain, Tensor):
+            raise ConfigError(f"site {str(self)!r}: {type(module).__name__} has no weight, needs a norm with a gain")
+        gain = gain.detach() + 1 if self.transform == "without_gain_plus_one" else gain.detach()
+        if not bool((gain != 0).all()):
+            raise ConfigError(f"site {str(self)!r}: the norm's gain has zeros, needs none to divide by")
+        bias = getattr(module, "bias", None)
+        return (hidden if bias is None else hidden - bias.detach()) / gain
