@@ -1,6 +1,6 @@
 """Adam for a decoder with unit rows: projected gradient, one norm for all, one learning rate a group."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,17 @@ __all__ = ["GradientClip", "build_optimizer", "project_decoder_gradient", "set_l
 CLIP_MEMORY_STEPS = 20
 
 
-def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig, *, lr: float) -> torch.optim.Optimizer:
-    """Returns the optimizer over the named parameters; log-thresholds have a learning rate of their own."""
+def build_optimizer(
+    parameters: Mapping[str, nn.Parameter], config: TrainConfig, *, lr: float, unit_rows: Collection[str] = ("W_dec",)
+) -> torch.optim.Optimizer:
+    """Returns the optimizer over the named parameters; log-thresholds have a learning rate of their own.
+
+    Args:
+        parameters: what is moved.
+        config: which optimizer, and its settings.
+        lr: peak learning rate.
+        unit_rows: names of the parameters whose rows are held at unit norm.
+    """
     groups = [
         {
             "params": [parameter],
@@ -27,7 +36,7 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig,
     if config.optimizer == "muon":
         return Muon(groups, lr=lr, betas=config.betas)
     if config.optimizer == "signum":
-        return ScheduleFreeSignum([group | {"has_unit_rows": group["name"] == "W_dec"} for group in groups], lr=lr)
+        return ScheduleFreeSignum([group | {"has_unit_rows": group["name"] in unit_rows} for group in groups], lr=lr)
     # The unfused loops read and write every moment several times: 44 ms instead of 10 ms for 5.3 M weights on one core.
     return torch.optim.Adam(groups, lr=lr, betas=config.betas, fused=True)
 

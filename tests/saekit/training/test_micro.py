@@ -203,6 +203,14 @@ def test_schedule_free_rows_are_unit_in_every_sequence() -> None:
             torch.testing.assert_close(rows.norm(dim=1), torch.ones(5, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "muon", "signum"])
+def test_free_decoder_rows_are_free_whatever_the_optimizer(planted: ModuleType, optimizer: str) -> None:
+    run = make_run(planted, CONFIGS["relu"], optimizer=optimizer, lr=1e-2)
+    for _ in range(5):
+        run.train_step()
+    assert float((run.sae.W_dec.norm(dim=1) - 1).abs().max().detach()) > 1e-3
+
+
 @pytest.mark.parametrize("shape", [(40, 6), (6, 40), (5, 5)], ids=str)
 def test_muon_sets_singular_values_to_about_one(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 30
