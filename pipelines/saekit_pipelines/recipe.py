@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
@@ -16,12 +17,15 @@ from saekit.training import TrainConfig
 __all__ = ["Recipe", "ReportConfig", "SplitConfig", "TrainRun", "load_recipe"]
 
 
+SAEName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+
+
 class SplitConfig(Config):
     """Which documents are held out of training, for evaluation and for scoring labels."""
 
     test_fraction: float = Field(0.1, gt=0.0, lt=1.0)
     """Fraction of the tokens that is held out, by whole documents."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Chooses the documents."""
 
 
@@ -48,14 +52,14 @@ class ReportConfig(Config):
 class Recipe(Config):
     """The whole run: text -> activations -> SAEs -> labels -> evaluation -> report."""
 
-    name: str
+    name: str = Field(min_length=1)
     """Short name, shown in the report."""
-    out: str
+    out: str = Field(min_length=1)
     """Folder of the run; each stage writes a folder of its own inside."""
     cache: CacheConfig
     """Model, text, tokens and hook points."""
-    train: dict[str, TrainRun] = Field(min_length=1)
-    """The SAEs, by name."""
+    train: dict[SAEName, TrainRun] = Field(min_length=1)
+    """The SAEs, by name: letters, digits, `_`, `-` and `.`, as a folder is called after it."""
     split: SplitConfig = SplitConfig()
     """Held-out documents."""
     label: LabelConfig = LabelConfig()
@@ -107,7 +111,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: one line that names the key, what was found and what is needed.
     """
     recipe = Recipe.parse(apply_overrides(read_toml(path), overrides), where=f"recipe {str(path)!r}")
-    for name in recipe.train:
+    for name, run in recipe.train.items():
         recipe.hook_point(name)
         recipe.target_hook_point(name)
+        kept = int(recipe.cache.num_tokens * (1 - recipe.split.test_fraction))
+        if run.training.batch_size > kept:
+            raise ConfigError(
+                f"train.{name}.training.batch_size: found {run.training.batch_size:,}, needs at most the {kept:,} tokens"
+                " that the cache keeps for training; cache more tokens or lower it"
+            )
     return recipe

@@ -12,10 +12,10 @@ import torch
 
 from saekit.activations import ActivationStore, PairedStore, StoreView, cache_activations, plan_cache
 from saekit.errors import ConfigError, SaekitError
-from saekit.evaluation import EvaluationTable, evaluate, read_evaluation
+from saekit.evaluation import EvaluationTable, evaluate, read_evaluation, summary_table
 from saekit.hub import load_sae
-from saekit.labelling import label_features
-from saekit.manifest import manifest_sha256, read_manifest, write_json
+from saekit.labelling import estimate_labels, label_features
+from saekit.manifest import Manifest, check_same_config, manifest_sha256, read_manifest, write_json
 from saekit.models import LanguageModel, capture, load_model
 from saekit.progress import NO_PROGRESS, Progress, Task
 from saekit.report import ReportRun, build_report
@@ -56,10 +56,18 @@ class Pipeline:
         return load_model(self.recipe.cache.model)
 
     def store(self, name: str) -> ActivationStore:
-        """Returns the finished activation store at the hook point of the SAE called `name`; of pairs for a transcoder."""
-        store = ActivationStore.open(self.stage_folder("cache"), self.recipe.hook_point(name))
+        """Returns the finished activation store at the hook point of the SAE called `name`; of pairs for a transcoder.
+
+        Raises:
+            ConfigError: it was cached with other values than the recipe has now.
+        """
+        folder = self.stage_folder("cache")
+        manifest = read_manifest(folder)
+        if manifest is not None:
+            check_same_config(folder, manifest.config, self.recipe.cache.to_dict())
+        store = ActivationStore.open(folder, self.recipe.hook_point(name))
         target = self.recipe.target_hook_point(name)
-        return store if target is None else PairedStore(store, ActivationStore.open(self.stage_folder("cache"), target))
+        return store if target is None else PairedStore(store, ActivationStore.open(folder, target))
 
     def views(self, name: str) -> tuple[StoreView, StoreView]:
         """Returns the training and the held-out documents' tokens for the SAE called `name`."""
@@ -67,8 +75,22 @@ class Pipeline:
         return self.store(name).split(split.test_fraction, seed=split.seed)
 
     def sae(self, name: str) -> SAE:
-        """Returns the trained SAE called `name`."""
+        """Returns the trained SAE called `name`.
+
+        Raises:
+            ConfigError: it was trained with other values than the recipe has now.
+        """
+        self._check_trained(name)
         return load_sae(self.stage_folder("train", name))
+
+    def _check_trained(self, name: str) -> None:
+        folder = self.stage_folder("train", name)
+        manifest = read_manifest(folder)
+        if manifest is not None:
+            run, split = self.recipe.train[name], self.recipe.split.to_dict()
+            found = {key: manifest.config.get(key) for key in ("sae", "training", "split")}
+            sae = _with_known_widths(run.sae, manifest)
+            check_same_config(folder, found, {"sae": sae, "training": run.training.to_dict(), "split": split})
 
     def run(self) -> Path:
         """Runs every stage and returns the report's page; where all is done already, says so without loading a model."""
@@ -121,6 +143,29 @@ class Pipeline:
                     progress=_Named(self.progress, name),
                 )
 
+    def label_estimates(self, only: str | None = None) -> list[tuple[str, str]]:
+        """Returns `(SAE, requests, tokens and cost of its labels by a language model)`; asks nothing and pays nothing.
+
+        The evidence is gathered on the way and kept for the run itself.
+
+        Raises:
+            ConfigError: the recipe has no labelling model.
+        """
+        rows = []
+        for name in self._reconstructing(only, "label"):
+            train, test = self.views(name)
+            estimate = estimate_labels(
+                self.sae(name),
+                train,
+                test=test,
+                lm=self.lm,
+                out=self.stage_folder("label", name),
+                config=self.recipe.label,
+                progress=_Named(self.progress, name),
+            )
+            rows.append((f"label {name}", str(estimate)))
+        return rows
+
     def evaluate(self, only: str | None = None) -> None:
         """Measures the trained SAEs on the held-out documents."""
         for name in self._reconstructing(only, "evaluate"):
@@ -139,6 +184,8 @@ class Pipeline:
 
     def report(self) -> Path:
         """Builds the feature browser from whatever stages are finished and returns its first page."""
+        for name in self.recipe.train:
+            self.store(name)
         runs = [
             ReportRun(
                 name=name,
@@ -172,6 +219,10 @@ class Pipeline:
             if only not in {None, stage}:
                 continue
             manifest = read_manifest(self.stage_folder(stage, name))
+            if manifest is not None and stage == "cache":
+                check_same_config(self.stage_folder(stage), manifest.config, self.recipe.cache.to_dict())
+            if manifest is not None and stage == "train" and name is not None:
+                self._check_trained(name)
             state = "new" if manifest is None else "finished" if manifest.status == "complete" else "resume"
             what = self._describe(stage, name) if state != "finished" else ""
             rows.append((f"{stage} {name}" if name else stage, f"{state}  {what}".rstrip()))
@@ -181,6 +232,11 @@ class Pipeline:
         """Returns the evaluation of each SAE as a table."""
         names = [name for name in self._names(only) if self.recipe.target_hook_point(name) is None]
         return {name: read_evaluation(self.stage_folder("evaluate", name)).table() for name in names}
+
+    def summary(self) -> EvaluationTable:
+        """Returns the first figures of every SAE and of its nulls."""
+        names = [name for name in self.recipe.train if self.recipe.target_hook_point(name) is None]
+        return summary_table({name: read_evaluation(self.stage_folder("evaluate", name)) for name in names})
 
     def _check_widths(self) -> None:
         for name, run in self.recipe.train.items():
@@ -269,6 +325,14 @@ def _sized(cfg: SAEConfig, store: ActivationStore) -> SAEConfig:
     if isinstance(cfg, TranscoderConfig) and isinstance(store, PairedStore):
         return cfg.with_d_in(store.inputs.d_in).with_d_out(store.targets.d_in)
     return cfg.with_d_in(store.d_in)
+
+
+def _with_known_widths(cfg: SAEConfig, manifest: Manifest) -> dict[str, object]:
+    """Returns the config's values, widths that the recipe leaves open as the SAE was trained with them."""
+    trained, values = manifest.config.get("sae"), cfg.to_dict()
+    if isinstance(trained, dict):
+        values |= {key: trained.get(key) for key in ("d_in", "d_out") if values.get(key) == 0}
+    return values
 
 
 class _Named:

@@ -49,6 +49,7 @@ class PairedStore(ActivationStore):
         self.num_tokens = inputs.num_tokens
         self.statistics = inputs.statistics
         self._manifest = inputs._manifest
+        self._index = inputs._index
 
     @functools.cached_property
     def _kinds_and_norms(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:

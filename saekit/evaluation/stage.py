@@ -1,5 +1,6 @@
 """The evaluate stage: one SAE and its null rows, measured on held-out documents."""
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from saekit.evaluation.reconstruction import Candidate, ReconstructionSums, mean
 from saekit.evaluation.record import Evaluation, FeatureMeasures, read_evaluation, write_evaluation
 from saekit.evaluation.selection import Selection
 from saekit.evaluation.table import MeasuredRow, cosine_histogram, density_histogram, reference_losses
-from saekit.manifest import begin_stage, finish_stage
+from saekit.manifest import begin_stage, finish_stage, locked
 from saekit.models import LanguageModel
 from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae import SAE, Transcoder
@@ -102,14 +103,15 @@ def evaluate(
     if sae.hook_point not in {None, view.store.hook_point}:
         progress.say(f"the SAE was made for {sae.hook_point!r}, it is evaluated at {view.store.hook_point!r}")
     was_training = sae.training
-    try:
-        evaluation = _measure(sae.eval(), view, train, lm, config, progress)
-    finally:
-        sae.train(was_training)
-    if folder is not None:
-        write_evaluation(folder, evaluation)
-        counts = ("num_tokens", "num_documents", "num_loss_tokens", "num_massive")
-        finish_stage(folder, {name: getattr(evaluation, name) for name in counts})
+    with contextlib.nullcontext() if folder is None else locked(folder):
+        try:
+            evaluation = _measure(sae.eval(), view, train, lm, config, progress)
+        finally:
+            sae.train(was_training)
+        if folder is not None:
+            write_evaluation(folder, evaluation)
+            counts = ("num_tokens", "num_documents", "num_loss_tokens", "num_massive")
+            finish_stage(folder, {name: getattr(evaluation, name) for name in counts})
     return evaluation
 
 

@@ -7,13 +7,13 @@ import numpy as np
 from saekit.activations import StoreView
 from saekit.errors import ConfigError, DataError
 from saekit.labelling.chat import ChatClient, LLMConfig
-from saekit.labelling.collect import collect_contexts, sae_fingerprint, view_fingerprint
+from saekit.labelling.collect import collect_contexts, sae_fingerprint
 from saekit.labelling.llm import LLMEstimate
 from saekit.labelling.records import Label, Score
 from saekit.labelling.stage import LabelConfig, LabelStage
 from saekit.labelling.store import LABELS_NAME, SCORES_NAME, RecordFile
 from saekit.labelling.vocabulary import Vocabulary
-from saekit.manifest import begin_stage, finish_stage
+from saekit.manifest import begin_stage, finish_stage, locked
 from saekit.models import LanguageModel
 from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae import SAE, Transcoder
@@ -58,12 +58,14 @@ def label_features(
     """
     config, out = config or LabelConfig(), Path(out)
     _check_views(sae, train, test)
+    train.store.check_model(lm)
     if client is None and "llm" in config.labelers and config.llm is not None:
         client = _openai_client(config.llm)
-    if begin_stage(out, "label", config.identity(), _inputs(sae, train, test)) == "complete":
+    if begin_stage(out, "label", config.identity(), _inputs(sae, train, test, lm)) == "complete":
         return out
-    counts = _stage(sae, train, test=test, lm=lm, out=out, config=config, progress=progress).run(client)
-    finish_stage(out, counts)
+    with locked(out):
+        counts = _stage(sae, train, test=test, lm=lm, out=out, config=config, progress=progress).run(client)
+        finish_stage(out, counts)
     return out
 
 
@@ -89,8 +91,10 @@ def estimate_labels(
     if config.llm is None or "llm" not in config.labelers:
         raise ConfigError("label estimate: no labelling model, needs labeler 'llm' and a table [llm]")
     _check_views(sae, train, test)
-    begin_stage(out, "label", config.identity(), _inputs(sae, train, test))
-    return _stage(sae, train, test=test, lm=lm, out=out, config=config, progress=progress).estimate()
+    train.store.check_model(lm)
+    begin_stage(out, "label", config.identity(), _inputs(sae, train, test, lm))
+    with locked(out):
+        return _stage(sae, train, test=test, lm=lm, out=out, config=config, progress=progress).estimate()
 
 
 def _check_views(sae: SAE, train: StoreView, test: StoreView) -> None:
@@ -111,12 +115,13 @@ def _check_views(sae: SAE, train: StoreView, test: StoreView) -> None:
         )
 
 
-def _inputs(sae: SAE, train: StoreView, test: StoreView) -> dict[str, str]:
+def _inputs(sae: SAE, train: StoreView, test: StoreView, lm: LanguageModel) -> dict[str, str]:
     return {
         "cache": train.store.sha256,
         "sae": sae_fingerprint(sae),
-        "train": view_fingerprint(train),
-        "test": view_fingerprint(test),
+        "model": lm.fingerprint,
+        "train": train.fingerprint,
+        "test": test.fingerprint,
     }
 
 

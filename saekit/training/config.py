@@ -3,7 +3,7 @@
 import math
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from saekit.config import Config
 
@@ -43,7 +43,7 @@ class TrainConfig(Config):
     """Tokens in one step, over all processes."""
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate; None = by width and length of training, see `default_lr`."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Seed of the first weights and of the order of the data."""
     init: Literal["tied", "given"] = "tied"
     """`tied` draws new directions from the seed; `given` goes on from the weights of the SAE that is passed in."""
@@ -90,6 +90,13 @@ class TrainConfig(Config):
         if self.ema_decay is not None and self.optimizer == "signum":
             raise ValueError("ema_decay with optimizer 'signum', needs one of them: signum keeps an average of its own")
         return self
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_decay(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("needs two numbers from 0 to below 1")
+        return value
 
     @property
     def num_steps(self) -> int:

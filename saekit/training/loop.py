@@ -63,6 +63,10 @@ class TrainingLoop:
                     raise KeyboardInterrupt(message)
                 if run.step % self.checkpoint_steps == 0 and run.step < config.num_steps:
                     self.save()
+            # Asked in the last step, when no further step hands it round: one process can still answer by itself.
+            if stop.is_set and run.accelerator.num_processes == 1:
+                self.save()
+                raise KeyboardInterrupt(f"interrupted after {run.tokens:,} tokens, checkpoint written")
 
     def save(self) -> None:
         """Writes a checkpoint of everything, by all processes together."""

@@ -110,7 +110,7 @@ class TrainRun:
         stop = torch.tensor([float(stop_asked)], dtype=torch.float64, device=x.device)
         summed = self._sum(torch.cat([figures, stop, result.fired.double()]))
         processes = self.accelerator.num_processes
-        # One transfer a step: the device's queue is waited for here and nowhere else.
+        # One transfer for all figures of the step.
         loss, fvu, auxiliary, num_active, stops, gradient_norm = torch.cat([summed[:5], norm.double()[None]]).tolist()
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             raise self._non_finite(raw)

@@ -12,12 +12,13 @@ from saekit.activations.pairs import PairedStore
 from saekit.activations.shuffle import ShuffledBatches
 from saekit.activations.source import ActivationSource
 from saekit.activations.view import StoreView
-from saekit.errors import ConfigError
-from saekit.manifest import StageState, begin_stage, finish_stage
+from saekit.errors import ConfigError, NonFiniteError
+from saekit.manifest import StageState, begin_stage, finish_stage, locked
 from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae.base import SAE
 from saekit.sae.checkpoint import load_sae_folder
 from saekit.sae.fold import Normalization, PairNormalization
+from saekit.sae.penalized import PenalizedConfig
 from saekit.sae.transcoder import Transcoder, batch_width
 from saekit.training.build import check_trainable
 from saekit.training.config import TrainConfig
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 __all__ = ["Trainer"]
+
+L0_TOLERANCE = 0.05
+"""Relative distance from the target L0 on held-out tokens from which on the user is told."""
 
 
 class Trainer:
@@ -103,7 +107,12 @@ class Trainer:
             if self._begin(out, accelerator) == "complete":
                 progress.say(f"{out}: already trained")
             else:
-                self._train_into(out, source, accelerator, progress)
+                # Taken once for all processes of a run: the others write nothing but their parts of a checkpoint.
+                stack.enter_context(locked(out) if accelerator.is_main_process else contextlib.nullcontext())
+                try:
+                    self._train_into(out, source, accelerator, progress)
+                except NonFiniteError as error:
+                    raise self._located(error) from error
         return self._take(load_sae_folder(out))
 
     def _train_into(self, out: Path, source: ActivationSource, accelerator: "Accelerator", progress: Progress) -> None:
@@ -116,6 +125,7 @@ class Trainer:
             run.sae.save(out)
             keep_newest(out, 1)
             finish_stage(out, {"tokens": run.tokens, "steps": run.step, **facts})
+            self._say_if_l0_is_missed(facts.get("l0"), progress)
         accelerator.wait_for_everyone()
 
     def _begin(self, out: Path, accelerator: "Accelerator") -> StageState:
@@ -124,16 +134,23 @@ class Trainer:
         state: list[StageState | None] = [None]
         if accelerator.is_main_process:
             values: dict[str, object] = {"sae": self.sae.cfg.to_dict(), "training": self.config.to_dict()}
-            inputs = {}
+            inputs: dict[str, str] = {}
             if isinstance(self._train, StoreView):
-                values["hook_point"] = self._train.store.hook_point
+                values |= {"hook_point": self._train.store.hook_point, "split": self._train.origin}
+                inputs |= {"cache": self._train.store.sha256, "training tokens": self._train.fingerprint}
                 if isinstance(self._train.store, PairedStore):
                     values["target_hook_point"] = self._train.store.targets.hook_point
-                inputs["cache"] = self._train.store.sha256
+            if isinstance(self._test, StoreView):
+                inputs["held-out tokens"] = self._test.fingerprint
             state[0] = begin_stage(out, "train", values, inputs)
         broadcast_object_list(state)
         assert state[0] is not None
         return state[0]
+
+    def _located(self, error: NonFiniteError) -> NonFiniteError:
+        """Names the token of the store that is to blame, where one is."""
+        place = self._train.first_non_finite() if isinstance(self._train, StoreView) else None
+        return error if place is None else NonFiniteError(f"{error}; the first is in {place}")
 
     def _open_source(self, accelerator: "Accelerator", stack: contextlib.ExitStack) -> ActivationSource:
         share, rest = divmod(self.config.batch_size, accelerator.num_processes)
@@ -174,6 +191,14 @@ class Trainer:
             sae.reset_parameters(self.config.seed)
             fit_start(sae, normalization.apply(sample), self.config.sparsity, sum_over_processes)
         return TrainRun(sae, source, self.config, normalization=normalization, accelerator=accelerator)
+
+    def _say_if_l0_is_missed(self, l0: object, progress: Progress) -> None:
+        target = self.sae.cfg.target_l0 if isinstance(self.sae.cfg, PenalizedConfig) else None
+        if target is not None and isinstance(l0, float) and abs(l0 / target - 1) > L0_TOLERANCE:
+            progress.say(
+                f"L0 is {l0:.4g} on held-out tokens, {abs(l0 / target - 1):.0%} from target_l0 = {target:g}: "
+                f"the training was too short for its sparsity to settle; raise num_tokens"
+            )
 
     def _hook_point(self) -> str | None:
         return self._train.store.hook_point if isinstance(self._train, StoreView) else self.sae.hook_point
