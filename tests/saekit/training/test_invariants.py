@@ -152,3 +152,10 @@ def test_given_weights_are_where_training_goes_on_from(planted: ModuleType, kind
     config = TrainConfig(num_tokens=256, batch_size=256, init="given", lr=1e-8)
     more = Trainer(sae, planted.PlantedSource(scale=20.0), config).fit(tmp_path / "second")
     assert float((x - more(x).x_hat).square().mean().detach()) == pytest.approx(before, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_default_config_runs(planted: ModuleType, kind: str, tmp_path: Path) -> None:
+    source = planted.PlantedSource(batch_size=4096)
+    sae = Trainer(build_sae(CONFIGS[kind]), source, TrainConfig(num_tokens=12_288)).fit(tmp_path)
+    assert all(bool(torch.isfinite(value).all()) for value in sae.state_dict().values())
