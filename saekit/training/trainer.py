@@ -64,9 +64,9 @@ class Trainer:
 
         Args:
             sae: gives architecture and width; its weights too where `config.init` is "given".
-            train: tokens to train on, of a `PairedStore` for a transcoder. A source of one's own gives this process's share of
-                each batch.
-            test: held-out tokens for the figures while training; None = none.
+            train: tokens to train on. A source of one's own gives this process's share of each batch. A transcoder takes pairs,
+                those of a `PairedStore` or [N, d_in + d_out] of one's own.
+            test: held-out tokens for the figures while training, pairs for a transcoder; None = none.
 
         Raises:
             ConfigError: widths differ, or an SAE whose sparsity comes from a penalty has no target L0.
