@@ -12,7 +12,7 @@ import torch
 
 from saekit.activations import ActivationStore, PairedStore, StoreView, cache_activations, plan_cache
 from saekit.errors import ConfigError, SaekitError
-from saekit.evaluation import EvaluationTable, evaluate, read_evaluation, summary_table
+from saekit.evaluation import Evaluation, EvaluationTable, evaluate, read_evaluation, summary_table
 from saekit.hub import load_sae
 from saekit.labelling import estimate_labels, label_features
 from saekit.manifest import Manifest, check_same_config, manifest_sha256, read_manifest, write_json
@@ -89,7 +89,9 @@ class Pipeline:
         if manifest is not None:
             run, split = self.recipe.train[name], self.recipe.split.to_dict()
             found = {key: manifest.config.get(key) for key in ("sae", "training", "split")}
-            sae = _with_known_widths(run.sae, manifest)
+            sae = run.sae.to_dict()
+            # Widths that a recipe leaves out are 0 in it, and those of the store in what was trained.
+            sae |= {key: _width(manifest, key) for key in ("d_in", "d_out") if sae.get(key) == 0}
             check_same_config(folder, found, {"sae": sae, "training": run.training.to_dict(), "split": split})
 
     def run(self) -> Path:
@@ -230,13 +232,15 @@ class Pipeline:
 
     def metric_tables(self, only: str | None = None) -> dict[str, EvaluationTable]:
         """Returns the evaluation of each SAE as a table."""
-        names = [name for name in self._names(only) if self.recipe.target_hook_point(name) is None]
-        return {name: read_evaluation(self.stage_folder("evaluate", name)).table() for name in names}
+        return {name: evaluation.table() for name, evaluation in self._evaluations(only).items()}
 
     def summary(self) -> EvaluationTable:
         """Returns the first figures of every SAE and of its nulls."""
-        names = [name for name in self.recipe.train if self.recipe.target_hook_point(name) is None]
-        return summary_table({name: read_evaluation(self.stage_folder("evaluate", name)) for name in names})
+        return summary_table(self._evaluations(None))
+
+    def _evaluations(self, only: str | None) -> dict[str, Evaluation]:
+        names = [name for name in self._names(only) if self.recipe.target_hook_point(name) is None]
+        return {name: read_evaluation(self.stage_folder("evaluate", name)) for name in names}
 
     def _check_widths(self) -> None:
         for name, run in self.recipe.train.items():
@@ -320,19 +324,16 @@ class Pipeline:
             return False
 
 
+def _width(manifest: Manifest, key: str) -> object:
+    sae = manifest.config.get("sae")
+    return sae.get(key) if isinstance(sae, dict) else None
+
+
 def _sized(cfg: SAEConfig, store: ActivationStore) -> SAEConfig:
     """Returns the config with the widths of the store that it is trained on."""
     if isinstance(cfg, TranscoderConfig) and isinstance(store, PairedStore):
         return cfg.with_d_in(store.inputs.d_in).with_d_out(store.targets.d_in)
     return cfg.with_d_in(store.d_in)
-
-
-def _with_known_widths(cfg: SAEConfig, manifest: Manifest) -> dict[str, object]:
-    """Returns the config's values, widths that the recipe leaves open as the SAE was trained with them."""
-    trained, values = manifest.config.get("sae"), cfg.to_dict()
-    if isinstance(trained, dict):
-        values |= {key: trained.get(key) for key in ("d_in", "d_out") if values.get(key) == 0}
-    return values
 
 
 class _Named:

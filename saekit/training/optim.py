@@ -1,11 +1,12 @@
 """Adam for a decoder with unit rows: projected gradient, one norm for all, one learning rate a group."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from saekit.training.config import TrainConfig
+from saekit.training.fused_adam import FusedAdam
 from saekit.training.muon import Muon
 from saekit.training.schedule_free import ScheduleFreeSignum
 
@@ -15,15 +16,12 @@ CLIP_MEMORY_STEPS = 20
 
 
 def build_optimizer(
-    parameters: Mapping[str, nn.Parameter], config: TrainConfig, *, lr: float, unit_rows: Collection[str] = ("W_dec",)
+    parameters: Mapping[str, nn.Parameter], config: TrainConfig, *, lr: float, has_unit_rows: bool = True
 ) -> torch.optim.Optimizer:
     """Returns the optimizer over the named parameters; log-thresholds have a learning rate of their own.
 
     Args:
-        parameters: what is moved.
-        config: which optimizer, and its settings.
-        lr: peak learning rate.
-        unit_rows: names of the parameters whose rows are held at unit norm.
+        has_unit_rows: whether W_dec's rows are kept at unit norm, and its gradient without the part along them.
     """
     groups = [
         {
@@ -36,9 +34,9 @@ def build_optimizer(
     if config.optimizer == "muon":
         return Muon(groups, lr=lr, betas=config.betas)
     if config.optimizer == "signum":
-        return ScheduleFreeSignum([group | {"has_unit_rows": group["name"] in unit_rows} for group in groups], lr=lr)
-    # The unfused loops read and write every moment several times: 44 ms instead of 10 ms for 5.3 M weights on one core.
-    return torch.optim.Adam(groups, lr=lr, betas=config.betas, fused=True)
+        kept = [group | {"has_unit_rows": has_unit_rows and group["name"] == "W_dec"} for group in groups]
+        return ScheduleFreeSignum(kept, lr=lr)
+    return FusedAdam(groups, lr=lr, betas=config.betas, unit_rows={"W_dec"} if has_unit_rows else ())
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -76,6 +74,12 @@ class GradientClip:
             for gradient in gradients:
                 gradient.mul_(scale)
         return norm
+
+    def scale(self, norm: float) -> float:
+        """Returns what `apply` multiplies gradients of this norm by."""
+        if self.factor is None or self.mean is None or norm <= self.factor * self.mean:
+            return 1.0
+        return self.factor * self.mean / norm
 
     def update(self, norm: float) -> None:
         """Notes a step's norm before clipping."""

@@ -16,6 +16,7 @@ from saekit.training.average import WeightAverage
 from saekit.training.build import build_objective
 from saekit.training.config import TrainConfig
 from saekit.training.dead import DeadFeatures, default_dead_after
+from saekit.training.fused_adam import FusedAdam
 from saekit.training.micro import backward_in_parts
 from saekit.training.optim import GradientClip, build_optimizer, project_decoder_gradient, set_learning_rates
 from saekit.training.penalty import PenalizedObjective
@@ -70,8 +71,9 @@ class TrainRun:
         ).to(accelerator.device)
         self.parameters = self.objective.trained_parameters()
         self.peak_lr = config.lr if config.lr is not None else default_lr(sae.d_sae, config.num_steps, config.optimizer)
-        unit_rows = {"W_dec"} if self.objective.has_projected_decoder else set()
-        self.optimizer = build_optimizer(self.parameters, config, lr=self.peak_lr, unit_rows=unit_rows)
+        self.optimizer = build_optimizer(
+            self.parameters, config, lr=self.peak_lr, has_unit_rows=self.objective.has_projected_decoder
+        )
         self.average = WeightAverage(self.objective, self.optimizer, decay=config.ema_decay)
         self.clip = GradientClip(config.clip_factor)
         self.dead = DeadFeatures(sae.d_sae, default_dead_after(config), accelerator.device)
@@ -102,9 +104,7 @@ class TrainRun:
         dead = self.dead.mask.nonzero().flatten()
         result = backward_in_parts(self.objective, x, dead, coefficient, part_tokens=self.config.micro_batch_size)
         self._average_gradients()
-        if self.objective.has_projected_decoder:
-            project_decoder_gradient(self.sae.W_dec)
-        norm = self.clip.apply(self.parameters)
+        norm = self._gradient_norm()
 
         figures = torch.stack([result.loss, result.fvu, result.auxiliary, result.num_active.to(norm)]).double()
         stop = torch.tensor([float(stop_asked)], dtype=torch.float64, device=x.device)
@@ -115,6 +115,8 @@ class TrainRun:
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             raise self._non_finite(raw)
 
+        if isinstance(self.optimizer, FusedAdam):
+            self.optimizer.gradient_scale = self.clip.scale(gradient_norm)
         self.clip.update(gradient_norm)
         self.optimizer.step()
         self.objective.after_step()
@@ -162,6 +164,14 @@ class TrainRun:
     def _sum(self, value: Tensor) -> Tensor:
         total: Tensor = self.accelerator.reduce(value, reduction="sum")
         return total
+
+    def _gradient_norm(self) -> Tensor:
+        """Returns the norm of the projected gradient before clipping; what does not clip by itself is clipped here."""
+        if isinstance(self.optimizer, FusedAdam):
+            return self.optimizer.gradient_norm()
+        if self.objective.has_projected_decoder:
+            project_decoder_gradient(self.sae.W_dec)
+        return self.clip.apply(self.parameters)
 
     def _average_gradients(self) -> None:
         if self.accelerator.num_processes == 1:

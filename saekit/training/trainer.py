@@ -18,7 +18,6 @@ from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae.base import SAE
 from saekit.sae.checkpoint import load_sae_folder
 from saekit.sae.fold import Normalization, PairNormalization
-from saekit.sae.penalized import PenalizedConfig
 from saekit.sae.transcoder import Transcoder, batch_width
 from saekit.training.build import check_trainable
 from saekit.training.config import TrainConfig
@@ -137,9 +136,9 @@ class Trainer:
             inputs: dict[str, str] = {}
             if isinstance(self._train, StoreView):
                 values |= {"hook_point": self._train.store.hook_point, "split": self._train.origin}
-                inputs |= {"cache": self._train.store.sha256, "training tokens": self._train.fingerprint}
                 if isinstance(self._train.store, PairedStore):
                     values["target_hook_point"] = self._train.store.targets.hook_point
+                inputs |= {"cache": self._train.store.sha256, "training tokens": self._train.fingerprint}
             if isinstance(self._test, StoreView):
                 inputs["held-out tokens"] = self._test.fingerprint
             state[0] = begin_stage(out, "train", values, inputs)
@@ -193,8 +192,8 @@ class Trainer:
         return TrainRun(sae, source, self.config, normalization=normalization, accelerator=accelerator)
 
     def _say_if_l0_is_missed(self, l0: object, progress: Progress) -> None:
-        target = self.sae.cfg.target_l0 if isinstance(self.sae.cfg, PenalizedConfig) else None
-        if target is not None and isinstance(l0, float) and abs(l0 / target - 1) > L0_TOLERANCE:
+        target = getattr(self.sae.cfg, "target_l0", None)
+        if isinstance(target, float) and isinstance(l0, float) and abs(l0 / target - 1) > L0_TOLERANCE:
             progress.say(
                 f"L0 is {l0:.4g} on held-out tokens, {abs(l0 / target - 1):.0%} from target_l0 = {target:g}: "
                 f"the training was too short for its sparsity to settle; raise num_tokens"
