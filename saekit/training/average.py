@@ -34,6 +34,8 @@ class WeightAverage:
         """Moves the average towards the weights after a step.
 
         At first the decay is (1 + n) / (10 + n) after n updates, so that the random start is forgotten soon.
+
+        Source: the rule of TensorFlow's ExponentialMovingAverage with `num_updates`.
         """
         if self._decay is None:
             return

@@ -150,13 +150,12 @@ class Objective(nn.Module, ABC):
         self._residual_variance = None
         if len(parts) == 1 or dead.numel() == 0 or self.config.auxk_alpha == 0:
             return
-        moments, count = torch.zeros((), dtype=torch.float64), 0
+        moments = []
         for part in parts:
             inputs, target = split_pairs(self.sae, part)
             _, _, error = self.reconstruct(inputs, target, self.encode(self.sae.encoder_input(inputs)))
-            moments = moments.to(error.device) + _moments(error)
-            count += len(error)
-        self._residual_variance = self._pooled_variance(moments, count)
+            moments.append(_moments(error))
+        self._residual_variance = self._pooled_variance(torch.stack(moments).sum(0), sum(map(len, parts)))
 
     def _pooled_variance(self, moments: Tensor, count: int) -> Tensor:
         # One sum for all processes, so that the loss does not depend on how the batch is split over them.

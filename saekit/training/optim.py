@@ -34,7 +34,8 @@ def build_optimizer(
     if config.optimizer == "muon":
         return Muon(groups, lr=lr, betas=config.betas)
     if config.optimizer == "signum":
-        return ScheduleFreeSignum([group | {"has_unit_rows": group["name"] == "W_dec"} for group in groups], lr=lr)
+        kept = [group | {"has_unit_rows": has_unit_rows and group["name"] == "W_dec"} for group in groups]
+        return ScheduleFreeSignum(kept, lr=lr)
     return FusedAdam(groups, lr=lr, betas=config.betas, unit_rows={"W_dec"} if has_unit_rows else ())
 
 

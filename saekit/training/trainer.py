@@ -63,9 +63,9 @@ class Trainer:
 
         Args:
             sae: gives architecture and width; its weights too where `config.init` is "given".
-            train: tokens to train on, of a `PairedStore` for a transcoder. A source of one's own gives this process's share of
-                each batch.
-            test: held-out tokens for the figures while training; None = none.
+            train: tokens to train on. A source of one's own gives this process's share of each batch. A transcoder takes pairs,
+                those of a `PairedStore` or [N, d_in + d_out] of one's own.
+            test: held-out tokens for the figures while training, pairs for a transcoder; None = none.
 
         Raises:
             ConfigError: widths differ, or an SAE whose sparsity comes from a penalty has no target L0.
@@ -196,7 +196,7 @@ class Trainer:
         if isinstance(target, float) and isinstance(l0, float) and abs(l0 / target - 1) > L0_TOLERANCE:
             progress.say(
                 f"L0 is {l0:.4g} on held-out tokens, {abs(l0 / target - 1):.0%} from target_l0 = {target:g}: "
-                f"the training was too short for its thresholds to settle; raise num_tokens"
+                f"the training was too short for its sparsity to settle; raise num_tokens"
             )
 
     def _hook_point(self) -> str | None:

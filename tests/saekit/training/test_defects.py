@@ -111,6 +111,14 @@ def check_auxk_moves_dead_features_alone(planted: ModuleType, folder: Path) -> N
                 assert torch.equal(rows, others), (cfg.kind, name)
 
 
+def check_auxk_is_weighed_once(planted: ModuleType, folder: Path) -> None:
+    """The loss is the reconstruction's and 1/32 of AuxK's."""
+    objective = float64_objective(TOPK)
+    result = objective(batch(), torch.tensor([1, 4, 5, 9]))
+    assert float(result.auxiliary) > 0.5
+    torch.testing.assert_close(result.loss.detach(), result.fvu + result.auxiliary / 32)
+
+
 def check_clipped_entries_move_nothing(planted: ModuleType, folder: Path) -> None:
     """Entries that relu set to 0 pass no gradient to the encoder, k or not."""
     for cfg in (TOPK, BATCHTOPK, EVERY["matryoshka_topk"]):
@@ -219,6 +227,7 @@ def check_threshold_gives_the_training_l0(planted: ModuleType, folder: Path) -> 
 
 CHECKS: list[Check] = [
     check_auxk_moves_dead_features_alone,
+    check_auxk_is_weighed_once,
     check_clipped_entries_move_nothing,
     check_saved_weights_are_the_averaged_ones,
     check_dead_tokens_are_global,
@@ -267,6 +276,16 @@ def _auxk_never_added(patch: pytest.MonkeyPatch) -> None:
     def wrong(self: Objective, inputs: Tensor, error: Tensor, dead: Tensor, code: Code) -> tuple[Tensor, Tensor]:
         loss, weighted = right(self, inputs, error, dead, code)
         return loss, weighted.detach()
+
+    patch.setattr(Objective, "dead_loss", wrong)
+
+
+def _auxk_weighed_twice(patch: pytest.MonkeyPatch) -> None:
+    right = Objective.dead_loss
+
+    def wrong(self: Objective, inputs: Tensor, error: Tensor, dead: Tensor, code: Code) -> tuple[Tensor, Tensor]:
+        loss, weighted = right(self, inputs, error, dead, code)
+        return loss, self.config.auxk_alpha * weighted
 
     patch.setattr(Objective, "dead_loss", wrong)
 
@@ -386,6 +405,7 @@ DEFECTS: list[tuple[Patch, Check]] = [
     (_auxk_without_encoder, check_auxk_moves_dead_features_alone),
     (_auxk_of_the_error_itself, check_auxk_moves_dead_features_alone),
     (_auxk_never_added, check_auxk_moves_dead_features_alone),
+    (_auxk_weighed_twice, check_auxk_is_weighed_once),
     (_gradient_through_relu_zeros, check_clipped_entries_move_nothing),
     (_optimizer_resumes_from_the_average, check_saved_weights_are_the_averaged_ones),
     (_trained_point_is_saved, check_saved_weights_are_the_averaged_ones),

@@ -81,8 +81,11 @@ def test_features_in_another_order_train_alike(planted: ModuleType, kind: str) -
     torch.testing.assert_close(other.sae.W_enc.detach(), run.sae.W_enc.detach()[:, order], rtol=1e-2, atol=2e-3)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("option", ["plain", "ema", "signum", "muon"])
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [(kind, "plain") for kind in CONFIGS]
+    + [(kind, option) for kind in ("batchtopk", "relu") for option in ("ema", "signum", "muon")],
+)
 def test_saved_file_has_unit_rows_and_gives_the_same_outputs(
     planted: ModuleType, kind: str, option: str, tmp_path: Path
 ) -> None:
@@ -105,7 +108,7 @@ def test_saved_file_has_unit_rows_and_gives_the_same_outputs(
 
 
 @pytest.mark.parametrize("kind", ["relu", "gated"])
-@pytest.mark.parametrize(("target", "num_steps"), [(6.0, 250), (10.0, 300)])
+@pytest.mark.parametrize(("target", "num_steps"), [(6.0, 250)])
 def test_target_l0_is_met_on_held_out_tokens(
     planted: ModuleType, kind: str, target: float, num_steps: int, tmp_path: Path
 ) -> None:
@@ -145,10 +148,17 @@ def test_calibration_by_a_shift_does_not_reach_far(target: float, sign: float) -
 @pytest.mark.parametrize("kind", ["matryoshka", "relu", "gated"])
 def test_given_weights_are_where_training_goes_on_from(planted: ModuleType, kind: str, tmp_path: Path) -> None:
     source = planted.PlantedSource(scale=20.0)
-    config = TrainConfig(num_tokens=256 * 150, batch_size=256)
+    config = TrainConfig(num_tokens=256 * 80, batch_size=256)
     sae = Trainer(build_sae(CONFIGS[kind]), source, config).fit(tmp_path / "first")
     x = source.batch(1_000_000)
     before = float((x - sae(x).x_hat).square().mean().detach())
     config = TrainConfig(num_tokens=256, batch_size=256, init="given", lr=1e-8)
     more = Trainer(sae, planted.PlantedSource(scale=20.0), config).fit(tmp_path / "second")
     assert float((x - more(x).x_hat).square().mean().detach()) == pytest.approx(before, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["matryoshka", "relu", "gated"])
+def test_default_config_runs(planted: ModuleType, kind: str, tmp_path: Path) -> None:
+    source = planted.PlantedSource(batch_size=4096)
+    sae = Trainer(build_sae(CONFIGS[kind]), source, TrainConfig(num_tokens=12_288)).fit(tmp_path)
+    assert all(bool(torch.isfinite(value).all()) for value in sae.state_dict().values())

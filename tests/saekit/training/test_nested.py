@@ -138,7 +138,7 @@ def test_matryoshka_recovers_and_its_prefixes_get_better(
     source = planted.PlantedSource()
     view = planted.PlantedView(source)
     cfg = cls.parse({"d_in": 16, "d_sae": 32, "k": 2})
-    sae = Trainer(build_sae(cfg), source, TrainConfig(num_tokens=256 * 300, batch_size=256), test=view).fit(tmp_path)
+    sae = Trainer(build_sae(cfg), source, TrainConfig(num_tokens=256 * 200, batch_size=256), test=view).fit(tmp_path)
     assert planted.mean_max_cosine(sae.W_dec, source.directions) > 0.85
     assert float(str(sae.source["l0"])) == pytest.approx(2.0, rel=0.1)
     acts = sae.encode(view.x)
@@ -180,7 +180,7 @@ class _PairSource:
 def test_transcoder_learns_what_depends_on_its_input(planted: ModuleType, has_skip: bool, tmp_path: Path) -> None:
     source = _PairSource(planted, linear=0.3 if has_skip else 0.0)
     cfg = TranscoderConfig(d_in=16, d_out=6, d_sae=32, k=4, has_skip=has_skip)
-    sae = Trainer(build_sae(cfg), source, TrainConfig(num_tokens=256 * 300, batch_size=256)).fit(tmp_path)
+    sae = Trainer(build_sae(cfg), source, TrainConfig(num_tokens=256 * 200, batch_size=256)).fit(tmp_path)
     pairs = source.pairs(source.inner.batch(1_000_000))
     x, y = pairs[:, :16], pairs[:, 16:]
     loaded = load_sae_folder(tmp_path)

@@ -91,7 +91,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     for process in running:
         try:
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=300)
         finally:
             process.kill()
         assert process.returncode == 0, errors
