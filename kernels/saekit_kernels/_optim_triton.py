@@ -13,8 +13,8 @@ from torch import Tensor
 from saekit_kernels import reference
 from saekit_kernels.primitives import AdamStep
 
-# Elements of a program: a longer row does not fit into its registers.
-MAX_ROW = 16384
+# Elements of a program: a row of 16,384 spills.
+MAX_ROW = 8192
 # Elements of a program where rows do not matter.
 PIECE = 1024
 

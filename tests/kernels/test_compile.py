@@ -26,7 +26,7 @@ CASES = {
         "topk_select-256-65536",
         "threshold_fill",
         "gather_dot-fp32",
-        "adam-16384",
+        "adam-8192",
     ],
 }
 
