@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Protocol, TextIO
 
 import torch
@@ -90,7 +91,7 @@ class Matmul:
         self.z = torch.empty(min(1024, shape["num_tokens"]), shape["d_sae"])
 
     def step(self, x: Tensor) -> float:
-        for part in x.split(len(self.z)):
+        for part in torch.split(x, len(self.z)):
             torch.mm(part, self.weight.T, out=self.z[: len(part)])
         return float("nan")
 
@@ -176,7 +177,7 @@ class Sparsify:
             return fvu_of(x, self.sae(x).sae_out)
 
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, tuple[Callable[[dict[str, int], list[Tensor]], Implementation], str]] = {
     "encoder matmul alone": (Matmul, "torch"),
     "saekit, compiled": (Saekit, "torch"),
     "saekit, torch operators": (Saekit, "torch"),
@@ -195,7 +196,7 @@ def main() -> None:
     torch.manual_seed(0)
     data = batches(shape)
     make, package = IMPLEMENTATIONS[name]
-    implementation: Implementation = make(shape, data)
+    implementation = make(shape, data)
     say(answers, {"version": importlib.metadata.version(package), "fvu": implementation.fvu(data[0])})
     for number, line in enumerate(sys.stdin):
         if line.strip() == "fvu":

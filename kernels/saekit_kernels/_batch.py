@@ -23,7 +23,7 @@ def batch_topk(
     primitives: Primitives, x: Tensor, weight: Tensor, bias: Tensor, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The len(x) * k largest positive entries of x @ weight.T + bias as CSR: values, indices, offsets."""
-    sample = reference.pre_activations(x[:: max(1, len(x) // SAMPLE_TOKENS)][:SAMPLE_TOKENS], weight, bias)
+    sample = reference.pre_activations(x[:: max(1, -(-len(x) // SAMPLE_TOKENS))], weight, bias)
     # A NaN would be the largest of all, and no bound.
     sample = sample.masked_fill_(sample.isnan(), -math.inf)
     margin = FIRST_MARGIN

@@ -6,7 +6,7 @@ Figures in comments: AMD EPYC (Zen 3, AVX2), one thread, torch 2.13, N = 2048, D
 import torch
 from torch import Tensor
 
-from saekit_kernels import _build, _cpu, _cpu_dense, _cpu_optim
+from saekit_kernels import _build, _cpu, _cpu_dense, _cpu_optim, _memory
 from saekit_kernels.primitives import AdamStep
 from saekit_kernels.sparse_code import Entries, ReverseIndex
 
@@ -53,7 +53,7 @@ def gather_sum(
     if not _is_float32(*operands) or _cpu_dense.is_dense(entries, len(weight)):
         return _cpu.gather_sum(values, entries, weight, bias=bias, dtype=dtype)
     values, weight = values.contiguous(), weight.contiguous()
-    out = weight.new_empty(entries.num_rows, weight.shape[1])
+    out = _memory.empty(entries.num_rows, weight.shape[1], dtype=torch.float32)
     bias = None if bias is None else bias.contiguous()
     _run("bag_sums", values, None, _places(entries), entries.row_offsets, weight, bias, out, *out.shape)
     return out.to(dtype)
@@ -74,7 +74,7 @@ def scatter_sum(values: Tensor, reverse: ReverseIndex, rows: Tensor, *, dtype: t
     if not _is_float32(values, rows) or _cpu_dense.is_dense(reverse.entries, reverse.num_features):
         return _cpu.scatter_sum(values, reverse, rows, dtype=dtype)
     values, rows = values.contiguous(), rows.contiguous()
-    out = rows.new_empty(reverse.num_features, rows.shape[1])
+    out = _memory.empty(reverse.num_features, rows.shape[1], dtype=torch.float32)
     _run("bag_sums", values, reverse.order, reverse.rows, reverse.offsets, rows, None, out, *out.shape)
     return out.to(dtype)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from saekit_kernels import _cpu_dense
+from saekit_kernels import _cpu_dense, _memory
 from saekit_kernels._cpu_optim import adam, gradient_square
 from saekit_kernels.primitives import compute_dtype
 from saekit_kernels.sparse_code import Entries, ReverseIndex
@@ -113,7 +113,7 @@ def product_chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
     num_features = len(weight)
     fitting = _CHUNK_BYTES // (num_features * x.element_size())
     num_rows = min(len(x), max(_MIN_CHUNK_ROWS, min(_CHUNK_ROWS, fitting)))
-    buffer = x.new_empty(num_rows, num_features)
+    buffer = _memory.empty(num_rows, num_features, dtype=x.dtype)
     for start in range(0, len(x), max(num_rows, 1)):
         part = x[start : start + num_rows]
         z = buffer[: len(part)]

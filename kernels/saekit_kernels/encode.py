@@ -90,8 +90,8 @@ def encode_batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, backen
     _check_k("encode_batch_topk", k, W_enc)
     primitives = load_primitives(resolve_backend(backend, x, W_enc, b_enc))
 
-    def select(*operands: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return batch_topk(primitives, *operands, k)
+    def select(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return batch_topk(primitives, x, weight, bias, k)
 
     with without_autocast(x):
         values, indices, offsets = _EncodeRows.apply(x, W_enc, b_enc, select, primitives)  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -142,8 +142,8 @@ def encode_threshold(
     primitives = load_primitives(resolve_backend(backend, x, W_enc, b_enc, threshold))
     bound = threshold.detach().to(compute_dtype(x, W_enc, b_enc, threshold)) - bandwidth / 2
 
-    def select(*operands: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return primitives.threshold(*operands, bound)
+    def select(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return primitives.threshold(x, weight, bias, bound)
 
     with without_autocast(x):
         pre_acts, indices, offsets = _EncodeRows.apply(x, W_enc, b_enc, select, primitives)  # type: ignore[no-untyped-call]  # torch leaves it untyped

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import triton
 from saekit_kernels import _decode_triton as decoding
 from saekit_kernels import _encode_triton as encoding
+from saekit_kernels import _optim_triton as optim
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -52,6 +53,7 @@ def cases() -> Iterator[Case]:
         yield Case(f"threshold_product-{dtype}", encoding.threshold_product_fwd_kernel, types, blocks, *launch)
     yield from _selection_cases(sizes)
     yield from _sparse_cases()
+    yield from _optim_cases()
 
 
 def _selection_cases(sizes: dict[str, str]) -> Iterator[Case]:
@@ -91,6 +93,18 @@ def _sparse_cases() -> Iterator[Case]:
         yield Case(f"scatter_sum-{dtype}", decoding.scatter_sum_bwd_kernel, types, blocks | split, 4)
     combined = {"BLOCK_I": decoding.BLOCK_ENTRIES, "BLOCK_D": 256}
     yield Case("combine-fp32", decoding.combine_bwd_kernel, types, combined, 4)
+
+
+def _optim_cases() -> Iterator[Case]:
+    types = dict.fromkeys(("weight_ptr", "grad_ptr", "mean_ptr", "square_ptr", "scale_ptr", "out_ptr"), "*fp32")
+    types |= {"shadow_ptr": "*bf16", "size": "i64", "length": "i32"}
+    types |= dict.fromkeys(("step_size", "beta1", "beta2", "eps", "root_correction"), "fp32")
+    for length in (768, 4096, optim.MAX_ROW):
+        block, num_warps = optim.launch(length)
+        constants = {"IS_UNIT_NORM": True, "HAS_SHADOW": True, "BLOCK": block}
+        yield Case(f"adam-{length}", optim.adam_kernel, types, constants, num_warps)
+    constants = {"IS_UNIT_NORM": True, "BLOCK": block}
+    yield Case(f"gradient_square-{length}", optim.gradient_square_kernel, types, constants, num_warps)
 
 
 def compile_case(case: Case, capability: int) -> dict[str, Any]:

@@ -26,6 +26,7 @@ CASES = {
         "topk_select-256-65536",
         "threshold_fill",
         "gather_dot-fp32",
+        "adam-8192",
     ],
 }
 
