@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from saekit.activations import ActivationStore, CacheConfig, StoreView, cache_activations
+    from saekit.activations import ActivationStore, CacheConfig, PairedStore, StoreView, cache_activations
     from saekit.errors import SaekitError
     from saekit.evaluation import EvaluationConfig, evaluate
     from saekit.hub import load_sae, load_saes, save_sae
@@ -16,20 +16,32 @@ if TYPE_CHECKING:
     from saekit.report import build_report
     from saekit.sae import (
         SAE,
+        BatchTopKConfig,
+        BatchTopKSAE,
         Dictionary,
+        GatedConfig,
+        GatedSAE,
         JumpReLUConfig,
         JumpReLUSAE,
+        MatryoshkaBatchTopKConfig,
+        MatryoshkaBatchTopKSAE,
+        MatryoshkaTopKConfig,
+        MatryoshkaTopKSAE,
         MultiLayerDictionary,
+        ReLUConfig,
+        ReLUSAE,
         SAEOutput,
         TopKConfig,
         TopKSAE,
+        Transcoder,
+        TranscoderConfig,
     )
     from saekit.training import TrainConfig, Trainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "saekit.activations": ("ActivationStore", "CacheConfig", "StoreView", "cache_activations"),
+    "saekit.activations": ("ActivationStore", "CacheConfig", "PairedStore", "StoreView", "cache_activations"),
     "saekit.errors": ("SaekitError",),
     "saekit.evaluation": ("EvaluationConfig", "evaluate"),
     "saekit.hub": ("load_sae", "load_saes", "save_sae"),
@@ -38,13 +50,25 @@ _HOMES = {
     "saekit.report": ("build_report",),
     "saekit.sae": (
         "SAE",
+        "BatchTopKConfig",
+        "BatchTopKSAE",
         "Dictionary",
+        "GatedConfig",
+        "GatedSAE",
         "JumpReLUConfig",
         "JumpReLUSAE",
+        "MatryoshkaBatchTopKConfig",
+        "MatryoshkaBatchTopKSAE",
+        "MatryoshkaTopKConfig",
+        "MatryoshkaTopKSAE",
         "MultiLayerDictionary",
+        "ReLUConfig",
+        "ReLUSAE",
         "SAEOutput",
         "TopKConfig",
         "TopKSAE",
+        "Transcoder",
+        "TranscoderConfig",
     ),
     "saekit.training": ("TrainConfig", "Trainer"),
 }
@@ -53,15 +77,26 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "SAE",
     "ActivationStore",
+    "BatchTopKConfig",
+    "BatchTopKSAE",
     "CacheConfig",
     "Dictionary",
     "EvaluationConfig",
+    "GatedConfig",
+    "GatedSAE",
     "JumpReLUConfig",
     "JumpReLUSAE",
     "LabelConfig",
     "LanguageModel",
+    "MatryoshkaBatchTopKConfig",
+    "MatryoshkaBatchTopKSAE",
+    "MatryoshkaTopKConfig",
+    "MatryoshkaTopKSAE",
     "ModelConfig",
     "MultiLayerDictionary",
+    "PairedStore",
+    "ReLUConfig",
+    "ReLUSAE",
     "SAEOutput",
     "SaekitError",
     "StoreView",
@@ -69,6 +104,8 @@ __all__ = [
     "TopKSAE",
     "TrainConfig",
     "Trainer",
+    "Transcoder",
+    "TranscoderConfig",
     "build_report",
     "cache_activations",
     "capture",

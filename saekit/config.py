@@ -1,5 +1,6 @@
 """Configs: frozen pydantic models read from TOML, changed by `key=value`, hashed for manifests."""
 
+import copy
 import difflib
 import hashlib
 import json
@@ -18,7 +19,9 @@ __all__ = ["Config", "apply_overrides", "changed_keys", "config_sha256", "read_t
 class Config(BaseModel):
     """Base of every config: immutable, no unknown keys, each field described by the string under it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
     @classmethod
     def parse(cls, values: Mapping[str, object], *, where: str = "config") -> Self:
@@ -28,7 +31,8 @@ class Config(BaseModel):
             ConfigError: one line that names the key, what was found, what is needed, and the nearest known key.
         """
         try:
-            return cls.model_validate(dict(values))
+            # As JSON and strict: `k = true` is no 1, and `d_sae = "64"` no 64, but a list may stand for a tuple.
+            return cls.model_validate_json(json.dumps(dict(values), default=_plain), strict=True)
         except ValidationError as error:
             raise ConfigError(_one_line(cls, error, where)) from error
 
@@ -37,10 +41,15 @@ class Config(BaseModel):
         return self.model_dump(mode="json")
 
 
+def _plain(value: object) -> object:
+    """What JSON has no form for: configs as tables, dates and the like as text."""
+    return value.to_dict() if isinstance(value, Config) else str(value)
+
+
 def _one_line(cls: type[Config], error: ValidationError, where: str) -> str:
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
-    key = ".".join(path)
+    key = ".".join(_written_path(cls, path))
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _known_keys(cls, path[:-1])
@@ -66,6 +75,21 @@ def _models_in(annotation: object) -> Iterable[type[BaseModel]]:
         yield annotation
     for argument in getattr(annotation, "__args__", ()):
         yield from _models_in(argument)
+
+
+def _written_path(cls: type[BaseModel], path: list[str]) -> list[str]:
+    """Returns a location as it stands in the file: without the tags of discriminated unions that pydantic puts in."""
+    models: list[type[BaseModel]] = [cls]
+    written = []
+    for part in path:
+        inner = [
+            m for model in models if part in model.model_fields for m in _models_in(model.model_fields[part].annotation)
+        ]
+        tagged = [m for m in models if "kind" in m.model_fields and m.model_fields["kind"].default == part]
+        if any(part in model.model_fields for model in models) or not tagged:
+            written.append(part)
+        models = inner or tagged or models
+    return written
 
 
 def _known_keys(cls: type[BaseModel], path: list[str]) -> list[str]:
@@ -118,7 +142,7 @@ def apply_overrides(table: Mapping[str, Any], overrides: Iterable[str]) -> dict[
     Raises:
         ConfigError: an override without `=`, or one that reaches through a value that is not a table.
     """
-    result: dict[str, Any] = json.loads(json.dumps(table))
+    result: dict[str, Any] = copy.deepcopy(dict(table))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key.strip():
@@ -144,11 +168,12 @@ def config_sha256(config: Config | Mapping[str, object]) -> str:
 
 
 def changed_keys(old: Mapping[str, object], new: Mapping[str, object]) -> dict[str, tuple[object, object]]:
-    """Returns `dotted.key -> (old value, new value)` for every leaf that differs; a leaf on one side only counts."""
+    """Returns `dotted.key -> (old value, new value)` for every leaf that differs.
+
+    A leaf on one side only is None on the other: folders stay usable when a later version brings an option that is off by default.
+    """
     before, after = _leaves(old), _leaves(new)
-    missing = "(absent)"
-    keys = sorted(before.keys() | after.keys())
-    pairs = {key: (before.get(key, missing), after.get(key, missing)) for key in keys}
+    pairs = {key: (before.get(key), after.get(key)) for key in sorted(before.keys() | after.keys())}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 

@@ -1,6 +1,7 @@
 """What an artifact folder is: `manifest.json`, written atomically, tells stage, config, inputs and whether it is complete."""
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -23,8 +24,10 @@ __all__ = [
     "StageState",
     "atomic_write",
     "begin_stage",
+    "check_same_config",
     "file_sha256",
     "finish_stage",
+    "locked",
     "manifest_sha256",
     "read_manifest",
     "software_versions",
@@ -33,6 +36,7 @@ __all__ = [
 ]
 
 MANIFEST_NAME = "manifest.json"
+LOCK_NAME = ".lock"
 
 StageState = Literal["new", "resume", "complete"]
 
@@ -151,6 +155,46 @@ def manifest_sha256(folder: str | Path) -> str:
     return config_sha256(identity)
 
 
+@contextlib.contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Keeps other processes from writing to `folder` inside the block; the system frees the lock of a killed one.
+
+    Raises:
+        ResourceError: another process holds it, or the folder cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK_NAME).open("w")
+    except OSError as error:
+        raise ResourceError(f"{str(folder)!r}: cannot be written: {error.strerror or error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ResourceError(
+                f"{str(folder)!r}: another process is writing there, needs a folder of its own; wait for it or stop it"
+            ) from error
+        except OSError as error:
+            raise ResourceError(f"{str(folder)!r}: cannot be locked: {error.strerror or error}") from error
+        yield
+
+
+def check_same_config(folder: str | Path, found: Mapping[str, object], asked: Mapping[str, object]) -> None:
+    """Checks that a folder was written with the config that is asked for now.
+
+    Raises:
+        ConfigError: not so; the differing keys are named.
+    """
+    differing = changed_keys(found, asked)
+    if differing:
+        shown = ", ".join(f"{key} ({old!r} there, {new!r} asked)" for key, (old, new) in list(differing.items())[:5])
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise ConfigError(
+            f"{str(folder)!r}: written with another config: {shown}{more}; use another folder or the old values"
+        )
+
+
 def begin_stage(
     folder: str | Path, stage: str, config: Config | Mapping[str, object], inputs: Mapping[str, str] | None = None
 ) -> StageState:
@@ -186,13 +230,7 @@ def begin_stage(
         raise ConfigError(
             f"{str(folder)!r}: holds the output of stage {found.stage!r}, needs a folder of its own for {stage!r}"
         )
-    differing = changed_keys(found.config, values)
-    if differing:
-        shown = ", ".join(f"{key} ({old!r} there, {new!r} asked)" for key, (old, new) in list(differing.items())[:5])
-        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise ConfigError(
-            f"{str(folder)!r}: written with another config: {shown}{more}; use another folder or the old values"
-        )
+    check_same_config(folder, found.config, values)
     if found.inputs != given:
         names = sorted(name for name in found.inputs.keys() | given.keys() if found.inputs.get(name) != given.get(name))
         raise ConfigError(

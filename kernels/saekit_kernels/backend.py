@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 import torch
 from torch import Tensor
 
+from saekit_kernels import _build
+
 if TYPE_CHECKING:
     from saekit_kernels.primitives import Primitives
 
-Backend = Literal["auto", "triton", "cpu", "reference"]
-ResolvedBackend = Literal["triton", "cpu", "reference"]
+Backend = Literal["auto", "triton", "compiled", "cpu", "reference"]
+ResolvedBackend = Literal["triton", "compiled", "cpu", "reference"]
 
 ENVIRONMENT_VARIABLE = "SAEKIT_KERNELS"
 
 _MODULES: dict[ResolvedBackend, str] = {
     "triton": "saekit_kernels._triton",
+    "compiled": "saekit_kernels._compiled",
     "cpu": "saekit_kernels._cpu",
     "reference": "saekit_kernels.reference",
 }
@@ -31,9 +34,10 @@ def resolve_backend(backend: Backend = "auto", *tensors: Tensor) -> ResolvedBack
     """Name of the implementation that a call with these arguments uses.
 
     Args:
-        backend: "auto" takes Triton for CUDA tensors where triton imports, the CPU path for CPU tensors, and the
-            reference for everything else (float64 on CUDA, other devices). The environment variable SAEKIT_KERNELS
-            replaces "auto" (and only "auto").
+        backend: "auto" takes Triton for CUDA tensors where triton imports; for float32 CPU tensors the compiled kernels,
+            which the first such call builds, and torch operators where they cannot be built (said once); torch operators
+            for other CPU tensors; and the reference for everything else (float64 on CUDA, other devices). The environment
+            variable SAEKIT_KERNELS replaces "auto" (and only "auto").
         tensors: the operands of the call; they decide what is usable.
 
     Raises:
@@ -59,7 +63,8 @@ def load_primitives(backend: ResolvedBackend) -> "Primitives":
 def _automatic(tensors: tuple[Tensor, ...]) -> ResolvedBackend:
     kinds = {tensor.device.type for tensor in tensors}
     if kinds <= {"cpu"}:
-        return "cpu"
+        is_float32 = all(tensor.dtype == torch.float32 for tensor in tensors)
+        return "compiled" if is_float32 and _build.why_unavailable(notify=True) is None else "cpu"
     if kinds == {"cuda"} and _why_unusable("triton", tensors) is None:
         return "triton"
     return "reference"
@@ -67,8 +72,11 @@ def _automatic(tensors: tuple[Tensor, ...]) -> ResolvedBackend:
 
 def _why_unusable(backend: ResolvedBackend, tensors: tuple[Tensor, ...]) -> str | None:
     devices = sorted({str(tensor.device) for tensor in tensors})
-    if backend == "cpu" and any(tensor.device.type != "cpu" for tensor in tensors):
+    if backend in ("cpu", "compiled") and any(tensor.device.type != "cpu" for tensor in tensors):
         return f"tensors are on {', '.join(devices)}, needs tensors on cpu"
+    if backend == "compiled":
+        other = sorted({str(tensor.dtype) for tensor in tensors if tensor.dtype != torch.float32})
+        return f"a tensor is {other[0]}, needs torch.float32" if other else _build.why_unavailable()
     if backend == "triton":
         return _why_triton_is_unusable(tensors, devices)
     return None

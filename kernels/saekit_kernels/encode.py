@@ -1,21 +1,23 @@
-"""Linear map and selection in one op: the k largest pre-activations of a token, or all above a threshold.
+"""Linear map and selection in one op: the k largest pre-activations of a token or of a batch, or all above a threshold.
 
-Both keep only the selected entries, so their backward costs O(N K D) and makes no [N, F] array.
+All keep only the selected entries, so their backward costs O(N K D) and makes no [N, F] array.
 
 Non-finite values: nothing is dropped silently. NaN ranks above every number (as in torch.topk) and is not below any
 threshold, so a NaN or +inf pre-activation is selected, reaches the returned values and any loss made of them.
 """
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from saekit_kernels._batch import batch_topk
 from saekit_kernels.backend import Backend, load_primitives, resolve_backend
 from saekit_kernels.primitives import Primitives, compute_dtype, without_autocast
-from saekit_kernels.sparse_code import ReverseIndex, ThresholdCode, TopKCode, reverse_index
+from saekit_kernels.sparse_code import BatchTopKCode, ReverseIndex, ThresholdCode, TopKCode, reverse_index
 
 if TYPE_CHECKING:
 
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
         needs_input_grad: tuple[bool, ...]
         primitives: Primitives
         reverse: ReverseIndex
+
+
+_Select = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, backend: Backend = "auto") -> TopKCode:
@@ -50,13 +55,47 @@ def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, backend: Bac
     Source: Gao et al. 2024, arXiv 2406.04093, section 2.3 (TopK activation).
     """
     _check_operands("encode_topk", x, W_enc, b_enc)
-    num_features = W_enc.shape[1]
-    if not 1 <= k <= num_features:
-        raise ValueError(f"encode_topk: k is {k}, needs 1 to d_sae = {num_features}")
+    _check_k("encode_topk", k, W_enc)
     primitives = load_primitives(resolve_backend(backend, x, W_enc, b_enc))
     with without_autocast(x):
         values, indices = _EncodeTopK.apply(x, W_enc, b_enc, k, primitives)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return TopKCode(values, indices)
+
+
+def encode_batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, backend: Backend = "auto") -> BatchTopKCode:
+    """The N * k largest positive entries of z = x @ W_enc + b_enc over the whole batch, exactly, as CSR.
+
+    A token has as many entries as its values are large. Selection is by value, largest first, and among equals by token and
+    then by index, lowest first; where fewer than N * k are positive, those are all. The code is what a threshold gives, so
+    gradients, dtypes and layouts are those of `encode_threshold`.
+
+    Args:
+        x: [N, D] float; needs no gradient, or gets one.
+        W_enc: [D, F]; fastest as the transposed view of contiguous [F, D] memory.
+        b_enc: [F].
+        k: entries a token on average, 1 to F.
+        backend: see `resolve_backend`. On a device the call waits for the number of entries.
+
+    Returns:
+        values [nnz] > 0 (or NaN), indices [nnz] int64 rising within a row, and offsets [N + 1] int64; values are
+        differentiable with respect to x, W_enc and b_enc.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or k is out of range.
+        BackendError: a forced backend cannot run.
+
+    Source: Bussmann et al. 2024, arXiv 2412.06410, section 3 (BatchTopK).
+    """
+    _check_operands("encode_batch_topk", x, W_enc, b_enc)
+    _check_k("encode_batch_topk", k, W_enc)
+    primitives = load_primitives(resolve_backend(backend, x, W_enc, b_enc))
+
+    def select(*operands: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return batch_topk(primitives, *operands, k)
+
+    with without_autocast(x):
+        values, indices, offsets = _EncodeRows.apply(x, W_enc, b_enc, select, primitives)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return BatchTopKCode(values, indices, offsets)
 
 
 def encode_threshold(
@@ -102,8 +141,12 @@ def encode_threshold(
         raise ValueError(f"encode_threshold: bandwidth is {bandwidth}, needs a finite number, at least 0")
     primitives = load_primitives(resolve_backend(backend, x, W_enc, b_enc, threshold))
     bound = threshold.detach().to(compute_dtype(x, W_enc, b_enc, threshold)) - bandwidth / 2
+
+    def select(*operands: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return primitives.threshold(*operands, bound)
+
     with without_autocast(x):
-        pre_acts, indices, offsets = _EncodeThreshold.apply(x, W_enc, b_enc, bound, primitives)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        pre_acts, indices, offsets = _EncodeRows.apply(x, W_enc, b_enc, select, primitives)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return ThresholdCode(pre_acts, indices, offsets)
 
 
@@ -132,12 +175,14 @@ class _EncodeTopK(torch.autograd.Function):
         return *_linear_gradients(ctx, grad_z, x, W_enc, b_enc), None, None
 
 
-class _EncodeThreshold(torch.autograd.Function):
+class _EncodeRows(torch.autograd.Function):
+    """Rows of varying length: whatever `select` takes of the entries of z, as CSR and not gated."""
+
     @staticmethod
     def forward(
-        ctx: "_Context", x: Tensor, W_enc: Tensor, b_enc: Tensor, bound: Tensor, primitives: Primitives
+        ctx: "_Context", x: Tensor, W_enc: Tensor, b_enc: Tensor, select: "_Select", primitives: Primitives
     ) -> tuple[Tensor, Tensor, Tensor]:
-        pre_acts, indices, offsets = primitives.threshold(x, W_enc.T, b_enc, bound)
+        pre_acts, indices, offsets = select(x, W_enc.T, b_enc)
         ctx.mark_non_differentiable(indices, offsets)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, W_enc, b_enc)
@@ -169,6 +214,11 @@ def _linear_gradients(
         grad_weight = primitives.scatter_sum(grad_z, reverse, x, dtype=W_enc.dtype).T if needs_weight else None
         grad_bias = primitives.feature_sum(grad_z, reverse, dtype=b_enc.dtype) if needs_bias else None
     return grad_x, grad_weight, grad_bias
+
+
+def _check_k(where: str, k: int, W_enc: Tensor) -> None:
+    if not 1 <= k <= W_enc.shape[1]:
+        raise ValueError(f"{where}: k is {k}, needs 1 to d_sae = {W_enc.shape[1]}")
 
 
 def _check_operands(where: str, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:

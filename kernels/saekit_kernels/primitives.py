@@ -1,12 +1,47 @@
-"""The six primitives that every backend implements; the public ops and their backwards are made of nothing else."""
+"""The primitives that every backend implements; the public ops and their backwards are made of nothing else."""
 
+import math
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from saekit_kernels.sparse_code import Entries, ReverseIndex
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdamStep:
+    """What one step of Adam multiplies by.
+
+    lr: learning rate.
+    beta1, beta2: decay rates of the moments.
+    eps: added to the root of the second moment.
+    number: which step this is; 1 is the first.
+    is_unit_norm: rows of the weight have norm 1, before and after.
+    """
+
+    lr: float
+    number: int
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    is_unit_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.number < 1:
+            raise ValueError(f"adam_step: step.number is {self.number}, needs 1 for the first step")
+
+    @property
+    def step_size(self) -> float:
+        """The learning rate over the first moment's bias correction."""
+        return self.lr / (1.0 - self.beta1**self.number)
+
+    @property
+    def root_correction(self) -> float:
+        """The root of the second moment's bias correction."""
+        return math.sqrt(1.0 - self.beta2**self.number)
 
 
 class Primitives(Protocol):
@@ -42,6 +77,21 @@ class Primitives(Protocol):
 
     def feature_sum(self, values: Tensor, reverse: ReverseIndex, *, dtype: torch.dtype) -> Tensor:
         """out[f] = sum of values over the entries of feature f: [F] in `dtype`."""
+
+    def adam(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        moments: tuple[Tensor, Tensor],
+        step: AdamStep,
+        *,
+        scale: Tensor | float,
+        shadow: Tensor | None,
+    ) -> None:
+        """One step of Adam in place, see `adam_step`; all but `grad` are contiguous."""
+
+    def gradient_square(self, grad: Tensor, weight: Tensor | None) -> Tensor:
+        """Sum of squares of `grad`, less its parts along the rows of `weight`: a float64 scalar."""
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -1,7 +1,7 @@
 """The truth: every primitive as plain dense torch, in the operands' own precision on any device.
 
-Nothing here is fast and [N, F] arrays are made freely. `topk` and `threshold` are forward passes; the other four are
-the decode and, between them, every explicit gradient of the three public ops:
+Nothing here is fast and [N, F] arrays are made freely. `topk` and `threshold` are forward passes; the four sums are
+the decode and, between them, every explicit gradient of the encoders and the decoder:
 
     decode      x_hat = gather_sum(values) + b_dec
                 d values = gather_dot(g)       d W_dec = scatter_sum(values, g)        d b_dec = g.sum(0)
@@ -13,7 +13,7 @@ with d z the gradient of the stored values, zero where relu clipped.
 import torch
 from torch import Tensor
 
-from saekit_kernels.primitives import compute_dtype
+from saekit_kernels.primitives import AdamStep, compute_dtype
 from saekit_kernels.sparse_code import Entries, ReverseIndex
 
 
@@ -65,6 +65,43 @@ def feature_sum(values: Tensor, reverse: ReverseIndex, *, dtype: torch.dtype) ->
     """See `Primitives.feature_sum`."""
     compute = compute_dtype(values)
     return dense(values.to(compute), reverse.entries, reverse.num_features).sum(0).to(dtype)
+
+
+def adam(
+    weight: Tensor,
+    grad: Tensor,
+    moments: tuple[Tensor, Tensor],
+    step: AdamStep,
+    *,
+    scale: Tensor | float,
+    shadow: Tensor | None,
+) -> None:
+    """See `Primitives.adam`."""
+    compute = compute_dtype(weight, grad, *moments)
+    w, g = weight.to(compute), grad.to(compute)
+    mean, square = (moment.to(compute) for moment in moments)
+    if step.is_unit_norm:
+        g = without_part_along(g, w)
+    g = g * scale
+    mean = mean + (1.0 - step.beta1) * (g - mean)
+    square = step.beta2 * square + (1.0 - step.beta2) * g * g
+    w = w - step.step_size * mean / (square.sqrt() / step.root_correction + step.eps)
+    if step.is_unit_norm:
+        w = w / w.norm(dim=1, keepdim=True).clamp_min(torch.finfo(compute).tiny)
+    for kept, new in ((weight, w), (moments[0], mean), (moments[1], square), (shadow, w)):
+        if kept is not None:
+            kept.copy_(new)
+
+
+def gradient_square(grad: Tensor, weight: Tensor | None) -> Tensor:
+    """See `Primitives.gradient_square`."""
+    g = grad.double()
+    return (g if weight is None else without_part_along(g, weight.double())).square().sum()
+
+
+def without_part_along(grad: Tensor, weight: Tensor) -> Tensor:
+    """The gradient [R, D] less its part along each row of the weight, whose norm is 1."""
+    return grad - (grad * weight).sum(1, keepdim=True) * weight
 
 
 def dense(values: Tensor, entries: Entries, num_features: int) -> Tensor:

@@ -33,6 +33,19 @@ class ThresholdCode(NamedTuple):
     offsets: Tensor
 
 
+class BatchTopKCode(NamedTuple):
+    """CSR of the largest entries of a batch; indices rise within a row.
+
+    values: [nnz] > 0, float32 (float64 for float64 operands).
+    indices: [nnz] int64 in [0, F).
+    offsets: [N + 1] int64; row n owns the entries offsets[n] to offsets[n + 1].
+    """
+
+    values: Tensor
+    indices: Tensor
+    offsets: Tensor
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entries:
     """Where the entries of a code sit: one view of [N, K] pairs and of CSR.

@@ -1,7 +1,7 @@
 """The command line: thin commands over `stages`; one line and exit code 2 for everything a user can mend."""
 
 import functools
-import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ParamSpec
@@ -12,7 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from saekit.errors import SaekitError
-from saekit_pipelines.console import ConsoleProgress, make_progress
+from saekit.progress import NO_PROGRESS, Progress
+from saekit_pipelines.console import make_progress
 
 if TYPE_CHECKING:
     from saekit.evaluation import EvaluationTable
@@ -44,6 +45,13 @@ Overrides = Annotated[
 ]
 SaeName = Annotated[str | None, typer.Option("--sae", help="Only the SAE of this name, e.g. topk.", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and what it costs, then stop.")]
+LabelDryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Gather the evidence, then print the requests, tokens and cost that the labelling model would take; ask nothing.",
+    ),
+]
 
 
 P = ParamSpec("P")
@@ -76,7 +84,9 @@ def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False
     if dry_run:
         _print_plan(pipeline.plan())
         return
-    typer.echo(f"report: {pipeline.run()}")
+    index = pipeline.run()
+    _print_metrics("held-out documents", pipeline.summary())
+    typer.echo(f"report: {index}")
 
 
 @app.command(epilog="Example:  saekit cache RECIPE.toml cache.num_tokens=10_000_000 --dry-run")
@@ -103,11 +113,15 @@ def train(recipe: RecipePath, overrides: Overrides = None, sae: SaeName = None) 
 
 @app.command(epilog="Example:  saekit label RECIPE.toml --sae topk label.max_features=500")
 @_guarded
-def label(recipe: RecipePath, overrides: Overrides = None, sae: SaeName = None) -> None:
+def label(recipe: RecipePath, overrides: Overrides = None, sae: SaeName = None, dry_run: LabelDryRun = False) -> None:
     """Describe every feature, from what makes it fire and from what it promotes, and score the descriptions."""
     from saekit_pipelines.stages import Pipeline
 
-    Pipeline.load(recipe, overrides or [], progress=_progress()).label(sae)
+    pipeline = Pipeline.load(recipe, overrides or [], progress=_progress())
+    if dry_run:
+        _print_plan(pipeline.label_estimates(sae))
+        return
+    pipeline.label(sae)
 
 
 @app.command(epilog="Example:  saekit evaluate RECIPE.toml --sae jumprelu")
@@ -152,17 +166,24 @@ def status(
         typer.echo("run the recipe again to resume what is unfinished and to do what is missing")
 
 
-@app.command(epilog="Example:  saekit verify runs/quickstart/cache")
+@app.command(epilog="Example:  saekit verify runs/quickstart/cache --repair")
 @_guarded
-def verify(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A cache folder.", show_default=False)]) -> None:
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A cache folder.", show_default=False)],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Forget the broken parts; 'saekit cache' then makes exactly those anew.")
+    ] = False,
+) -> None:
     """Check every activation shard against its checksum."""
     from saekit_pipelines.status import verify_cache
 
-    problems = verify_cache(folder)
+    problems = verify_cache(folder, repair=repair)
     for problem in problems:
         typer.echo(problem)
     if problems:
-        raise typer.Exit(1)
+        remedy = "run 'saekit cache'" if repair else "run this again with --repair, then 'saekit cache'"
+        typer.echo(f"error: {folder}: {len(problems)} broken; {remedy} to make them anew", err=True)
+        raise typer.Exit(EXIT_USER_ERROR)
     typer.echo(f"{folder}: every shard is as it was written")
 
 
@@ -183,8 +204,9 @@ def convert(
     typer.echo(f"{target}: {to}")
 
 
-def _progress() -> ConsoleProgress:
-    return make_progress()
+def _progress() -> Progress:
+    """Bars or lines of the first process; the others of a launch say nothing."""
+    return make_progress() if os.environ.get("RANK", "0") == "0" else NO_PROGRESS
 
 
 def _print_plan(rows: list[tuple[str, str]]) -> None:
@@ -195,13 +217,16 @@ def _print_plan(rows: list[tuple[str, str]]) -> None:
 
 
 def _print_metrics(name: str, metrics: "EvaluationTable") -> None:
-    table = Table(*metrics.header, title=name, box=None, pad_edge=False)
+    table = Table(title=name, box=None, pad_edge=False)
+    for column, header in enumerate(metrics.header):
+        table.add_column(header, justify="right" if column else "left")
     for row in metrics.rows:
         table.add_row(*(escape(cell) for cell in row))
-    Console().print(table)
+    console = Console()
+    # A file has no width; figures with their intervals in one line are easier to read and to grep.
+    Console(width=None if console.is_terminal else 140).print(table)
 
 
 def main() -> None:
     """Entry point of `saekit`."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     app()

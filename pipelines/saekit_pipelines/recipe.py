@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
@@ -10,10 +11,13 @@ from saekit.config import Config, apply_overrides, read_toml
 from saekit.errors import ConfigError
 from saekit.evaluation import EvaluationConfig
 from saekit.labelling import LabelConfig
-from saekit.sae import AnySAEConfig
+from saekit.sae import AnySAEConfig, TranscoderConfig
 from saekit.training import TrainConfig
 
 __all__ = ["Recipe", "ReportConfig", "SplitConfig", "TrainRun", "load_recipe"]
+
+
+SAEName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 
 
 class SplitConfig(Config):
@@ -21,7 +25,7 @@ class SplitConfig(Config):
 
     test_fraction: float = Field(0.1, gt=0.0, lt=1.0)
     """Fraction of the tokens that is held out, by whole documents."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Chooses the documents."""
 
 
@@ -30,6 +34,8 @@ class TrainRun(Config):
 
     hook_point: str | None = None
     """Which cached hook point to train on; may be left out where the cache has only one."""
+    target_hook_point: str | None = None
+    """For a transcoder: which cached hook point's activations are predicted from those of `hook_point`."""
     sae: AnySAEConfig
     """The architecture: `kind`, `d_sae`, `k`, ...; `d_in` is the hook point's width and may be left out."""
     training: TrainConfig
@@ -46,14 +52,14 @@ class ReportConfig(Config):
 class Recipe(Config):
     """The whole run: text -> activations -> SAEs -> labels -> evaluation -> report."""
 
-    name: str
+    name: str = Field(min_length=1)
     """Short name, shown in the report."""
-    out: str
+    out: str = Field(min_length=1)
     """Folder of the run; each stage writes a folder of its own inside."""
     cache: CacheConfig
     """Model, text, tokens and hook points."""
-    train: dict[str, TrainRun] = Field(min_length=1)
-    """The SAEs, by name."""
+    train: dict[SAEName, TrainRun] = Field(min_length=1)
+    """The SAEs, by name: letters, digits, `_`, `-` and `.`, as a folder is called after it."""
     split: SplitConfig = SplitConfig()
     """Held-out documents."""
     label: LabelConfig = LabelConfig()
@@ -81,6 +87,22 @@ class Recipe(Config):
             raise ConfigError(f"train.{name}.hook_point: found {asked!r}, the cache has {', '.join(cached)}")
         return asked or cached[0]
 
+    def target_hook_point(self, name: str) -> str | None:
+        """Returns the hook point that the SAE called `name` predicts; None but for transcoders.
+
+        Raises:
+            ConfigError: a transcoder names none that is cached, or an SAE that is no transcoder names one.
+        """
+        run, cached = self.train[name], self.cache.hook_points
+        if isinstance(run.sae, TranscoderConfig) != (run.target_hook_point is not None):
+            needs = "a transcoder needs one" if run.target_hook_point is None else "only a transcoder takes one"
+            raise ConfigError(f"train.{name}.target_hook_point: found {run.target_hook_point!r}, {needs}")
+        if run.target_hook_point is not None and run.target_hook_point not in cached:
+            raise ConfigError(
+                f"train.{name}.target_hook_point: found {run.target_hook_point!r}, the cache has {', '.join(cached)}"
+            )
+        return run.target_hook_point
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Returns the recipe at `path` with `key=value` overrides applied.
@@ -89,6 +111,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: one line that names the key, what was found and what is needed.
     """
     recipe = Recipe.parse(apply_overrides(read_toml(path), overrides), where=f"recipe {str(path)!r}")
-    for name in recipe.train:
+    for name, run in recipe.train.items():
         recipe.hook_point(name)
+        recipe.target_hook_point(name)
+        kept = int(recipe.cache.num_tokens * (1 - recipe.split.test_fraction))
+        if run.training.batch_size > kept:
+            raise ConfigError(
+                f"train.{name}.training.batch_size: found {run.training.batch_size:,}, needs at most the {kept:,} tokens"
+                " that the cache keeps for training; cache more tokens or lower it"
+            )
     return recipe

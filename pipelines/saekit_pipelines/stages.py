@@ -10,16 +10,16 @@ from pathlib import Path
 
 import torch
 
-from saekit.activations import ActivationStore, StoreView, cache_activations, plan_cache
+from saekit.activations import ActivationStore, PairedStore, StoreView, cache_activations, plan_cache
 from saekit.errors import ConfigError, SaekitError
-from saekit.evaluation import EvaluationTable, evaluate, read_evaluation
+from saekit.evaluation import Evaluation, EvaluationTable, evaluate, read_evaluation, summary_table
 from saekit.hub import load_sae
-from saekit.labelling import label_features
-from saekit.manifest import manifest_sha256, read_manifest, write_json
+from saekit.labelling import estimate_labels, label_features
+from saekit.manifest import Manifest, check_same_config, manifest_sha256, read_manifest, write_json
 from saekit.models import LanguageModel, capture, load_model
 from saekit.progress import NO_PROGRESS, Progress, Task
 from saekit.report import ReportRun, build_report
-from saekit.sae import SAE, build_sae
+from saekit.sae import SAE, SAEConfig, TranscoderConfig, build_sae
 from saekit.training import Trainer
 from saekit_pipelines.recipe import Recipe, load_recipe
 
@@ -56,8 +56,18 @@ class Pipeline:
         return load_model(self.recipe.cache.model)
 
     def store(self, name: str) -> ActivationStore:
-        """Returns the finished activation store at the hook point of the SAE called `name`."""
-        return ActivationStore.open(self.stage_folder("cache"), self.recipe.hook_point(name))
+        """Returns the finished activation store at the hook point of the SAE called `name`; of pairs for a transcoder.
+
+        Raises:
+            ConfigError: it was cached with other values than the recipe has now.
+        """
+        folder = self.stage_folder("cache")
+        manifest = read_manifest(folder)
+        if manifest is not None:
+            check_same_config(folder, manifest.config, self.recipe.cache.to_dict())
+        store = ActivationStore.open(folder, self.recipe.hook_point(name))
+        target = self.recipe.target_hook_point(name)
+        return store if target is None else PairedStore(store, ActivationStore.open(folder, target))
 
     def views(self, name: str) -> tuple[StoreView, StoreView]:
         """Returns the training and the held-out documents' tokens for the SAE called `name`."""
@@ -65,8 +75,24 @@ class Pipeline:
         return self.store(name).split(split.test_fraction, seed=split.seed)
 
     def sae(self, name: str) -> SAE:
-        """Returns the trained SAE called `name`."""
+        """Returns the trained SAE called `name`.
+
+        Raises:
+            ConfigError: it was trained with other values than the recipe has now.
+        """
+        self._check_trained(name)
         return load_sae(self.stage_folder("train", name))
+
+    def _check_trained(self, name: str) -> None:
+        folder = self.stage_folder("train", name)
+        manifest = read_manifest(folder)
+        if manifest is not None:
+            run, split = self.recipe.train[name], self.recipe.split.to_dict()
+            found = {key: manifest.config.get(key) for key in ("sae", "training", "split")}
+            sae = run.sae.to_dict()
+            # Widths that a recipe leaves out are 0 in it, and those of the store in what was trained.
+            sae |= {key: _width(manifest, key) for key in ("d_in", "d_out") if sae.get(key) == 0}
+            check_same_config(folder, found, {"sae": sae, "training": run.training.to_dict(), "split": split})
 
     def run(self) -> Path:
         """Runs every stage and returns the report's page; where all is done already, says so without loading a model."""
@@ -98,14 +124,14 @@ class Pipeline:
             config = self.recipe.train[name]
             train, test = self.views(name)
             sae = build_sae(
-                config.sae.with_d_in(train.d_in), seed=config.training.seed, hook_point=train.store.hook_point
+                _sized(config.sae, train.store), seed=config.training.seed, hook_point=train.store.hook_point
             )
             with self._timed(f"train {name}", folder):
                 Trainer(sae, train, config.training, test=test).fit(folder, progress=_Named(self.progress, name))
 
     def label(self, only: str | None = None) -> None:
         """Labels and scores the features of the trained SAEs."""
-        for name in self._names(only):
+        for name in self._reconstructing(only, "label"):
             folder = self.stage_folder("label", name)
             train, test = self.views(name)
             with self._timed(f"label {name}", folder):
@@ -119,9 +145,32 @@ class Pipeline:
                     progress=_Named(self.progress, name),
                 )
 
+    def label_estimates(self, only: str | None = None) -> list[tuple[str, str]]:
+        """Returns `(SAE, requests, tokens and cost of its labels by a language model)`; asks nothing and pays nothing.
+
+        The evidence is gathered on the way and kept for the run itself.
+
+        Raises:
+            ConfigError: the recipe has no labelling model.
+        """
+        rows = []
+        for name in self._reconstructing(only, "label"):
+            train, test = self.views(name)
+            estimate = estimate_labels(
+                self.sae(name),
+                train,
+                test=test,
+                lm=self.lm,
+                out=self.stage_folder("label", name),
+                config=self.recipe.label,
+                progress=_Named(self.progress, name),
+            )
+            rows.append((f"label {name}", str(estimate)))
+        return rows
+
     def evaluate(self, only: str | None = None) -> None:
         """Measures the trained SAEs on the held-out documents."""
-        for name in self._names(only):
+        for name in self._reconstructing(only, "evaluate"):
             folder = self.stage_folder("evaluate", name)
             train, test = self.views(name)
             with self._timed(f"evaluate {name}", folder):
@@ -137,6 +186,8 @@ class Pipeline:
 
     def report(self) -> Path:
         """Builds the feature browser from whatever stages are finished and returns its first page."""
+        for name in self.recipe.train:
+            self.store(name)
         runs = [
             ReportRun(
                 name=name,
@@ -170,6 +221,10 @@ class Pipeline:
             if only not in {None, stage}:
                 continue
             manifest = read_manifest(self.stage_folder(stage, name))
+            if manifest is not None and stage == "cache":
+                check_same_config(self.stage_folder(stage), manifest.config, self.recipe.cache.to_dict())
+            if manifest is not None and stage == "train" and name is not None:
+                self._check_trained(name)
             state = "new" if manifest is None else "finished" if manifest.status == "complete" else "resume"
             what = self._describe(stage, name) if state != "finished" else ""
             rows.append((f"{stage} {name}" if name else stage, f"{state}  {what}".rstrip()))
@@ -177,7 +232,15 @@ class Pipeline:
 
     def metric_tables(self, only: str | None = None) -> dict[str, EvaluationTable]:
         """Returns the evaluation of each SAE as a table."""
-        return {name: read_evaluation(self.stage_folder("evaluate", name)).table() for name in self._names(only)}
+        return {name: evaluation.table() for name, evaluation in self._evaluations(only).items()}
+
+    def summary(self) -> EvaluationTable:
+        """Returns the first figures of every SAE and of its nulls."""
+        return summary_table(self._evaluations(None))
+
+    def _evaluations(self, only: str | None) -> dict[str, Evaluation]:
+        names = [name for name in self._names(only) if self.recipe.target_hook_point(name) is None]
+        return {name: read_evaluation(self.stage_folder("evaluate", name)) for name in names}
 
     def _check_widths(self) -> None:
         for name, run in self.recipe.train.items():
@@ -214,7 +277,10 @@ class Pipeline:
 
     def _stages(self) -> list[tuple[str, str | None]]:
         per_sae: list[tuple[str, str | None]] = [
-            (s, n) for s in ("train", "label", "evaluate") for n in self.recipe.train
+            (s, n)
+            for s in ("train", "label", "evaluate")
+            for n in self.recipe.train
+            if s == "train" or self.recipe.target_hook_point(n) is None
         ]
         return [("cache", None), *per_sae, ("report", None)]
 
@@ -222,6 +288,16 @@ class Pipeline:
         if only is not None and only not in self.recipe.train:
             raise ConfigError(f"--sae {only!r}: the recipe has {', '.join(self.recipe.train)}")
         return [only] if only is not None else list(self.recipe.train)
+
+    def _reconstructing(self, only: str | None, stage: str) -> list[str]:
+        """Returns the SAEs' names without transcoders, and says of each of those that the stage is left out."""
+        names = []
+        for name in self._names(only):
+            if self.recipe.target_hook_point(name) is None:
+                names.append(name)
+            else:
+                self.progress.say(f"{stage} {name}: left out, needs an SAE that reconstructs what it reads")
+        return names
 
     def _if_finished(self, stage: str, name: str) -> Path | None:
         folder = self.stage_folder(stage, name)
@@ -246,6 +322,18 @@ class Pipeline:
             return recorded == self._record() and self._index().is_file()
         except (OSError, ValueError, SaekitError):
             return False
+
+
+def _width(manifest: Manifest, key: str) -> object:
+    sae = manifest.config.get("sae")
+    return sae.get(key) if isinstance(sae, dict) else None
+
+
+def _sized(cfg: SAEConfig, store: ActivationStore) -> SAEConfig:
+    """Returns the config with the widths of the store that it is trained on."""
+    if isinstance(cfg, TranscoderConfig) and isinstance(store, PairedStore):
+        return cfg.with_d_in(store.inputs.d_in).with_d_out(store.targets.d_in)
+    return cfg.with_d_in(store.d_in)
 
 
 class _Named:

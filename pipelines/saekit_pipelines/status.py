@@ -60,8 +60,12 @@ def _short(value: int | float | str) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def verify_cache(folder: str | Path) -> list[str]:
-    """Returns one line per shard of a cache that is missing, truncated, changed or foreign; empty = all as written."""
+def verify_cache(folder: str | Path, *, repair: bool = False) -> list[str]:
+    """Returns one line per shard of a cache that is missing, truncated, changed or foreign; empty = all as written.
+
+    Args:
+        repair: also forget those, so that the cache command makes exactly them anew.
+    """
     from saekit.activations import verify_store
 
-    return verify_store(folder)
+    return verify_store(folder, repair=repair)

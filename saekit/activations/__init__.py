@@ -3,6 +3,7 @@
 from saekit.activations.collect import cache_activations
 from saekit.activations.config import CacheConfig
 from saekit.activations.mixing import Mixing, measure_mixing
+from saekit.activations.pairs import PairedStore
 from saekit.activations.plan import CachePlan, plan_cache
 from saekit.activations.rows import MASSIVE, NORMAL, PADDING, SPECIAL
 from saekit.activations.shuffle import ShuffledBatches
@@ -22,6 +23,7 @@ __all__ = [
     "CacheConfig",
     "CachePlan",
     "Mixing",
+    "PairedStore",
     "ShuffledBatches",
     "Statistics",
     "StoreView",

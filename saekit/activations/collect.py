@@ -33,9 +33,9 @@ from saekit.activations.statistics import Statistics, compute_statistics, tell_m
 from saekit.activations.store import ActivationStore, cache_identity
 from saekit.activations.stored import AnyArray, numpy_dtype, read_arrays, write_arrays
 from saekit.activations.verify import reopen_stage, verify_store
-from saekit.activations.writer import Shard, ShardWriter, locked, remove_leftovers, staged
+from saekit.activations.writer import Shard, ShardWriter, remove_leftovers, staged
 from saekit.errors import ResourceError, StoreError
-from saekit.manifest import begin_stage, file_sha256, finish_stage, read_manifest
+from saekit.manifest import begin_stage, file_sha256, finish_stage, locked, read_manifest
 from saekit.models.hooks import resolve
 from saekit.models.load import LanguageModel, load_model
 from saekit.models.texts import iter_documents, text_fingerprint
@@ -142,6 +142,8 @@ class _Collector:
         num_empty = len(table.document_keys) - len(np.unique(owned))
         empty = f", {num_empty:,} of which are empty" if num_empty else ""
         self.progress.say(f"{table.num_rows:,} rows from {len(table.document_keys):,} documents{empty}")
+        for note in counts.notes():
+            self.progress.say(note)
         if table.tokens.size < self.config.num_tokens:
             self.progress.say(
                 f"the text ends after {table.tokens.size:,} of the {self.config.num_tokens:,} tokens asked for:"

@@ -53,7 +53,8 @@ class CachePlan:
         hooks = ", ".join(f"{name} (width {width:,})" for name, width in self.widths.items())
         return (
             f"caching {self.num_tokens:,} tokens in {self.num_rows:,} rows at {hooks}:"
-            f" {self.size_bytes / 1e9:,.2f} GB in {self.num_shards:,} shards ({self.free_bytes / 1e9:,.0f} GB free),"
+            f" {_size(self.size_bytes)} in {self.num_shards:,} shard{'s' if self.num_shards > 1 else ''}"
+            f" ({_size(self.free_bytes)} free),"
             f" about {_duration(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s"
         )
 
@@ -96,7 +97,7 @@ def plan_cache(config: CacheConfig, out: str | Path, *, lm: LanguageModel | None
     )
     if plan.size_bytes > plan.free_bytes:
         raise ResourceError(
-            f"cache {str(out)!r}: {plan.free_bytes / 1e9:,.2f} GB free on that disk, needs {plan.size_bytes / 1e9:,.2f} GB"
+            f"cache {str(out)!r}: {_size(plan.free_bytes)} free on that disk, needs {_size(plan.size_bytes)}"
             f" for {num_tokens:,} tokens; free some, choose another disk, or cache fewer tokens"
         )
     return plan
@@ -106,6 +107,12 @@ def free_bytes(path: Path) -> int:
     """Returns the free bytes of the disk that `path` is or will be on."""
     existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     return shutil.disk_usage(existing).free
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes >= 1e9:
+        return f"{num_bytes / 1e9:,.2f} GB"
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e5 else f"{num_bytes:,} bytes"
 
 
 def _duration(seconds: float) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from saekit.activations.layout import ShardRecord, shard_name
+from saekit.activations.layout import ShardRecord, file_problems, shard_name
 from saekit.activations.stored import AnyArray, Chunks, numpy_dtype, to_torch
 from saekit.errors import StoreError
 
@@ -21,7 +21,10 @@ Indices = npt.NDArray[np.int64]
 
 
 class ShardReader:
-    """Reads shards that together hold rows 0 to R - 1; safe to call from several threads."""
+    """Reads shards that together hold rows 0 to R - 1; safe to call from several threads.
+
+    Each shard's files are compared with their checksums when it is first read: a flipped bit must not become a weight.
+    """
 
     def __init__(self, folder: Path, shards: Sequence[ShardRecord], *, context_len: int) -> None:
         """Touches no file.
@@ -37,6 +40,7 @@ class ShardReader:
         self._folder = folder
         self._shards = shards
         self._first_rows = np.array([shard.span.first_row for shard in shards], np.int64)
+        self._sound: set[int] = set()
         self._chunks = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._open)
 
     def rows(self, rows: Indices) -> Tensor:
@@ -64,6 +68,14 @@ class ShardReader:
 
     def _open(self, shard: int) -> Chunks:
         record = self._shards[shard]
+        if shard not in self._sound:
+            if problems := file_problems(self._folder, record, verify=True):
+                raise StoreError(
+                    f"{str(self._folder)!r}: shard {record.span.index}: {problems[0]}; run 'saekit verify --repair' on the "
+                    "cache, then the cache command again to make it anew"
+                )
+            # Kept apart from the open maps, of which old ones are let go.
+            self._sound.add(shard)
         path = self._folder / shard_name(record.span.index) / "activations"
         return Chunks(path, chunk_shape=(record.chunk_rows, self.context_len, self.d_in), dtype=self.dtype)
 

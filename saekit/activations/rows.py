@@ -154,7 +154,7 @@ def read_token_table(folder: Path, *, cache: str) -> TokenTable | None:
         StoreError: they cannot be read.
     """
     record = read_record(folder / TOKENS_RECORD_NAME, PartRecord)
-    if record is None or record.cache != cache or file_problems(folder, record, verify=False):
+    if record is None or record.cache != cache or file_problems(folder, record, verify=True):
         return None
     tokens, documents, kinds, keys = read_arrays(folder / TOKENS_NAME, "token", "document", "kind", "document_key")
     if tokens.shape != (record.counts["rows"], record.counts["context_len"]):

@@ -70,7 +70,7 @@ class ShuffledBatches:
         if not self.batches_per_epoch:
             raise StoreError(
                 f"batches: {view.num_tokens:,} tokens to train on, one batch over all ranks needs"
-                f" {self.global_batch_size:,}; cache more tokens or lower batch_size"
+                f" {self.global_batch_size:,}; cache more tokens or lower training.batch_size"
             )
         self.epoch = 0
         self.batch = 0

@@ -68,6 +68,7 @@ class ActivationStore:
         self.num_tokens = self.num_rows * self.context_len
         self.statistics: Statistics = read_statistics(hook_folder(path, index.hook_point) / STATISTICS_NAME)
         self._manifest = manifest
+        self._index = index
         self._reader = ShardReader(hook_folder(path, index.hook_point), index.shards, context_len=self.context_len)
 
     @classmethod
@@ -76,7 +77,8 @@ class ActivationStore:
 
         Args:
             hook_point: may be left out where the cache holds one only.
-            verify: read every byte and compare checksums; else presence and length of every file are checked.
+            verify: read every byte and compare checksums now; else presence and length of every file are checked, and
+                checksums when a part is first read.
 
         Raises:
             StoreError: no cache, an unfinished one, one without this hook point, or files missing, truncated or changed.
@@ -113,7 +115,7 @@ class ActivationStore:
             if problems:
                 more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
                 place = "" if at == path else f"{hook_point}: "
-                remedy = "verify_store(path, repair=True), then run" if verify else "run"
+                remedy = "run 'saekit verify --repair' on it, then" if verify else "run"
                 raise StoreError(f"{where}: {place}{problems[0]}{more}; {remedy} the cache command again to repair it")
         return cls(path, manifest, index, tokens)
 
@@ -156,12 +158,21 @@ class ActivationStore:
     def _table(self) -> TokenTable:
         table = read_token_table(self.path, cache=cache_identity(self._manifest))
         if table is None:
-            raise StoreError(f"cache {str(self.path)!r}: its token rows are gone; run the cache command again")
+            raise StoreError(
+                f"cache {str(self.path)!r}: its token rows are gone or changed; run 'saekit verify --repair' on it, then the"
+                " cache command again"
+            )
         return table
 
     @functools.cached_property
     def _kinds_and_norms(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
-        kinds, norms = read_arrays(hook_folder(self.path, self.hook_point) / KINDS_NAME, "kind", "norm")
+        folder = hook_folder(self.path, self.hook_point)
+        if problems := file_problems(folder, self._index, verify=True):
+            raise StoreError(
+                f"cache {str(self.path)!r}: {self.hook_point}: {problems[0]}; run 'saekit verify --repair' on it, then the"
+                " cache command again"
+            )
+        kinds, norms = read_arrays(folder / KINDS_NAME, "kind", "norm")
         return kinds.astype(np.uint8, copy=False), norms.astype(np.float32, copy=False)
 
     def tokens(self) -> npt.NDArray[np.int32]:
@@ -215,6 +226,12 @@ class ActivationStore:
             StoreError: a token outside the cache, or a file that cannot be read.
         """
         return self._reader.tokens(np.asarray(flat, np.int64))
+
+    def shard_of(self, row: int) -> int:
+        """Returns the number of the shard that holds a row."""
+        return next(
+            shard.span.index for shard in self._index.shards if row < shard.span.first_row + shard.span.num_rows
+        )
 
     @property
     def token_bytes(self) -> int:

@@ -1,7 +1,8 @@
 """A part of a store: which tokens, and how they are read in order."""
 
 import functools
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,22 +19,31 @@ if TYPE_CHECKING:
 __all__ = ["StoreView", "split_documents"]
 
 
+_SCANNED_TOKENS = 16_384
+
+
 class StoreView:
     """Some tokens of a store.
 
     Attributes:
         store: where they are.
         mask: `[R, T]` which tokens.
+        origin: what the tokens were chosen by, e.g. the arguments of a split; written into the manifests of what is made
+            from them, so that a change of it can be named.
     """
 
-    def __init__(self, store: "ActivationStore", mask: npt.NDArray[np.bool_]) -> None:
+    def __init__(
+        self, store: "ActivationStore", mask: npt.NDArray[np.bool_], *, origin: Mapping[str, object] | None = None
+    ) -> None:
         """Reads nothing.
 
         Args:
             mask: `[R, T]`.
+            origin: JSON values.
         """
         self.store = store
         self.mask = mask
+        self.origin = dict(origin or {})
 
     @property
     def d_in(self) -> int:
@@ -44,6 +54,11 @@ class StoreView:
     def num_tokens(self) -> int:
         """How many tokens."""
         return int(np.count_nonzero(self.mask))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The sha256 of which tokens these are."""
+        return hashlib.sha256(np.packbits(self.mask).tobytes()).hexdigest()
 
     @functools.cached_property
     def indices(self) -> npt.NDArray[np.int64]:
@@ -77,6 +92,18 @@ class StoreView:
             flat = self.indices[first : first + batch_tokens]
             yield self.read(flat), flat
 
+    def first_non_finite(self) -> str | None:
+        """Returns the place of the first token with NaN or Inf, e.g. `row 12, position 3 of shard 0`; None where all are finite.
+
+        Reads the view to there.
+        """
+        for x, flat in self.iter_batches(_SCANNED_TOKENS):
+            bad = torch.nonzero(~torch.isfinite(x).all(dim=1)).flatten()
+            if len(bad):
+                row, position = divmod(int(flat[int(bad[0])]), self.store.context_len)
+                return f"row {row}, position {position} of shard {self.store.shard_of(row)}"
+        return None
+
     def __repr__(self) -> str:
         return f"StoreView({self.store!r}, num_tokens={self.num_tokens:,})"
 
@@ -99,7 +126,8 @@ def split_documents(store: "ActivationStore", *, test_fraction: float, seed: int
     is_test_text = np.zeros(len(texts), np.bool_)
     is_test_text[order[_nearest_sum(tokens_of_text[order], test_fraction)]] = True
     is_test = np.append(is_test_text[text_of], False)[documents]
-    return StoreView(store, normal & ~is_test), StoreView(store, normal & is_test)
+    origin = {"test_fraction": test_fraction, "seed": seed}
+    return StoreView(store, normal & ~is_test, origin=origin), StoreView(store, normal & is_test, origin=origin)
 
 
 def _nearest_sum(sizes: npt.NDArray[np.float64], fraction: float) -> list[int]:

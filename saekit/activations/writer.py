@@ -1,7 +1,6 @@
 """One commit per part: written aside, flushed to disk, moved into place, then declared by its record."""
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,26 +17,9 @@ from saekit.activations.layout import ShardRecord, ShardSpan, record_files, reco
 from saekit.activations.stored import AnyArray, chunk_rows, write_arrays
 from saekit.errors import ResourceError
 
-__all__ = ["Shard", "ShardWriter", "locked", "remove_leftovers", "staged", "write_shard"]
+__all__ = ["Shard", "ShardWriter", "remove_leftovers", "staged", "write_shard"]
 
 _MAX_WORKERS = 4
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from writing to `folder` inside the block; the system frees the lock of a killed one.
-
-    Raises:
-        ResourceError: another process holds it.
-    """
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ResourceError(
-                f"{str(folder)!r}: another process is writing there, needs a folder of its own; wait for it or stop it"
-            ) from error
-        yield
 
 
 def remove_leftovers(*folders: Path) -> None:

@@ -8,6 +8,7 @@ from saekit.evaluation.record import (
     Figure,
     Histogram,
     read_evaluation,
+    summary_table,
 )
 from saekit.evaluation.stage import EvaluationConfig, evaluate
 
@@ -21,4 +22,5 @@ __all__ = [
     "Histogram",
     "evaluate",
     "read_evaluation",
+    "summary_table",
 ]

@@ -5,7 +5,18 @@ import torch
 from torch import Tensor
 
 from saekit.evaluation.reconstruction import Candidate, Int64Array, Reconstruction, TokenReader
-from saekit.sae import SAE, BatchTopKSAE, Dictionary, JumpReLUConfig, JumpReLUSAE, SAEConfig, TopKConfig, build_sae
+from saekit.sae import (
+    SAE,
+    BatchTopKSAE,
+    Dictionary,
+    GatedSAE,
+    JumpReLUConfig,
+    JumpReLUSAE,
+    ReLUSAE,
+    SAEConfig,
+    TopKConfig,
+    build_sae,
+)
 from saekit.sae.activation import GroupMax, TopK
 
 __all__ = [
@@ -88,9 +99,9 @@ def _twin_config(sae: SAE) -> SAEConfig:
 def random_candidate(sae: SAE, x: Tensor, *, l0: float, seed: int) -> Candidate:
     """Returns an untrained dictionary of the SAE's shape and activation rule.
 
-    Unit decoder rows in random directions and the encoder tied to them, around the mean of `x`. JumpReLU and BatchTopK get
-    one threshold for all features, at which `l0` of them fire on `x`. One gain, fitted on `x` by least squares, keeps the row from losing by
-    its scale alone: random directions overlap, so that unscaled they overshoot.
+    Unit decoder rows in random directions and the encoder tied to them, around the mean of `x`. Where features have thresholds or
+    a bias in their place, all get the same, at which `l0` of them fire on `x`. One gain, fitted on `x` by least squares, keeps
+    the row from losing by its scale alone: random directions overlap, so that unscaled they overshoot.
 
     Args:
         x: training tokens `[n, d_in]`.
@@ -99,11 +110,14 @@ def random_candidate(sae: SAE, x: Tensor, *, l0: float, seed: int) -> Candidate:
     random = build_sae(_twin_config(sae), seed=seed).to(x.device).eval()
     random.b_dec.copy_(x.mean(dim=0, dtype=torch.float64))
     sample = x[: max(64, _CALIBRATION_ENTRIES // sae.d_sae)]
-    if isinstance(random, JumpReLUSAE | BatchTopKSAE):
+    if isinstance(random, JumpReLUSAE | BatchTopKSAE | ReLUSAE | GatedSAE):
         pre_acts = random.pre_acts(sample).flatten()
         num_active = round(l0 * len(sample))
         threshold = pre_acts.kthvalue(max(1, pre_acts.numel() - num_active)).values
-        random.threshold.fill_(threshold.clamp_min(0.0).item())
+        if isinstance(random, JumpReLUSAE | BatchTopKSAE):
+            random.threshold.fill_(threshold.clamp_min(0.0).item())
+        else:
+            random.b_enc.fill_(-threshold.clamp_min(0.0).item())
     centred = (sample - random.b_dec).double()
     made = (random(sample).x_hat - random.b_dec).double()
     energy = made.square().sum()

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -29,6 +29,7 @@ __all__ = [
     "Figure",
     "Histogram",
     "read_evaluation",
+    "summary_table",
     "write_evaluation",
 ]
 
@@ -188,6 +189,28 @@ class Evaluation(Config):
             f" ({self.num_massive:,} massive tokens apart), CE and KL on {self.num_loss_tokens:,} positions;"
             f" 95 % intervals over {self.num_bootstrap:,} resamples of the documents.\n"
         )
+
+
+def summary_table(evaluations: Mapping[str, Evaluation]) -> EvaluationTable:
+    """Returns one line for each SAE and, below it, each of its nulls, with the few figures that are looked at first.
+
+    Args:
+        evaluations: name -> evaluation.
+    """
+    lines = [
+        [name if row.name == "sae" else f"{name}: {row.title}", *(_plain(row, metric) for metric in _SUMMARY)]
+        for name, evaluation in evaluations.items()
+        for row in evaluation.rows
+    ]
+    return EvaluationTable(header=["dictionary", *(METRICS[metric].title for metric in _SUMMARY)], rows=lines)
+
+
+_SUMMARY = ("fvu", "l0", "dead_fraction", "delta_ce", "ce_recovered_zero")
+
+
+def _plain(row: EvaluationRow, metric: str) -> str:
+    value = row.metrics[metric].value
+    return "-" if value is None else f"{value:.{METRICS[metric].digits}f}"
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:

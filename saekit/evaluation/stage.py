@@ -1,5 +1,6 @@
 """The evaluate stage: one SAE and its null rows, measured on held-out documents."""
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,10 +31,10 @@ from saekit.evaluation.reconstruction import Candidate, ReconstructionSums, mean
 from saekit.evaluation.record import Evaluation, FeatureMeasures, read_evaluation, write_evaluation
 from saekit.evaluation.selection import Selection
 from saekit.evaluation.table import MeasuredRow, cosine_histogram, density_histogram, reference_losses
-from saekit.manifest import begin_stage, finish_stage
+from saekit.manifest import begin_stage, finish_stage, locked
 from saekit.models import LanguageModel
 from saekit.progress import NO_PROGRESS, Progress
-from saekit.sae import SAE
+from saekit.sae import SAE, Transcoder
 
 __all__ = ["EvaluationConfig", "evaluate"]
 
@@ -85,7 +86,7 @@ def evaluate(
         train: where the null rows are fitted; None: ordinary tokens of the store's other documents.
 
     Raises:
-        ConfigError: the SAE's width is not the store's, `train` shares documents with `view`, or `out` holds something else.
+        ConfigError: a transcoder, the SAE's width is not the store's, `train` shares documents with `view`, or `out` holds something else.
         StoreError: `lm` is not the model that wrote the store.
         DataError: the view has no tokens.
         NonFiniteError: the SAE answers NaN or Inf.
@@ -102,19 +103,22 @@ def evaluate(
     if sae.hook_point not in {None, view.store.hook_point}:
         progress.say(f"the SAE was made for {sae.hook_point!r}, it is evaluated at {view.store.hook_point!r}")
     was_training = sae.training
-    try:
-        evaluation = _measure(sae.eval(), view, train, lm, config, progress)
-    finally:
-        sae.train(was_training)
-    if folder is not None:
-        write_evaluation(folder, evaluation)
-        counts = ("num_tokens", "num_documents", "num_loss_tokens", "num_massive")
-        finish_stage(folder, {name: getattr(evaluation, name) for name in counts})
+    with contextlib.nullcontext() if folder is None else locked(folder):
+        try:
+            evaluation = _measure(sae.eval(), view, train, lm, config, progress)
+        finally:
+            sae.train(was_training)
+        if folder is not None:
+            write_evaluation(folder, evaluation)
+            counts = ("num_tokens", "num_documents", "num_loss_tokens", "num_massive")
+            finish_stage(folder, {name: getattr(evaluation, name) for name in counts})
     return evaluation
 
 
 def _checked_train(sae: SAE, view: StoreView, train: StoreView | None) -> StoreView:
     store = view.store
+    if isinstance(sae, Transcoder):
+        raise ConfigError("evaluate: found a transcoder, needs an SAE that reconstructs what it reads")
     if sae.d_in != store.d_in:
         raise ConfigError(
             f"evaluate: the SAE has d_in {sae.d_in}, {store.hook_point!r} of cache {str(store.path)!r} has width"

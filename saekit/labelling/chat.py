@@ -40,7 +40,7 @@ class LLMConfig(Config):
     """Whether the judge also scores the lexical labels of the explained features."""
     temperature: float = Field(default=0.0, ge=0)
     """Of the answers; left out where the server refuses it."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Of the shown and judged contexts."""
     max_output_tokens: int = Field(default=600, ge=16)
     """Length of one answer; an answer that was cut off is asked again with twice as many."""

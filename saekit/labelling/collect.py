@@ -25,7 +25,6 @@ __all__ = [
     "draw_rows",
     "encoded_rows",
     "sae_fingerprint",
-    "view_fingerprint",
 ]
 
 NUM_BINS = 16
@@ -46,7 +45,7 @@ class ContextConfig(Config):
     """Tokens, in whole rows drawn at random, whose activations are kept in full for rules and verified negatives."""
     batch_tokens: int = Field(default=16_384, ge=1)
     """Tokens encoded at a time, rounded to whole rows; changes memory and speed, not the result."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Of the stratified sample and of the drawn rows."""
 
 
@@ -74,7 +73,7 @@ def collect_contexts(
         raise DataError("contexts: the training view has no tokens, needs at least one")
     # How many tokens go at a time is no property of the result, so a resumed run may choose another number.
     values = {key: value for key, value in config.to_dict().items() if key != "batch_tokens"}
-    inputs = {"cache": view.store.sha256, "documents": view_fingerprint(view), "sae": sae_fingerprint(sae)}
+    inputs = {"cache": view.store.sha256, "documents": view.fingerprint, "sae": sae_fingerprint(sae)}
     if begin_stage(out, "contexts", values, inputs) == "complete":
         return FeatureContexts.open(out)
     collector = _Collector(sae.cfg.d_sae, view, config, scale=_largest_expected(sae, view))
@@ -260,8 +259,3 @@ def sae_fingerprint(sae: SAE) -> str:
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(tensor.detach().float().cpu().numpy()).data)
     return digest.hexdigest()
-
-
-def view_fingerprint(view: StoreView) -> str:
-    """Returns the sha256 of which tokens a view holds."""
-    return hashlib.sha256(np.packbits(np.asarray(view.mask)).tobytes()).hexdigest()

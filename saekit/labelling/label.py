@@ -7,16 +7,16 @@ import numpy as np
 from saekit.activations import StoreView
 from saekit.errors import ConfigError, DataError
 from saekit.labelling.chat import ChatClient, LLMConfig
-from saekit.labelling.collect import collect_contexts, sae_fingerprint, view_fingerprint
+from saekit.labelling.collect import collect_contexts, sae_fingerprint
 from saekit.labelling.llm import LLMEstimate
 from saekit.labelling.records import Label, Score
 from saekit.labelling.stage import LabelConfig, LabelStage
 from saekit.labelling.store import LABELS_NAME, SCORES_NAME, RecordFile
 from saekit.labelling.vocabulary import Vocabulary
-from saekit.manifest import begin_stage, finish_stage
+from saekit.manifest import begin_stage, finish_stage, locked
 from saekit.models import LanguageModel
 from saekit.progress import NO_PROGRESS, Progress
-from saekit.sae import SAE
+from saekit.sae import SAE, Transcoder
 
 __all__ = ["CONTEXTS_FOLDER", "estimate_labels", "label_features"]
 
@@ -50,19 +50,22 @@ def label_features(
         `out`.
 
     Raises:
-        ConfigError: `out` was written with another config or other inputs, or the labelling model's key is missing.
+        ConfigError: a transcoder, `out` was written with another config or other inputs, or the labelling model's key is
+            missing.
         DataError: the views share a document, one is empty, or they are of another width than the dictionary.
         MissingDependencyError: the labelling model needs an extra that is not installed.
         LabelerError: the server cannot be used, or a cap is reached; what was paid for is kept.
     """
     config, out = config or LabelConfig(), Path(out)
     _check_views(sae, train, test)
+    train.store.check_model(lm)
     if client is None and "llm" in config.labelers and config.llm is not None:
         client = _openai_client(config.llm)
-    if begin_stage(out, "label", config.identity(), _inputs(sae, train, test)) == "complete":
+    if begin_stage(out, "label", config.identity(), _inputs(sae, train, test, lm)) == "complete":
         return out
-    counts = _stage(sae, train, test=test, lm=lm, out=out, config=config, progress=progress).run(client)
-    finish_stage(out, counts)
+    with locked(out):
+        counts = _stage(sae, train, test=test, lm=lm, out=out, config=config, progress=progress).run(client)
+        finish_stage(out, counts)
     return out
 
 
@@ -88,11 +91,16 @@ def estimate_labels(
     if config.llm is None or "llm" not in config.labelers:
         raise ConfigError("label estimate: no labelling model, needs labeler 'llm' and a table [llm]")
     _check_views(sae, train, test)
-    begin_stage(out, "label", config.identity(), _inputs(sae, train, test))
-    return _stage(sae, train, test=test, lm=lm, out=out, config=config, progress=progress).estimate()
+    train.store.check_model(lm)
+    begin_stage(out, "label", config.identity(), _inputs(sae, train, test, lm))
+    with locked(out):
+        return _stage(sae, train, test=test, lm=lm, out=out, config=config, progress=progress).estimate()
 
 
 def _check_views(sae: SAE, train: StoreView, test: StoreView) -> None:
+    if isinstance(sae, Transcoder):
+        # Its decoder writes at another place than the one whose activations and hook point the evidence is taken from.
+        raise ConfigError("labels: found a transcoder, needs an SAE that reconstructs what it reads")
     for name, view in (("training", train), ("held-out", test)):
         if view.num_tokens == 0:
             raise DataError(f"labels: the {name} view has no tokens, needs at least one")
@@ -107,12 +115,13 @@ def _check_views(sae: SAE, train: StoreView, test: StoreView) -> None:
         )
 
 
-def _inputs(sae: SAE, train: StoreView, test: StoreView) -> dict[str, str]:
+def _inputs(sae: SAE, train: StoreView, test: StoreView, lm: LanguageModel) -> dict[str, str]:
     return {
         "cache": train.store.sha256,
         "sae": sae_fingerprint(sae),
-        "train": view_fingerprint(train),
-        "test": view_fingerprint(test),
+        "model": lm.fingerprint,
+        "train": train.fingerprint,
+        "test": test.fingerprint,
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from saekit.errors import LabelerError, StoreError
+from saekit.errors import LabelerError, ResourceError, StoreError
 from saekit.labelling.chat import ChatClient, ChatReply, ChatRequest, LLMConfig
 
 __all__ = ["LEDGER_NAME", "Ledger", "RecordedClient", "SpentError"]
@@ -36,6 +36,7 @@ class Ledger:
         Raises:
             StoreError: the file is no ledger.
         """
+        self._path = Path(path)
         # No write-ahead log: it corrupts on network file systems, and one commit per answer is slow enough anyway.
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -43,9 +44,17 @@ class Ledger:
         except sqlite3.Error as error:
             raise StoreError(f"{str(path)!r}: no ledger of answers ({error}); move it away to pay anew") from error
 
+    def _execute(self, command: str, values: tuple[object, ...] = ()) -> sqlite3.Cursor:
+        try:
+            return self._db.execute(command, values)
+        except sqlite3.Error as error:
+            raise ResourceError(
+                f"{str(self._path)!r}: the ledger of answers cannot be used: {error}; answers recorded so far are kept"
+            ) from error
+
     def find(self, key: str) -> ChatReply | None:
         """Returns the recorded answer to a request."""
-        row = self._db.execute(
+        row = self._execute(
             "select text, finish_reason, input_tokens, output_tokens, is_estimated from answers where key = ?", (key,)
         ).fetchone()
         if row is None:
@@ -63,27 +72,27 @@ class Ledger:
         """Writes an answer; it is on disk when this returns."""
         at = datetime.now(UTC).isoformat(timespec="seconds")
         values = (reply.text, reply.finish_reason, reply.input_tokens, reply.output_tokens, int(reply.is_estimated), at)
-        self._db.execute("insert or replace into answers values (?, ?, ?, ?, ?, ?, ?, ?)", (key, purpose, *values))
+        self._execute("insert or replace into answers values (?, ?, ?, ?, ?, ?, ?, ?)", (key, purpose, *values))
 
     def count_sent(self) -> None:
         """Counts one more HTTP request."""
-        self._db.execute("update sent set requests = requests + 1")
+        self._execute("update sent set requests = requests + 1")
 
     @property
     def num_sent(self) -> int:
         """HTTP requests sent so far, by all runs."""
-        return int(self._db.execute("select requests from sent").fetchone()[0])
+        return int(self._execute("select requests from sent").fetchone()[0])
 
     @property
     def num_tokens(self) -> tuple[int, int]:
         """Input and output tokens of all recorded answers."""
-        row = self._db.execute("select sum(input_tokens), sum(output_tokens) from answers").fetchone()
+        row = self._execute("select sum(input_tokens), sum(output_tokens) from answers").fetchone()
         return int(row[0] or 0), int(row[1] or 0)
 
     @property
     def num_answers(self) -> int:
         """Recorded answers."""
-        return int(self._db.execute("select count(*) from answers").fetchone()[0])
+        return int(self._execute("select count(*) from answers").fetchone()[0])
 
     def close(self) -> None:
         """Closes the file."""

@@ -43,7 +43,7 @@ class LabelConfig(Config):
     """What to label, with which evidence, by whom, and how to score it."""
 
     labelers: tuple[Literal["lexical", "llm"], ...] = ("lexical",)
-    """`lexical` needs nothing; `llm` needs the table `llm`."""
+    """`lexical` needs nothing; `llm` needs the table `llm`, and is added where that table is given and labelers are not."""
     max_features: int | None = Field(default=None, ge=1)
     """Label so many features, drawn at random; None: all."""
     contexts: ContextConfig = ContextConfig()
@@ -58,11 +58,16 @@ class LabelConfig(Config):
     """How label rules are checked on held-out documents."""
     llm: LLMConfig | None = None
     """The explaining and judging language model; None: none."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Of the features drawn by `max_features`."""
 
     @model_validator(mode="after")
     def _llm_is_named(self) -> Self:
+        if self.llm is not None and "labelers" not in self.model_fields_set:
+            # Past the freeze, as the model is not out in the world yet.
+            object.__setattr__(self, "labelers", ("lexical", "llm"))
+        if self.llm is not None and "llm" not in self.labelers:
+            raise ValueError(f"table [llm] with labelers {list(self.labelers)}: add 'llm' to them, or leave [llm] out")
         if "llm" in self.labelers and self.llm is None:
             raise ValueError("labeler 'llm' needs a table [llm] with a model")
         if not self.labelers:
@@ -159,9 +164,16 @@ class LabelStage:
             return None
         path = effects_path(self.out, "vocabproj")
         if not path.exists():
+            unembedding = find_unembedding(self.lm)
+            width = unembedding.weight.shape[1]
+            if self.sae.cfg.d_in != width:
+                self.progress.say(
+                    f"no vocabulary projection: decoder rows are {self.sae.cfg.d_in} wide, the residual stream is {width}"
+                )
+                return None
             effects = vocab_projection(
                 self.sae,
-                find_unembedding(self.lm),
+                unembedding,
                 features=self.features,
                 num=self.config.num_effect_tokens,
                 progress=self.progress,

@@ -292,16 +292,21 @@ def _has_tokenizer_files(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _quiet(*, progress_bars: bool) -> Iterator[None]:
-    """Keeps transformers' notes and bars off the screen; settings are put back on exit."""
+    """Keeps transformers' notes and bars, and the hub client's, off the screen; settings are put back on exit."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub_verbosity = hub_logging.get_verbosity()
+    # Each file that cannot be reached is tried six times with a line for each; the error at the end says it once.
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # the hub client has it untyped
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers has it untyped
     if not progress_bars:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has it untyped
     try:
         yield
     finally:
+        hub_logging.set_verbosity(hub_verbosity)
         logging.set_verbosity(verbosity)
         if had_bars and not progress_bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has it untyped

@@ -59,7 +59,7 @@ class FileTextConfig(Config):
     .parquet (one a row); all but .parquet also as .zst or .gz. Read in this order, names within an entry sorted."""
     column: str = "text"
     """The field or column that holds the text of .jsonl, .json and .parquet."""
-    shuffle_seed: int | None = None
+    shuffle_seed: int | None = Field(default=None, ge=0)
     """Order of the documents: None keeps the files' own. Shuffling holds 20 bytes a document in memory, and a
     temporary plain copy of the texts of compressed, .json and .parquet files."""
 

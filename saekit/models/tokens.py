@@ -72,6 +72,8 @@ class TokenConfig(Config):
     """What `pack` puts after each document: the tokenizer's EOS token, or nothing."""
     max_documents: int | None = Field(default=None, ge=1)
     """Read no more documents than this; None: all."""
+    max_document_tokens: int | None = Field(default=None, ge=1)
+    """Keep no more than the first so many tokens of a document, so that few tokens still come from many; None: all."""
 
 
 class TokenRow(NamedTuple):
@@ -98,6 +100,8 @@ class TokenCounts:
     """Skipped because they hold no token."""
     split: int = 0
     """Longer than what was left of their row, and so spread over several rows."""
+    cut: int = 0
+    """Longer than `max_document_tokens`, whose rest was left out."""
     rows: int = 0
     """Made."""
     tokens: int = 0
@@ -112,6 +116,8 @@ class TokenCounts:
             notes.append(f"empty documents skipped: {self.empty:,} of {self.documents:,}")
         if self.split:
             notes.append(f"documents over more than one row: {self.split:,} of {self.documents:,}")
+        if self.cut:
+            notes.append(f"documents cut to max_document_tokens: {self.cut:,} of {self.documents:,}")
         if self.dropped_tokens:
             notes.append(f"tokens at the very end left out, too few for a row: {self.dropped_tokens:,}")
         return notes
@@ -240,6 +246,9 @@ def _tokenized(
             for document, ids in zip(full, encoded, strict=True)
             if ids
         ]
+        if (longest := config.max_document_tokens) is not None:
+            counts.cut += sum(len(item.ids) > longest for item in tokenized)
+            tokenized = [_Tokenized(item.document, item.ids[:longest]) for item in tokenized]
         counts.empty += len(batch) - len(tokenized)
         yield tokenized
 

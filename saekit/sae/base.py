@@ -20,7 +20,7 @@ class SAEConfig(Config):
     """What fixes the shape and the nonlinearity of an SAE; subclasses add theirs and narrow `kind`."""
 
     kind: str
-    """Architecture: "topk", "batchtopk" or "jumprelu"."""
+    """Architecture, as the subclass spells it."""
     d_in: int = Field(default=0, ge=0)
     """Width of the activations; 0 = not known yet (a recipe leaves it to the store it trains on)."""
     d_sae: int
@@ -101,13 +101,18 @@ class SAE(nn.Module, ABC):
         self.source: dict[str, object] = dict(source or {})
         self.W_enc = nn.Parameter(torch.empty(cfg.d_sae, cfg.d_in, dtype=dtype).T)
         self.b_enc = nn.Parameter(torch.empty(cfg.d_sae, dtype=dtype))
-        self.W_dec = nn.Parameter(torch.empty(cfg.d_sae, cfg.d_in, dtype=dtype))
-        self.b_dec = nn.Parameter(torch.empty(cfg.d_in, dtype=dtype))
+        self.W_dec = nn.Parameter(torch.empty(cfg.d_sae, self.d_out, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.empty(self.d_out, dtype=dtype))
         self.reset_parameters(seed)
 
     @property
     def d_in(self) -> int:
         """Width of the activations."""
+        return self.cfg.d_in
+
+    @property
+    def d_out(self) -> int:
+        """Width of what is reconstructed: d_in, but for transcoders."""
         return self.cfg.d_in
 
     @property
@@ -155,6 +160,11 @@ class SAE(nn.Module, ABC):
     @abstractmethod
     def scale_thresholds(self, factor: float) -> None:
         """Multiplies whatever is compared with pre-activations by `factor`; nothing where the nonlinearity is scale-free."""
+
+    @torch.no_grad()
+    def shift_inputs(self, shift: Tensor) -> None:
+        """Adds `shift` [d_sae] to what every feature reads, as if the encoder's input had moved by a constant."""
+        self.b_enc.copy_(self.b_enc.double() + shift)
 
     def encode(self, x: Tensor) -> Tensor:
         """Returns dense feature activations [..., d_sae] of x [..., d_in]."""

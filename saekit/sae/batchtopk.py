@@ -1,34 +1,23 @@
 """BatchTopK: a batch keeps its N * k largest pre-activations, so a token uses as many features as it needs."""
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, Self
+from typing import Literal
 
 import torch
-from pydantic import model_validator
-from saekit_kernels import encode_topk
-from torch import Tensor, nn
+from saekit_kernels import encode_batch_topk
+from torch import nn
 
-from saekit.sae.base import SAEConfig
 from saekit.sae.threshold import ThresholdSAE
+from saekit.sae.topk import KConfig
 
 __all__ = ["BatchTopKConfig", "BatchTopKSAE", "encode_batch_topk"]
 
 
-class BatchTopKConfig(SAEConfig):
+class BatchTopKConfig(KConfig):
     """A BatchTopK SAE."""
 
     kind: Literal["batchtopk"] = "batchtopk"
     """Architecture."""
-    k: int
-    """Features a token uses on average."""
-
-    @model_validator(mode="after")
-    def _k_fits(self) -> Self:
-        if self.k < 1:
-            raise ValueError(f"k is {self.k}, needs a positive number of features a token")
-        if self.k > self.d_sae:
-            raise ValueError(f"k is {self.k}, needs at most d_sae = {self.d_sae}")
-        return self
 
 
 class BatchTopKSAE(ThresholdSAE):
@@ -42,11 +31,11 @@ class BatchTopKSAE(ThresholdSAE):
     Source: Bussmann et al. 2024, "BatchTopK sparse autoencoders", section 3.
     """
 
-    cfg: BatchTopKConfig
+    cfg: KConfig
 
     def __init__(
         self,
-        cfg: BatchTopKConfig,
+        cfg: KConfig,
         *,
         seed: int = 0,
         hook_point: str | None = None,
@@ -58,42 +47,3 @@ class BatchTopKSAE(ThresholdSAE):
         self.threshold = nn.Parameter(
             torch.zeros(1, dtype=torch.promote_types(dtype, torch.float32)), requires_grad=False
         )
-
-
-class BatchCode(NamedTuple):
-    """The kept entries of a batch as rows of varying length."""
-
-    values: Tensor
-    """[nnz], > 0, with a graph to the encoder."""
-    indices: Tensor
-    """[nnz] int64, the feature of each entry."""
-    offsets: Tensor
-    """[N + 1] int64, where each token's entries begin."""
-
-
-def encode_batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> BatchCode:
-    """Returns the N * k largest positive entries of `x @ W_enc + b_enc` over the whole batch; fewer where fewer are positive.
-
-    Exact: each token brings its largest few entries as candidates, and where all candidates of a token are kept, one that was
-    not brought might belong as well, so the search is repeated with twice as many.
-
-    Args:
-        x: [N, d_in].
-        W_enc: [d_in, d_sae].
-        b_enc: [d_sae].
-        k: entries a token on average.
-    """
-    d_sae = W_enc.shape[1]
-    candidates = min(4 * k, d_sae)
-    while True:
-        values, indices = encode_topk(x, W_enc, b_enc, candidates)
-        kept = torch.zeros_like(values, dtype=torch.bool)
-        num_kept = min(len(x) * k, values.numel())
-        kept.view(-1)[torch.topk(values.detach().flatten(), num_kept, sorted=False).indices] = True
-        kept &= values > 0
-        if candidates == d_sae or not bool(kept.all(dim=1).any()):
-            break
-        candidates = min(2 * candidates, d_sae)
-    offsets = torch.zeros(len(x) + 1, dtype=torch.int64, device=x.device)
-    torch.cumsum(kept.sum(dim=1), dim=0, out=offsets[1:])
-    return BatchCode(values[kept], indices[kept], offsets)

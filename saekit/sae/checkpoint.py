@@ -16,8 +16,17 @@ from saekit.errors import ConfigError, FormatError
 from saekit.manifest import atomic_write, write_json
 from saekit.sae.base import SAE, SAEConfig
 from saekit.sae.batchtopk import BatchTopKConfig, BatchTopKSAE
+from saekit.sae.gated import GatedConfig, GatedSAE
 from saekit.sae.jumprelu import JumpReLUConfig, JumpReLUSAE
+from saekit.sae.matryoshka import (
+    MatryoshkaBatchTopKConfig,
+    MatryoshkaBatchTopKSAE,
+    MatryoshkaTopKConfig,
+    MatryoshkaTopKSAE,
+)
+from saekit.sae.relu import ReLUConfig, ReLUSAE
 from saekit.sae.topk import TopKConfig, TopKSAE
+from saekit.sae.transcoder import Transcoder, TranscoderConfig
 
 __all__ = ["CFG_NAME", "WEIGHTS_NAME", "AnySAEConfig", "build_sae", "load_sae_folder", "save_sae"]
 
@@ -25,8 +34,29 @@ CFG_NAME = "cfg.json"
 WEIGHTS_NAME = "sae.safetensors"
 FORMAT_VERSION = 1
 
-AnySAEConfig = Annotated[TopKConfig | BatchTopKConfig | JumpReLUConfig, Field(discriminator="kind")]
+AnySAEConfig = Annotated[
+    TopKConfig
+    | BatchTopKConfig
+    | JumpReLUConfig
+    | MatryoshkaTopKConfig
+    | MatryoshkaBatchTopKConfig
+    | GatedConfig
+    | ReLUConfig
+    | TranscoderConfig,
+    Field(discriminator="kind"),
+]
 """The config of any architecture, told apart by `kind`."""
+
+_CLASSES: dict[type[SAEConfig], type[SAE]] = {
+    TopKConfig: TopKSAE,
+    BatchTopKConfig: BatchTopKSAE,
+    JumpReLUConfig: JumpReLUSAE,
+    MatryoshkaTopKConfig: MatryoshkaTopKSAE,
+    MatryoshkaBatchTopKConfig: MatryoshkaBatchTopKSAE,
+    GatedConfig: GatedSAE,
+    ReLUConfig: ReLUSAE,
+    TranscoderConfig: Transcoder,
+}
 
 
 def build_sae(
@@ -37,15 +67,11 @@ def build_sae(
     Raises:
         ConfigError: d_in is not known, or no class belongs to the config.
     """
-    match cfg:
-        case TopKConfig():
-            return TopKSAE(cfg, seed=seed, hook_point=hook_point, source=source)
-        case BatchTopKConfig():
-            return BatchTopKSAE(cfg, seed=seed, hook_point=hook_point, source=source)
-        case JumpReLUConfig():
-            return JumpReLUSAE(cfg, seed=seed, hook_point=hook_point, source=source)
-        case _:
-            raise ConfigError(f"sae: config of kind {cfg.kind!r}, needs 'topk', 'batchtopk' or 'jumprelu'")
+    made = _CLASSES.get(type(cfg))
+    if made is None:
+        kinds = ", ".join(repr(known.model_fields["kind"].default) for known in _CLASSES)
+        raise ConfigError(f"sae: config of kind {cfg.kind!r}, needs one of {kinds}")
+    return made(cfg, seed=seed, hook_point=hook_point, source=source)
 
 
 def save_sae(sae: SAE, folder: str | Path) -> None:

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from saekit.errors import NonFiniteError
 from saekit.sae.base import SAE
+from saekit.sae.transcoder import Transcoder
 
-__all__ = ["Normalization"]
+__all__ = ["Normalization", "PairNormalization"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,7 +18,7 @@ class Normalization:
     """`x' = (x - mean) * scale`, with scale = sqrt(d_in) / E||x - mean||.
 
     Subtracting the mean of the data removes most of the dead features; a common scale makes learning rates and bandwidths
-    carry over from model to model. Both nonlinearities are positively homogeneous, so the scale can leave through the biases
+    carry over from model to model. All nonlinearities are positively homogeneous, so the scale can leave through the biases
     and thresholds while W_enc and W_dec stay as they are: activations of the folded SAE are in raw units and its decoder
     keeps its unit rows.
 
@@ -58,15 +59,74 @@ class Normalization:
         """
         bias = sae.b_dec.double() / self.scale
         # An encoder that does not subtract b_dec still has to see centred input: the mean enters through its bias.
-        shift = 0.0 if sae.cfg.apply_b_dec_to_input else self.mean.to(bias) @ sae.W_enc.double()
-        sae.b_enc.copy_(sae.b_enc.double() / self.scale - shift)
+        sae.b_enc.copy_(sae.b_enc.double() / self.scale)
         sae.b_dec.copy_(bias + self.mean.to(bias))
         sae.scale_thresholds(1 / self.scale)
+        if not sae.cfg.apply_b_dec_to_input:
+            sae.shift_inputs(-self.mean.to(bias) @ sae.W_enc.double())
 
     @torch.no_grad()
     def unfold(self, sae: SAE) -> None:
         """The inverse of `fold`: turns an SAE of raw activations into the same SAE of normalised ones, in place."""
-        shift = 0.0 if sae.cfg.apply_b_dec_to_input else self.mean.to(sae.W_enc).double() @ sae.W_enc.double()
-        sae.b_enc.copy_((sae.b_enc.double() + shift) * self.scale)
+        if not sae.cfg.apply_b_dec_to_input:
+            sae.shift_inputs(self.mean.to(sae.W_enc.device) @ sae.W_enc.double())
+        sae.b_enc.copy_(sae.b_enc.double() * self.scale)
         sae.b_dec.copy_((sae.b_dec.double() - self.mean.to(sae.b_dec.device)) * self.scale)
         sae.scale_thresholds(self.scale)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairNormalization:
+    """The normalisation of a transcoder's data: one of what it reads, one of what it predicts.
+
+    Pairs are [N, d_in + d_out], the input first.
+    """
+
+    inputs: Normalization
+    """Of what is read."""
+    targets: Normalization
+    """Of what is predicted."""
+
+    @property
+    def scale(self) -> float:
+        """Multiplies the centred predicted activations."""
+        return self.targets.scale
+
+    @property
+    def total_variance(self) -> float:
+        """Of the normalised predicted activations."""
+        return self.targets.total_variance
+
+    def apply(self, pairs: Tensor) -> Tensor:
+        """Returns normalised pairs of raw ones."""
+        d_in = len(self.inputs.mean)
+        return torch.cat([self.inputs.apply(pairs[:, :d_in]), self.targets.apply(pairs[:, d_in:])], dim=1)
+
+    @torch.no_grad()
+    def fold(self, sae: SAE) -> None:
+        """Turns a transcoder of normalised activations into the same one of raw ones, in place.
+
+        The decoder keeps its unit rows, so activations become those of the predicted side: acts / targets.scale.
+        """
+        assert isinstance(sae, Transcoder), "pairs without a transcoder"
+        ratio = self.inputs.scale / self.targets.scale
+        mean = self.inputs.mean.to(sae.b_dec.device)
+        sae.W_enc.copy_(sae.W_enc.double() * ratio)
+        sae.b_enc.copy_(sae.b_enc.double() / self.targets.scale - mean @ sae.W_enc.double())
+        sae.b_dec.copy_(sae.b_dec.double() / self.targets.scale + self.targets.mean.to(mean))
+        if sae.W_skip is not None:
+            sae.W_skip.copy_(sae.W_skip.double() * ratio)
+            sae.b_dec.copy_(sae.b_dec.double() - mean @ sae.W_skip.double())
+
+    @torch.no_grad()
+    def unfold(self, sae: SAE) -> None:
+        """The inverse of `fold`."""
+        assert isinstance(sae, Transcoder), "pairs without a transcoder"
+        ratio = self.inputs.scale / self.targets.scale
+        mean = self.inputs.mean.to(sae.b_dec.device)
+        if sae.W_skip is not None:
+            sae.b_dec.copy_(sae.b_dec.double() + mean @ sae.W_skip.double())
+            sae.W_skip.copy_(sae.W_skip.double() / ratio)
+        sae.b_dec.copy_((sae.b_dec.double() - self.targets.mean.to(mean)) * self.targets.scale)
+        sae.b_enc.copy_((sae.b_enc.double() + mean @ sae.W_enc.double()) * self.targets.scale)
+        sae.W_enc.copy_(sae.W_enc.double() / ratio)

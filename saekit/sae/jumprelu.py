@@ -1,35 +1,30 @@
 """JumpReLU: each feature has a threshold of its own, below which it is silent."""
 
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import nn
 
-from saekit.sae.base import SAEConfig
+from saekit.sae.penalized import PenalizedConfig
 from saekit.sae.threshold import ThresholdSAE
 
 __all__ = ["JumpReLUConfig", "JumpReLUSAE"]
 
 
-class JumpReLUConfig(SAEConfig):
+class JumpReLUConfig(PenalizedConfig):
     """A JumpReLU SAE and how its sparsity is trained."""
 
     kind: Literal["jumprelu"] = "jumprelu"
     """Architecture."""
-    target_l0: float | None = None
-    """Mean number of active features a token that training steers to; None for an SAE that was trained elsewhere."""
-    sparsity: Literal["step", "tanh"] = "step"
-    """Penalty on active features: their number (`step`), or tanh of their activations (`tanh`)."""
+    sparsity: Literal["step", "tanh", "quadratic"] = "step"
+    """Penalty on active features: their number (`step`), tanh of their activations (`tanh`), or beside the former
+    the squared distance of a token's number of them from the wanted L0, so that tokens become alike (`quadratic`)."""
     bandwidth: float = Field(default=0.5, gt=0)
     """Width of the band around a threshold in which its gradient is estimated, in units of normalised activations."""
-
-    @model_validator(mode="after")
-    def _target_fits(self) -> Self:
-        if self.target_l0 is not None and not 0 < self.target_l0 <= self.d_sae:
-            raise ValueError(f"target_l0 is {self.target_l0}, needs more than 0 and at most d_sae = {self.d_sae}")
-        return self
+    ste_to_input: bool = False
+    """Whether the estimated gradient reaches the pre-activations too, not the thresholds alone."""
 
 
 class JumpReLUSAE(ThresholdSAE):

@@ -5,8 +5,10 @@ from torch import Tensor
 
 __all__ = [
     "auxk_loss",
-    "dead_pre_act_loss",
     "jumprelu",
+    "lp_penalty",
+    "pre_act_loss",
+    "quadratic_penalty",
     "reconstruction_loss",
     "step_penalty",
     "tanh_penalty",
@@ -24,54 +26,96 @@ def reconstruction_loss(error: Tensor, total_variance: float) -> Tensor:
 
 class _JumpReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, z: Tensor, threshold: Tensor, bandwidth: float, ste_to_input: bool
+    ) -> Tensor:
         ctx.save_for_backward(z, threshold)
-        ctx.bandwidth = bandwidth  # type: ignore[attr-defined]  # how torch keeps what is not a tensor
+        ctx.options = bandwidth, ste_to_input  # type: ignore[attr-defined]  # how torch keeps what is not a tensor
         return torch.where(z > threshold, z, 0.0)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         z, threshold = ctx.saved_tensors  # type: ignore[attr-defined]
-        bandwidth: float = ctx.bandwidth  # type: ignore[attr-defined]
+        bandwidth, ste_to_input = ctx.options  # type: ignore[attr-defined]
         near = (z - threshold).abs() < bandwidth / 2
-        return torch.where(z > threshold, grad, 0.0), torch.where(near, -threshold / bandwidth * grad, 0.0), None
+        estimate = torch.where(near, threshold / bandwidth * grad, 0.0)
+        grad_z = torch.where(z > threshold, grad, 0.0)
+        return (grad_z + estimate if ste_to_input else grad_z), -estimate, None, None
 
 
-def jumprelu(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+def jumprelu(pre_acts: Tensor, threshold: Tensor, bandwidth: float, *, ste_to_input: bool = False) -> Tensor:
     """Returns `z * (z > threshold)` elementwise, with an estimated gradient to the threshold.
 
-    d/d threshold = -(threshold / bandwidth) * [|z - threshold| < bandwidth / 2]; d/dz = [z > threshold].
+    d/d threshold = -(threshold / bandwidth) * [|z - threshold| < bandwidth / 2]; d/dz = [z > threshold], less the former where
+    the estimate is to reach the input too.
 
-    Source: Rajamanoharan et al. 2024, "Jumping ahead", equation 11.
+    Source: Rajamanoharan et al. 2024, "Jumping ahead", equation 11; Anthropic, "Circuits updates - January 2025" (to the input).
     """
-    result: Tensor = _JumpReLU.apply(pre_acts, threshold, bandwidth)  # type: ignore[no-untyped-call]  # torch's own
+    result: Tensor = _JumpReLU.apply(pre_acts, threshold, bandwidth, ste_to_input)  # type: ignore[no-untyped-call]  # torch's own
     return result
 
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, z: Tensor, threshold: Tensor, bandwidth: float, ste_to_input: bool
+    ) -> Tensor:
         ctx.save_for_backward(z, threshold)
-        ctx.bandwidth = bandwidth  # type: ignore[attr-defined]  # how torch keeps what is not a tensor
+        ctx.options = bandwidth, ste_to_input  # type: ignore[attr-defined]  # how torch keeps what is not a tensor
         return (z > threshold).to(z.dtype)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         z, threshold = ctx.saved_tensors  # type: ignore[attr-defined]
-        bandwidth: float = ctx.bandwidth  # type: ignore[attr-defined]
+        bandwidth, ste_to_input = ctx.options  # type: ignore[attr-defined]
         near = (z - threshold).abs() < bandwidth / 2
-        return None, torch.where(near, -grad / bandwidth, 0.0), None
+        estimate = torch.where(near, grad / bandwidth, 0.0)
+        return (estimate if ste_to_input else None), -estimate, None, None
 
 
-def step_penalty(pre_acts: Tensor, threshold: Tensor, bandwidth: float, *, num_tokens: int) -> Tensor:
-    """Returns L0, the number of entries above their threshold per token; its gradient reaches the thresholds only.
+def step_penalty(
+    pre_acts: Tensor, threshold: Tensor, bandwidth: float, *, num_tokens: int, ste_to_input: bool = False
+) -> Tensor:
+    """Returns L0, the number of entries above their threshold per token; its gradient is an estimate.
 
-    d/d threshold of one entry = -(1 / bandwidth) * [|z - threshold| < bandwidth / 2].
+    d/d threshold of one entry = -(1 / bandwidth) * [|z - threshold| < bandwidth / 2]; d/dz is 0, or the opposite of it where
+    the estimate is to reach the input too.
 
     Source: Rajamanoharan et al. 2024, equation 12.
     """
-    active: Tensor = _Step.apply(pre_acts, threshold, bandwidth)  # type: ignore[no-untyped-call]  # torch's own
+    active: Tensor = _Step.apply(pre_acts, threshold, bandwidth, ste_to_input)  # type: ignore[no-untyped-call]  # torch's own
     return active.sum() / num_tokens
+
+
+def quadratic_penalty(
+    pre_acts: Tensor,
+    threshold: Tensor,
+    bandwidth: float,
+    *,
+    offsets: Tensor,
+    target_l0: float,
+    ste_to_input: bool = False,
+) -> Tensor:
+    """Returns the mean over tokens of (2 / target) * (active entries - target)^2, with the estimate of `step_penalty`.
+
+    The price of one more active entry is then 4 * (l0 / target - 1): nothing at the target, and negative below it.
+
+    Args:
+        pre_acts: z of the stored entries [nnz].
+        threshold: of each entry's feature [nnz].
+        bandwidth: see `step_penalty`.
+        offsets: where each token's entries begin [N + 1].
+        target_l0: wanted number of active entries of a token.
+        ste_to_input: see `step_penalty`.
+
+    Source: the target-L0 loss of Gemma Scope 2 in the form that SAELens 6.54 trains with.
+    """
+    active: Tensor = _Step.apply(pre_acts, threshold, bandwidth, ste_to_input)  # type: ignore[no-untyped-call]  # torch's own
+    counts = offsets.diff()
+    row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(active))
+    l0 = active.new_zeros(len(counts)).index_add(0, row, active)
+    excess: Tensor = (l0 - target_l0).square().sum()
+    return excess * (2 / target_l0) / max(len(counts), 1)
 
 
 def tanh_penalty(acts: Tensor, norms: Tensor, *, num_tokens: int, sharpness: float = 4.0) -> Tensor:
@@ -80,6 +124,19 @@ def tanh_penalty(acts: Tensor, norms: Tensor, *, num_tokens: int, sharpness: flo
     Source: Anthropic, "Circuits updates - January 2025", "Dictionary learning optimization techniques".
     """
     return torch.tanh(sharpness * acts * norms).sum() / num_tokens
+
+
+def lp_penalty(acts: Tensor, *, p: float, num_tokens: int, softening: float = 1e-2) -> Tensor:
+    """Returns the sum of `acts ** p` per token of positive activations; for p = 1 exactly their sum.
+
+    Below p = 1 the slope at 0 has no bound, so the power is taken of `acts + softening`, less its value at 0.
+
+    Source: Karvonen et al. 2024, arXiv 2408.00113, section 4; the softening is ours, in units of normalised activations.
+    """
+    if p == 1.0:
+        return acts.sum() / num_tokens
+    size: Tensor = ((acts + softening).pow(p) - softening**p).sum()
+    return size / num_tokens
 
 
 def auxk_loss(
@@ -114,22 +171,22 @@ def auxk_loss(
     return error.square().sum() / (error.shape[0] * residual_variance.clamp_min(torch.finfo(error.dtype).tiny))
 
 
-def dead_pre_act_loss(
+def pre_act_loss(
     input_sum: Tensor,
     weights: tuple[Tensor, Tensor, Tensor, Tensor],
     active: tuple[Tensor, Tensor],
     *,
     num_tokens: int,
 ) -> Tensor:
-    """Returns the mean over tokens of the dead features' sum of `relu(threshold - z) * decoder norm`.
+    """Returns the mean over tokens of the features' sum of `relu(threshold - z) * decoder norm`.
 
-    A dead feature is silent on almost every token, so the sum over silent tokens is the sum over all tokens, which needs only
-    the summed input, less the few stored entries above the threshold: no [N, n_dead] array is made.
+    The sum over silent tokens is the sum over all tokens, which needs only the summed input, less the few stored entries above
+    the threshold: exact for any set of features, and no [N, F] array is made.
 
     Args:
         input_sum: sum over tokens of what the encoder multiplies [d_in].
-        weights: of the dead features only: W_enc rows [n_dead, d_in], b_enc, threshold and decoder norm [n_dead].
-        active: stored entries of dead features with z > threshold: z [m], and their place among the dead features [m] int64.
+        weights: of some or all features: W_enc rows [F, d_in], b_enc, threshold and decoder norm [F].
+        active: stored entries of these features with z > threshold: z [m], and their place among the features [m] int64.
         num_tokens: tokens in the batch.
 
     Source: Anthropic, "Circuits updates - January 2025" (the loss, there over all features).

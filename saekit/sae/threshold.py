@@ -1,39 +1,15 @@
-"""What SAEs with thresholds share: a token uses as many features as exceed theirs, found without a dense [N, d_sae] code."""
-
-from typing import NamedTuple
+"""What SAEs with thresholds share: a feature is active where its pre-activation exceeds the threshold."""
 
 import torch
-from saekit_kernels import decode, encode_threshold
+from saekit_kernels import encode_threshold
 from torch import Tensor, nn
 
-from saekit.sae.base import SAE, SAEOutput
+from saekit.sae.rows import ActiveRows, RowSAE
 
 __all__ = ["ThresholdSAE"]
 
 
-class _Rows(NamedTuple):
-    """Active features as rows of varying length."""
-
-    acts: Tensor
-    """[nnz], > 0 or NaN."""
-    indices: Tensor
-    """[nnz] int64."""
-    offsets: Tensor
-    """[N + 1] int64, where each token's entries begin."""
-
-    def padded(self) -> tuple[Tensor, Tensor]:
-        """Returns (top_acts [N, K], top_indices [N, K]), the largest first; places not used hold 0 and 0."""
-        counts = self.offsets.diff()
-        width = int(counts.max()) if len(counts) else 0
-        row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(self.acts))
-        place = row * width + torch.arange(len(self.acts), device=row.device) - self.offsets[row]
-        acts = self.acts.new_zeros(len(counts) * width).index_put((place,), self.acts)
-        indices = self.indices.new_zeros(len(acts)).index_put((place,), self.indices)
-        top_acts, order = acts.view(len(counts), width).sort(dim=1, descending=True, stable=True)
-        return top_acts, indices.view(len(counts), width).gather(1, order)
-
-
-class ThresholdSAE(SAE):
+class ThresholdSAE(RowSAE):
     """`z * (z > threshold)`, thresholds below 0 counting as 0.
 
     Attributes:
@@ -42,21 +18,12 @@ class ThresholdSAE(SAE):
 
     threshold: nn.Parameter
 
-    def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (top_acts [N, K], top_indices [N, K]), K the most features any of the tokens has; the largest first."""
-        return self._rows(x).padded()
-
-    def forward(self, x: Tensor) -> SAEOutput:
-        """Encodes and reconstructs x [N, d_in]; padding is not decoded."""
-        rows = self._rows(x)
-        x_hat = decode(rows.acts, rows.indices, self.W_dec, self.b_dec, offsets=rows.offsets)
-        return SAEOutput(x_hat.to(self.W_dec.dtype), *rows.padded())
-
     @torch.no_grad()
     def scale_thresholds(self, factor: float) -> None:
         """Multiplies every threshold by `factor`."""
         self.threshold.mul_(factor)
 
-    def _rows(self, x: Tensor) -> _Rows:
+    def active_rows(self, x: Tensor) -> ActiveRows:
+        """Returns the features above their thresholds of x [N, d_in]."""
         threshold = self.threshold.detach().clamp_min(0).expand(self.d_sae)
-        return _Rows(*encode_threshold(self.encoder_input(x), self.W_enc, self.b_enc, threshold))
+        return ActiveRows(*encode_threshold(self.encoder_input(x), self.W_enc, self.b_enc, threshold))

@@ -9,16 +9,14 @@ from torch import Tensor
 
 from saekit.sae.base import SAE, SAEConfig
 
-__all__ = ["TopKConfig", "TopKSAE"]
+__all__ = ["KConfig", "TopKConfig", "TopKSAE"]
 
 
-class TopKConfig(SAEConfig):
-    """A TopK SAE."""
+class KConfig(SAEConfig):
+    """What the configs of SAEs with a given number of active features share."""
 
-    kind: Literal["topk"] = "topk"
-    """Architecture."""
     k: int
-    """Features a token may use."""
+    """Features a token may use, or uses on average where the batch shares them out."""
 
     @model_validator(mode="after")
     def _k_fits(self) -> Self:
@@ -29,13 +27,20 @@ class TopKConfig(SAEConfig):
         return self
 
 
+class TopKConfig(KConfig):
+    """A TopK SAE."""
+
+    kind: Literal["topk"] = "topk"
+    """Architecture."""
+
+
 class TopKSAE(SAE):
     """`relu(top-k of the pre-activations)`, exactly k features at most for every token.
 
     Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2.3.
     """
 
-    cfg: TopKConfig
+    cfg: KConfig
 
     def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (top_acts [N, k], top_indices [N, k]), the largest first."""

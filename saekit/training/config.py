@@ -3,7 +3,7 @@
 import math
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from saekit.config import Config
 
@@ -11,7 +11,7 @@ __all__ = ["SparsityConfig", "TrainConfig"]
 
 
 class SparsityConfig(Config):
-    """How the thresholds of a JumpReLU SAE are steered to its target L0."""
+    """How an SAE gets as sparse as it was asked to be: by a steered penalty where it has a target L0, else by its k."""
 
     start_factor: float = Field(default=2.0, ge=1)
     """L0 at the first step, in multiples of the target; thresholds start at the quantiles of the data that give it."""
@@ -23,10 +23,15 @@ class SparsityConfig(Config):
     """How far the coefficient's logarithm moves in a step per unit of log(L0 / wanted L0)."""
     proportional_gain: float = Field(default=2.0, ge=0)
     """How much the coefficient's logarithm answers the present log(L0 / wanted L0) at once."""
-    dead_loss: Literal["auxk", "pre_act"] = "auxk"
-    """How silent features are brought back: AuxK, or a pull of their pre-activations towards the threshold."""
+    dead_loss: Literal["auxk", "pre_act", "pre_act_all"] = "auxk"
+    """How silent features of a JumpReLU SAE are brought back: AuxK, a pull of the dead ones' pre-activations towards their
+    thresholds, or such a pull on all features wherever they are silent."""
     pre_act_coefficient: float = Field(default=3e-6, ge=0)
-    """Weight of the `pre_act` loss."""
+    """Weight of the `pre_act` and `pre_act_all` losses."""
+    k_start_factor: float = Field(default=1.0, ge=1)
+    """Features a token uses at the first step, in multiples of k; 1 = k throughout."""
+    k_anneal_fraction: float = Field(default=0.1, gt=0, lt=1)
+    """Part of training in which the number of features a token uses falls, linearly, to k."""
 
 
 class TrainConfig(Config):
@@ -38,7 +43,7 @@ class TrainConfig(Config):
     """Tokens in one step, over all processes."""
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate; None = by width and length of training, see `default_lr`."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Seed of the first weights and of the order of the data."""
     init: Literal["tied", "given"] = "tied"
     """`tied` draws new directions from the seed; `given` goes on from the weights of the SAE that is passed in."""
@@ -46,6 +51,15 @@ class TrainConfig(Config):
     """Part of training in which the learning rate rises from 0, at most 1,000 steps."""
     decay_fraction: float = Field(default=0.2, ge=0, lt=1)
     """Part of training, at its end, in which the learning rate falls to 0."""
+    decay: Literal["linear", "cosine", "constant"] | None = None
+    """How it falls there; `constant` = not at all; None = linear, or constant for an optimizer that needs no schedule."""
+    optimizer: Literal["adam", "muon", "signum"] = "adam"
+    """`adam`; `muon`, orthogonalised momentum for the matrices; `signum`, schedule-free steps along the gradient's sign."""
+    micro_batch_size: int | None = Field(default=None, gt=0)
+    """Tokens that a process takes at a time; the gradients of a step add up over them, so that large batches need less memory.
+    None = its whole share of the batch."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Decay in a step of the moving average of the weights, which then is what is evaluated and saved; None = no average."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of Adam's moments."""
     clip_factor: float | None = Field(default=2.0, gt=1)
@@ -65,7 +79,7 @@ class TrainConfig(Config):
     checkpoint_every_tokens: int | None = Field(default=None, gt=0)
     """Tokens between two checkpoints; None = a fifth of num_tokens, at most 50 million."""
     sparsity: SparsityConfig = SparsityConfig()
-    """Control of L0; read for JumpReLU only."""
+    """Control of L0."""
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:
@@ -73,7 +87,16 @@ class TrainConfig(Config):
             raise ValueError(
                 f"warmup_fraction + decay_fraction is {self.warmup_fraction + self.decay_fraction}, needs at most 1"
             )
+        if self.ema_decay is not None and self.optimizer == "signum":
+            raise ValueError("ema_decay with optimizer 'signum', needs one of them: signum keeps an average of its own")
         return self
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_decay(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("needs two numbers from 0 to below 1")
+        return value
 
     @property
     def num_steps(self) -> int:

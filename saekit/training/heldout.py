@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saekit.sae.base import SAE
-from saekit.sae.fold import Normalization
+from saekit.sae.fold import Normalization, PairNormalization
+from saekit.sae.transcoder import split_pairs
 
 __all__ = ["HeldOutFigures", "TokenView", "evaluate_heldout", "read_evenly"]
 
@@ -49,29 +50,34 @@ def read_evenly(view: TokenView, num_tokens: int) -> Tensor:
 
 @torch.no_grad()
 def evaluate_heldout(
-    sae: SAE, x: Tensor, normalization: Normalization | None = None, *, batch_size: int = 2048
+    sae: SAE,
+    x: Tensor,
+    normalization: Normalization | PairNormalization | None = None,
+    *,
+    batch_size: int = 2048,
 ) -> HeldOutFigures:
     """Returns figures of an SAE with its inference nonlinearity on raw activations x [n, d_in].
 
     Args:
         sae: of raw activations, or of normalised ones where `normalization` is given.
-        x: held-out tokens.
+        x: held-out tokens; pairs for a transcoder, whose figures are those of what it predicts.
         normalization: applied to `x` first; changes none of the figures' meaning, as FVU does not depend on it.
         batch_size: tokens at a time.
 
     FVU is 1 - (explained variance): sum ||x - x_hat||^2 / sum ||x - mean of x||^2, sums over all tokens in float64.
     """
     squared_error = squared = num_active = 0.0
-    total = torch.zeros(sae.d_in, dtype=torch.float64, device=sae.b_dec.device)
+    total = torch.zeros(sae.d_out, dtype=torch.float64, device=sae.b_dec.device)
     fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.b_dec.device)
     for batch in torch.split(x, batch_size):
         normal = batch.to(sae.b_dec)
         if normalization is not None:
             normal = normalization.apply(normal)
-        x_hat, top_acts, top_indices = sae(normal)
-        squared_error += float((normal - x_hat).double().square().sum())
-        squared += float(normal.double().square().sum())
-        total += normal.double().sum(0)
+        inputs, target = split_pairs(sae, normal)
+        x_hat, top_acts, top_indices = sae(inputs)
+        squared_error += float((target - x_hat).double().square().sum())
+        squared += float(target.double().square().sum())
+        total += target.double().sum(0)
         num_active += float((top_acts > 0).sum())
         fired[top_indices[top_acts > 0]] = True
     variance = squared - float(total.square().sum()) / len(x)

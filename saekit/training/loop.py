@@ -63,6 +63,10 @@ class TrainingLoop:
                     raise KeyboardInterrupt(message)
                 if run.step % self.checkpoint_steps == 0 and run.step < config.num_steps:
                     self.save()
+            # Asked in the last step, when no further step hands it round: one process can still answer by itself.
+            if stop.is_set and run.accelerator.num_processes == 1:
+                self.save()
+                raise KeyboardInterrupt(f"interrupted after {run.tokens:,} tokens, checkpoint written")
 
     def save(self) -> None:
         """Writes a checkpoint of everything, by all processes together."""
@@ -116,7 +120,8 @@ class TrainingLoop:
             self._write("train", self.means.take() | row)
         if self.held_out is not None and (run.step % self.eval_steps == 0 or is_last):
             before = time.perf_counter()
-            found = evaluate_heldout(run.sae, self.held_out, run.normalization)
+            with run.average.taken():
+                found = evaluate_heldout(run.sae, self.held_out, run.normalization)
             self._write("test", found._asdict())
             # Time spent here is not training time.
             self._since = (self._since[0] + time.perf_counter() - before, self._since[1])

@@ -2,28 +2,28 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from saekit_kernels import decode, encode_threshold, encode_topk
 from torch import Tensor, nn
 
-from saekit.errors import ConfigError
 from saekit.sae.base import SAE
 from saekit.sae.batchtopk import BatchTopKSAE, encode_batch_topk
-from saekit.sae.jumprelu import JumpReLUSAE
-from saekit.sae.losses import auxk_loss, dead_pre_act_loss, jumprelu, reconstruction_loss, step_penalty, tanh_penalty
+from saekit.sae.losses import auxk_loss, reconstruction_loss
 from saekit.sae.topk import TopKSAE
+from saekit.sae.transcoder import split_pairs
 from saekit.training.config import TrainConfig
+from saekit.training.schedule import annealed_k
 
 __all__ = [
-    "JumpReLUObjective",
+    "BatchTopKObjective",
+    "Code",
     "Objective",
     "StepResult",
     "SumOverProcesses",
     "TopKObjective",
-    "build_objective",
     "default_k_aux",
 ]
 
@@ -48,12 +48,17 @@ class StepResult(NamedTuple):
     """Which features were active on any token [F] bool."""
 
 
-class _Code(NamedTuple):
+class Code(NamedTuple):
+    """The selected entries of a batch."""
+
     values: Tensor
+    """Activations, [N, k] or [nnz], with a graph to the encoder."""
     indices: Tensor
-    offsets: Tensor | None
-    penalty: Tensor | float
-    pre_acts: Tensor | None
+    """Their features, int64."""
+    offsets: Tensor | None = None
+    """[N + 1] where each token's entries begin; None for [N, k]."""
+    pre_acts: Tensor | None = None
+    """What was compared with the thresholds, where there are some."""
 
 
 def default_k_aux(d_in: int) -> int:
@@ -62,7 +67,14 @@ def default_k_aux(d_in: int) -> int:
 
 
 class Objective(nn.Module, ABC):
-    """An SAE of normalised activations together with the terms it is trained on."""
+    """An SAE of normalised activations together with the terms it is trained on.
+
+    Attributes:
+        progress: part of training that is done, 0 to 1; schedules inside the loss follow it.
+    """
+
+    has_projected_decoder = True
+    """Whether decoder rows are held at unit norm by constraint, so that the gradient along a row is of no use."""
 
     def __init__(
         self, sae: SAE, config: TrainConfig, *, total_variance: float, sum_over_processes: SumOverProcesses
@@ -72,11 +84,13 @@ class Objective(nn.Module, ABC):
         self.config = config
         self.total_variance = total_variance
         self.sum_over_processes = sum_over_processes
-        self.k_aux = config.k_aux or default_k_aux(sae.d_in)
+        self.k_aux = config.k_aux or default_k_aux(sae.d_out)
+        self.progress = 0.0
+        self._residual_variance: Tensor | None = None
 
     @abstractmethod
-    def encode(self, encoder_input: Tensor, coefficient: float) -> _Code:
-        """Returns the selected entries of encoder_input [N, d_in], and the weighted sparsity penalty."""
+    def encode(self, encoder_input: Tensor) -> Code:
+        """Returns the selected entries of encoder_input [N, d_in]."""
 
     def forward(self, x: Tensor, dead: Tensor, coefficient: float = 0.0) -> StepResult:
         """Returns loss and figures of normalised activations x [N, d_in].
@@ -86,40 +100,89 @@ class Objective(nn.Module, ABC):
             dead: indices of the dead features [n_dead] int64, the same on every process.
             coefficient: weight of the sparsity penalty.
         """
-        encoder_input = self.sae.encoder_input(x)
-        code = self.encode(encoder_input, coefficient)
-        x_hat = decode(code.values, code.indices, self.sae.W_dec, self.sae.b_dec, offsets=code.offsets)
-        error = x - x_hat
-        fvu = reconstruction_loss(error, self.total_variance)
+        inputs, target = split_pairs(self.sae, x)
+        encoder_input = self.sae.encoder_input(inputs)
+        code = self.encode(encoder_input)
+        reconstruction, fvu, error = self.reconstruct(inputs, target, code)
         auxiliary, weighted = self.dead_loss(encoder_input, error, dead, code)
+        loss = reconstruction + weighted + self.penalty(encoder_input, target, code, coefficient)
         active = code.values > 0
         fired = torch.zeros(self.sae.d_sae, dtype=torch.bool, device=x.device)
         fired[code.indices[active]] = True
-        return StepResult(fvu + code.penalty + weighted, fvu.detach(), auxiliary, active.sum(), fired)
+        return StepResult(loss, fvu.detach(), auxiliary, active.sum(), fired)
 
-    def dead_loss(self, encoder_input: Tensor, error: Tensor, dead: Tensor, code: _Code) -> tuple[Tensor, Tensor]:
+    def reconstruct(self, inputs: Tensor, target: Tensor, code: Code) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the reconstruction term with its graph, the FVU of all features, and target less reconstruction [N, d_out]."""
+        error = target - decode(code.values, code.indices, self.sae.W_dec, self.sae.b_dec, offsets=code.offsets)
+        fvu = reconstruction_loss(error, self.total_variance)
+        return fvu, fvu, error
+
+    def penalty(self, encoder_input: Tensor, target: Tensor, code: Code, coefficient: float) -> Tensor | float:
+        """Returns the weighted sparsity penalty and what else belongs to it; nothing where the code is sparse by itself."""
+        return 0.0
+
+    def dead_loss(self, encoder_input: Tensor, error: Tensor, dead: Tensor, code: Code) -> tuple[Tensor, Tensor]:
         """Returns the term that brings dead features back, bare and weighted; exactly 0 when none is dead."""
         if dead.numel() == 0 or self.config.auxk_alpha == 0:
             nothing = error.new_zeros(())
             return nothing, nothing
         residual = error.detach()
-        # One sum for all processes, so that the loss does not depend on how the batch is split over them.
-        sums = torch.cat([residual.sum(0).double(), residual.square().sum().double()[None]])
-        count = self.sum_over_processes(torch.tensor(float(len(error)), dtype=torch.float64, device=error.device))
-        sums = self.sum_over_processes(sums) / count
-        variance = (sums[-1] - sums[:-1].square().sum()).to(error.dtype)
+        variance = self._residual_variance
+        if variance is None:
+            variance = self._pooled_variance(_moments(residual), len(residual))
         # Rows of the compacted dead features: a dense product of their width is cheaper than gathering k_aux rows a token.
         weights = (self.sae.W_enc.T[dead], self.sae.b_enc[dead], self.sae.W_dec[dead])
-        loss = auxk_loss(encoder_input, residual, weights, k_aux=self.k_aux, residual_variance=variance)
+        loss = auxk_loss(
+            encoder_input, residual, weights, k_aux=self.k_aux, residual_variance=variance.to(residual.dtype)
+        )
         return loss.detach(), self.config.auxk_alpha * loss
+
+    @torch.no_grad()
+    def prepare(self, parts: Sequence[Tensor], dead: Tensor) -> None:
+        """Measures over a whole batch what the loss of each of its parts needs to know.
+
+        AuxK is measured by the residual variance of the batch, so that it has the same size however the batch is cut.
+
+        Args:
+            parts: the batch of this process in parts.
+            dead: see `forward`.
+        """
+        self._residual_variance = None
+        if len(parts) == 1 or dead.numel() == 0 or self.config.auxk_alpha == 0:
+            return
+        moments, count = torch.zeros((), dtype=torch.float64), 0
+        for part in parts:
+            inputs, target = split_pairs(self.sae, part)
+            _, _, error = self.reconstruct(inputs, target, self.encode(self.sae.encoder_input(inputs)))
+            moments = moments.to(error.device) + _moments(error)
+            count += len(error)
+        self._residual_variance = self._pooled_variance(moments, count)
+
+    def _pooled_variance(self, moments: Tensor, count: int) -> Tensor:
+        # One sum for all processes, so that the loss does not depend on how the batch is split over them.
+        total = self.sum_over_processes(torch.tensor(float(count), dtype=torch.float64, device=moments.device))
+        means = self.sum_over_processes(moments) / total
+        return means[-1] - means[:-1].square().sum()
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Returns what the optimizer moves, by name."""
         return {"W_enc": self.sae.W_enc, "b_enc": self.sae.b_enc, "W_dec": self.sae.W_dec, "b_dec": self.sae.b_dec}
 
-    def after_step(self) -> None:
-        """Restores what a step must keep: unit decoder rows."""
+    def settle(self) -> None:
+        """Brings the SAE in line with the trained parameters, whose decoder rows are made unit; twice is as once."""
         self.sae.normalize_decoder()
+
+    def after_step(self) -> None:
+        """Settles, and notes what the step saw."""
+        self.settle()
+
+    def finish(self) -> None:
+        """Turns the last weights into those that are saved, where training leaves something open."""
+
+
+def _moments(error: Tensor) -> Tensor:
+    """Sums over tokens of the residual [d_out] and, last, of its square norm, in float64."""
+    return torch.cat([error.sum(0).double(), error.square().sum().double()[None]])
 
 
 class TopKObjective(Objective):
@@ -127,10 +190,14 @@ class TopKObjective(Objective):
 
     sae: TopKSAE
 
-    def encode(self, encoder_input: Tensor, coefficient: float) -> _Code:
-        """Returns the k largest entries of each token; there is nothing to penalise."""
-        values, indices = encode_topk(encoder_input, self.sae.W_enc, self.sae.b_enc, self.sae.cfg.k)
-        return _Code(values, indices, None, 0.0, None)
+    @property
+    def k(self) -> int:
+        """Features a token may use now."""
+        return annealed_k(self.sae.cfg.k, self.sae.d_sae, self.progress, self.config)
+
+    def encode(self, encoder_input: Tensor) -> Code:
+        """Returns the k largest entries of each token."""
+        return Code(*encode_topk(encoder_input, self.sae.W_enc, self.sae.b_enc, self.k))
 
 
 class BatchTopKObjective(Objective):
@@ -149,98 +216,62 @@ class BatchTopKObjective(Objective):
         self.register_buffer("num_seen", torch.zeros(1, dtype=torch.int64))
         self.smallest_kept: Tensor
         self.num_seen: Tensor
+        self._cutoff: Tensor | None = None
 
-    def encode(self, encoder_input: Tensor, coefficient: float) -> _Code:
-        """Returns the N * k largest entries of the batch; there is nothing to penalise."""
-        values, indices, offsets = encode_batch_topk(encoder_input, self.sae.W_enc, self.sae.b_enc, self.sae.cfg.k)
-        own = values.detach().double().min() if values.numel() else encoder_input.new_zeros((), dtype=torch.float64)
-        both = self.sum_over_processes(torch.stack([own, torch.ones_like(own)]))
-        self.smallest_kept.copy_(both[0] / both[1])
-        return _Code(values, indices, offsets, 0.0, None)
+    @property
+    def k(self) -> int:
+        """Features a token uses on average now."""
+        return annealed_k(self.sae.cfg.k, self.sae.d_sae, self.progress, self.config)
+
+    def encode(self, encoder_input: Tensor) -> Code:
+        """Returns the N * k largest entries of the batch, or a part's share of them after `prepare`."""
+        W_enc, b_enc = self.sae.W_enc, self.sae.b_enc
+        if self._cutoff is not None:
+            bound = self._cutoff.expand(self.sae.d_sae)
+            return Code(*encode_threshold(encoder_input, W_enc, b_enc, bound))
+        code = Code(*encode_batch_topk(encoder_input, W_enc, b_enc, self.k))
+        self._note_smallest(code.values)
+        return code
+
+    @torch.no_grad()
+    def prepare(self, parts: Sequence[Tensor], dead: Tensor) -> None:
+        """Finds, beside what every objective measures, the smallest entry that the whole batch keeps.
+
+        What the parts keep on their own are as many entries as the batch keeps, so the smallest of them bounds the batch's from
+        below, and 0 does where some part has too few. All entries above the bound then hold the batch's.
+        """
+        self._cutoff = None
+        if len(parts) > 1:
+            W_enc, b_enc = self.sae.W_enc, self.sae.b_enc
+            inputs = [self.sae.encoder_input(split_pairs(self.sae, part)[0]) for part in parts]
+            own = [encode_batch_topk(part, W_enc, b_enc, self.k)[0].flatten() for part in inputs]
+            num_kept = sum(len(part) for part in inputs) * self.k
+            has_bound = sum(len(values) for values in own) == num_kept
+            bound = _just_below(torch.cat(own).min()) if has_bound else own[0].new_zeros(())
+            kept = torch.cat(
+                [encode_threshold(part, W_enc, b_enc, bound.expand(self.sae.d_sae)).pre_acts for part in inputs]
+            )
+            if len(kept) > num_kept:
+                kept = torch.topk(kept, num_kept, sorted=False).values
+                bound = _just_below(kept.min())
+            self._cutoff = bound[None]
+            self._note_smallest(kept)
+        super().prepare(parts, dead)
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Restores unit decoder rows and moves the threshold towards the smallest entry kept in this batch."""
+        """Settles, and moves the threshold towards the smallest entry kept in this batch."""
         super().after_step()
         self.num_seen += 1
         # A plain mean at first, so that the threshold's start does not matter; then a running one that follows the weights.
         weight = max(1.0 / float(self.num_seen), 1.0 / THRESHOLD_MEMORY_STEPS)
         self.sae.threshold.lerp_(self.smallest_kept.to(self.sae.threshold), weight)
 
-
-class JumpReLUObjective(Objective):
-    """Reconstruction, a weighted sparsity penalty and a term for dead features.
-
-    The thresholds are trained as logarithms: they stay positive, and a step changes each by the same relative amount.
-    """
-
-    sae: JumpReLUSAE
-
-    def __init__(
-        self, sae: JumpReLUSAE, config: TrainConfig, *, total_variance: float, sum_over_processes: SumOverProcesses
-    ) -> None:
-        super().__init__(sae, config, total_variance=total_variance, sum_over_processes=sum_over_processes)
-        self.log_threshold = nn.Parameter(sae.threshold.detach().clamp_min(1e-6).log())
-
-    def encode(self, encoder_input: Tensor, coefficient: float) -> _Code:
-        """Returns the entries above or near their threshold (near ones with value 0), and the penalty."""
-        cfg = self.sae.cfg
-        threshold = self.log_threshold.exp()
-        pre_acts, indices, offsets = encode_threshold(
-            encoder_input, self.sae.W_enc, self.sae.b_enc, threshold, bandwidth=cfg.bandwidth
-        )
-        at = threshold[indices]
-        values = jumprelu(pre_acts, at, cfg.bandwidth)
-        num_tokens = len(encoder_input)
-        if cfg.sparsity == "step":
-            penalty = step_penalty(pre_acts, at, cfg.bandwidth, num_tokens=num_tokens)
-        else:
-            penalty = tanh_penalty(values, self.sae.W_dec.norm(dim=1)[indices], num_tokens=num_tokens)
-        return _Code(values, indices, offsets, coefficient * penalty, pre_acts)
-
-    def dead_loss(self, encoder_input: Tensor, error: Tensor, dead: Tensor, code: _Code) -> tuple[Tensor, Tensor]:
-        """Returns AuxK or the pre-activation loss of the dead features, bare and weighted."""
-        if self.config.sparsity.dead_loss == "auxk" or dead.numel() == 0:
-            return super().dead_loss(encoder_input, error, dead, code)
-        assert code.pre_acts is not None
-        place = torch.full((self.sae.d_sae,), -1, device=dead.device)
-        place[dead] = torch.arange(len(dead), device=dead.device)
-        kept = (place[code.indices] >= 0) & (code.values > 0)
-        weights = (
-            self.sae.W_enc.T[dead],
-            self.sae.b_enc[dead],
-            self.log_threshold.exp()[dead],
-            self.sae.W_dec[dead].norm(dim=1),
-        )
-        active = (code.pre_acts[kept], place[code.indices[kept]])
-        loss = dead_pre_act_loss(encoder_input.sum(0), weights, active, num_tokens=len(encoder_input))
-        return loss.detach(), self.config.sparsity.pre_act_coefficient * loss
-
-    def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Returns what the optimizer moves, by name; the SAE's own thresholds follow the logarithms."""
-        return super().trained_parameters() | {"log_threshold": self.log_threshold}
-
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """Restores unit decoder rows and sets the SAE's thresholds to the trained ones."""
-        super().after_step()
-        self.sae.threshold.copy_(self.log_threshold.exp())
+    def _note_smallest(self, kept: Tensor) -> None:
+        own = kept.detach().double().min() if kept.numel() else kept.new_zeros((), dtype=torch.float64)
+        both = self.sum_over_processes(torch.stack([own, torch.ones_like(own)]))
+        self.smallest_kept.copy_(both[0] / both[1])
 
 
-def build_objective(
-    sae: SAE, config: TrainConfig, *, total_variance: float, sum_over_processes: SumOverProcesses
-) -> Objective:
-    """Returns the objective of the SAE's architecture.
-
-    Raises:
-        ConfigError: no objective belongs to it, or a JumpReLU SAE has no target L0.
-    """
-    if isinstance(sae, TopKSAE):
-        return TopKObjective(sae, config, total_variance=total_variance, sum_over_processes=sum_over_processes)
-    if isinstance(sae, BatchTopKSAE):
-        return BatchTopKObjective(sae, config, total_variance=total_variance, sum_over_processes=sum_over_processes)
-    if isinstance(sae, JumpReLUSAE):
-        if sae.cfg.target_l0 is None:
-            raise ConfigError("sae: no target_l0, needs one to train a JumpReLU SAE")
-        return JumpReLUObjective(sae, config, total_variance=total_variance, sum_over_processes=sum_over_processes)
-    raise ConfigError(f"sae: {type(sae).__name__} cannot be trained, needs TopKSAE, BatchTopKSAE or JumpReLUSAE")
+def _just_below(value: Tensor) -> Tensor:
+    return torch.nextafter(value, torch.full_like(value, -torch.inf))

@@ -11,14 +11,17 @@ from torch import Tensor
 from saekit.activations.source import ActivationSource
 from saekit.errors import NonFiniteError
 from saekit.sae.base import SAE
-from saekit.sae.fold import Normalization
-from saekit.sae.jumprelu import JumpReLUSAE
+from saekit.sae.fold import Normalization, PairNormalization
+from saekit.training.average import WeightAverage
+from saekit.training.build import build_objective
 from saekit.training.config import TrainConfig
 from saekit.training.dead import DeadFeatures, default_dead_after
-from saekit.training.objective import JumpReLUObjective, build_objective
+from saekit.training.fused_adam import FusedAdam
+from saekit.training.micro import backward_in_parts
 from saekit.training.optim import GradientClip, build_optimizer, project_decoder_gradient, set_learning_rates
+from saekit.training.penalty import PenalizedObjective
 from saekit.training.schedule import default_lr, lr_factor
-from saekit.training.sparsity import L0Control, wanted_l0
+from saekit.training.sparsity import L0Control
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,7 +57,7 @@ class TrainRun:
         source: ActivationSource,
         config: TrainConfig,
         *,
-        normalization: Normalization,
+        normalization: Normalization | PairNormalization,
         accelerator: "Accelerator",
     ) -> None:
         """Takes an SAE of normalised activations, and trains it in place."""
@@ -67,8 +70,11 @@ class TrainRun:
             self.sae, config, total_variance=normalization.total_variance, sum_over_processes=self._sum
         ).to(accelerator.device)
         self.parameters = self.objective.trained_parameters()
-        self.peak_lr = config.lr if config.lr is not None else default_lr(sae.d_sae, config.num_steps)
-        self.optimizer = build_optimizer(self.parameters, config, lr=self.peak_lr)
+        self.peak_lr = config.lr if config.lr is not None else default_lr(sae.d_sae, config.num_steps, config.optimizer)
+        self.optimizer = build_optimizer(
+            self.parameters, config, lr=self.peak_lr, has_unit_rows=self.objective.has_projected_decoder
+        )
+        self.average = WeightAverage(self.objective, self.optimizer, decay=config.ema_decay)
         self.clip = GradientClip(config.clip_factor)
         self.dead = DeadFeatures(sae.d_sae, default_dead_after(config), accelerator.device)
         self.control = self._build_control()
@@ -94,24 +100,27 @@ class TrainRun:
         raw = self.source.next_batch().to(self.accelerator.device)
         x = self.normalization.apply(raw)
         self.optimizer.zero_grad(set_to_none=True)
-        result = self.objective(x, self.dead.mask.nonzero().flatten(), coefficient)
-        result.loss.backward()
+        self.objective.progress = self.step / self.config.num_steps
+        dead = self.dead.mask.nonzero().flatten()
+        result = backward_in_parts(self.objective, x, dead, coefficient, part_tokens=self.config.micro_batch_size)
         self._average_gradients()
-        project_decoder_gradient(self.sae.W_dec)
-        norm = self.clip.apply(self.parameters)
+        norm = self._gradient_norm()
 
-        figures = torch.stack([result.loss.detach(), result.fvu, result.auxiliary, result.num_active.to(norm)]).double()
+        figures = torch.stack([result.loss, result.fvu, result.auxiliary, result.num_active.to(norm)]).double()
         stop = torch.tensor([float(stop_asked)], dtype=torch.float64, device=x.device)
         summed = self._sum(torch.cat([figures, stop, result.fired.double()]))
         processes = self.accelerator.num_processes
-        # One transfer a step: the device's queue is waited for here and nowhere else.
+        # One transfer for all figures of the step.
         loss, fvu, auxiliary, num_active, stops, gradient_norm = torch.cat([summed[:5], norm.double()[None]]).tolist()
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             raise self._non_finite(raw)
 
+        if isinstance(self.optimizer, FusedAdam):
+            self.optimizer.gradient_scale = self.clip.scale(gradient_norm)
         self.clip.update(gradient_norm)
         self.optimizer.step()
         self.objective.after_step()
+        self.average.update()
         self.dead.update(summed[5:] > 0, self.config.batch_size)
         self.step += 1
         l0 = num_active / self.config.batch_size
@@ -137,6 +146,7 @@ class TrainRun:
             "optimizer": self.optimizer.state_dict(),
             "gradient_norm": self.clip.mean,
             "silent_tokens": self.dead.silent_tokens,
+            "average": self.average.state_dict(),
             "control": self.control.state_dict() if self.control else {},
         }
 
@@ -147,12 +157,21 @@ class TrainRun:
         self.optimizer.load_state_dict(state["optimizer"])
         self.clip.mean = state["gradient_norm"]
         self.dead.silent_tokens.copy_(state["silent_tokens"])
+        self.average.load_state_dict(state["average"])
         if self.control:
             self.control.load_state_dict(state["control"])
 
     def _sum(self, value: Tensor) -> Tensor:
         total: Tensor = self.accelerator.reduce(value, reduction="sum")
         return total
+
+    def _gradient_norm(self) -> Tensor:
+        """Returns the norm of the projected gradient before clipping; what does not clip by itself is clipped here."""
+        if isinstance(self.optimizer, FusedAdam):
+            return self.optimizer.gradient_norm()
+        if self.objective.has_projected_decoder:
+            project_decoder_gradient(self.sae.W_dec)
+        return self.clip.apply(self.parameters)
 
     def _average_gradients(self) -> None:
         if self.accelerator.num_processes == 1:
@@ -164,16 +183,13 @@ class TrainRun:
             gradient.copy_(self._sum(gradient) / self.accelerator.num_processes)
 
     def _build_control(self) -> L0Control | None:
-        if not isinstance(self.objective, JumpReLUObjective):
+        if not isinstance(self.objective, PenalizedObjective):
             return None
-        # What an entry at its threshold is worth to the reconstruction: the coefficient's natural size.
-        worth = float(self.objective.log_threshold.detach().mul(2).exp().mean()) / self.normalization.total_variance
-        return L0Control(self.config.sparsity, start=worth)
+        return L0Control(self.config.sparsity, start=self.objective.natural_coefficient())
 
     def _wanted_l0(self) -> float:
-        assert isinstance(self.sae, JumpReLUSAE)
-        assert self.sae.cfg.target_l0 is not None
-        return wanted_l0(self.step / self.config.num_steps, self.sae.cfg.target_l0, self.config.sparsity)
+        assert isinstance(self.objective, PenalizedObjective)
+        return self.objective.wanted_l0(self.step / self.config.num_steps)
 
     def _non_finite(self, raw: Tensor) -> NonFiniteError:
         bad = (~torch.isfinite(raw)).any(dim=1)

@@ -1,4 +1,4 @@
-"""Steering a JumpReLU SAE to the L0 that was asked for."""
+"""Steering an SAE to the L0 that was asked for."""
 
 import math
 from collections.abc import Iterable
@@ -7,10 +7,19 @@ import torch
 from torch import Tensor
 
 from saekit.sae.batchtopk import BatchTopKSAE
+from saekit.sae.gated import GatedSAE
 from saekit.sae.jumprelu import JumpReLUSAE
+from saekit.sae.relu import ReLUSAE
 from saekit.training.config import SparsityConfig
 
-__all__ = ["L0Control", "calibration_factor", "init_shared_threshold", "init_thresholds", "wanted_l0"]
+__all__ = [
+    "L0Control",
+    "calibration_factor",
+    "calibration_shift",
+    "init_shared_threshold",
+    "init_thresholds",
+    "wanted_l0",
+]
 
 MAX_LOG_STEP = 0.1
 """Most the coefficient's logarithm moves in a step, so that one strange batch cannot throw it off."""
@@ -57,8 +66,10 @@ class L0Control:
 
 
 @torch.no_grad()
-def init_thresholds(sae: JumpReLUSAE, x: Tensor, l0: float) -> None:
+def init_thresholds(sae: JumpReLUSAE | ReLUSAE | GatedSAE, x: Tensor, l0: float) -> None:
     """Sets each threshold to the quantile of the feature's pre-activations on x [N, d_in] at which it fires on l0 / d_sae of them.
+
+    Where pre-activations are compared with 0, their bias does what a threshold would do.
 
     All features then start equally active and the selected entries are few from the first step; a common small start value
     would make half of all entries active and leave Adam's bounded steps thousands of steps from the target.
@@ -68,7 +79,11 @@ def init_thresholds(sae: JumpReLUSAE, x: Tensor, l0: float) -> None:
     for start in range(0, sae.d_sae, FEATURES_AT_A_TIME):
         rows = slice(start, start + FEATURES_AT_A_TIME)
         z = encoder_input @ sae.W_enc[:, rows] + sae.b_enc[rows]
-        sae.threshold[rows] = z.kthvalue(len(x) - keep, dim=0).values.clamp_min(1e-3)
+        quantiles = z.kthvalue(len(x) - keep, dim=0).values
+        if isinstance(sae, JumpReLUSAE):
+            sae.threshold[rows] = quantiles.clamp_min(1e-3)
+        else:
+            sae.b_enc[rows] -= quantiles
 
 
 @torch.no_grad()
@@ -101,3 +116,29 @@ def calibration_factor(sae: JumpReLUSAE, batches: Iterable[Tensor], target_l0: f
         return 1 / reach if keep >= len(found) else reach
     value = float(found.kthvalue(len(found) - keep).values)
     return min(max(value, 1 / reach), reach)
+
+
+@torch.no_grad()
+def calibration_shift(
+    sae: ReLUSAE | GatedSAE, batches: Iterable[Tensor], target_l0: float, *, reach: float = 0.25
+) -> float:
+    """Returns what to add to every b_enc for a mean L0 over the batches of the target, at most `reach` of the mean active entry.
+
+    Exact, no search: an entry is active exactly while the shift is above its pre-activation's opposite. Features whose
+    magnitude is 0 stay silent whatever their gate does.
+    """
+    kept, limit, num_tokens = [], None, 0
+    for x in batches:
+        z = sae.pre_acts(x)
+        if isinstance(sae, GatedSAE):
+            z = z[(sae.r_mag.exp() * (z - sae.b_enc) + sae.b_mag) > 0]
+        if limit is None:
+            limit = reach * float(z[z > 0].mean()) if bool((z > 0).any()) else 0.0
+        kept.append(z[z > -limit])
+        num_tokens += len(x)
+    assert limit is not None, "calibration without tokens"
+    found = torch.cat(kept)
+    keep = round(target_l0 * num_tokens)
+    if keep < 1 or keep >= len(found):
+        return limit if keep >= len(found) else -limit
+    return min(max(-float(found.kthvalue(len(found) - keep).values), -limit), limit)

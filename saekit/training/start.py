@@ -8,9 +8,24 @@ from torch import Tensor
 from saekit.activations.source import ActivationSource
 from saekit.errors import NonFiniteError
 from saekit.sae.base import SAE
-from saekit.sae.fold import Normalization
+from saekit.sae.batchtopk import BatchTopKSAE
+from saekit.sae.fold import Normalization, PairNormalization
+from saekit.sae.gated import GatedSAE
+from saekit.sae.jumprelu import JumpReLUSAE
+from saekit.sae.relu import ReLUSAE
+from saekit.sae.transcoder import Transcoder, split_pairs
+from saekit.training.config import SparsityConfig
+from saekit.training.sparsity import init_shared_threshold, init_thresholds
 
-__all__ = ["SAMPLE_TOKENS", "estimate_normalization", "read_sample", "scale_encoder"]
+__all__ = [
+    "SAMPLE_TOKENS",
+    "estimate_normalization",
+    "estimate_pair_normalization",
+    "fit_start",
+    "init_transcoder",
+    "read_sample",
+    "scale_encoder",
+]
 
 SAMPLE_TOKENS = 32_768
 """Enough for a mean that is wrong by half a percent of the spread, small enough to hold at any width."""
@@ -54,6 +69,8 @@ def estimate_normalization(sample: Tensor, sum_over_processes: Callable[[Tensor]
 def scale_encoder(sae: SAE, x: Tensor, sum_over_processes: Callable[[Tensor], Tensor]) -> float:
     """Scales encoder and thresholds so that the first reconstruction of x [n, d_in] is the best multiple of itself.
 
+    For a transcoder, x are pairs [n, d_in + d_out] and the multiple is the best one of the prediction.
+
     Many overlapping features add up to more than the input: with unit encoder rows the first hundred steps would be spent on
     shrinking all of them, and a JumpReLU SAE would lose most of its active features on the way.
 
@@ -62,11 +79,67 @@ def scale_encoder(sae: SAE, x: Tensor, sum_over_processes: Callable[[Tensor], Te
     """
     moments = torch.zeros(2, dtype=torch.float64, device=x.device)
     for part in torch.split(x, PART_TOKENS):
-        x_hat = sae(part).x_hat.double()
-        moments += torch.stack([(x_hat * part).sum(), x_hat.square().sum()])
+        inputs, target = split_pairs(sae, part)
+        x_hat = sae(inputs).x_hat.double()
+        moments += torch.stack([(x_hat * target).sum(), x_hat.square().sum()])
     along, square = sum_over_processes(moments).tolist()
     if along <= 0 or square <= 0:
         return 1.0
     sae.W_enc.mul_(along / square)
+    sae.b_enc.mul_(along / square)
     sae.scale_thresholds(along / square)
     return float(along / square)
+
+
+def estimate_pair_normalization(
+    sample: Tensor, d_in: int, sum_over_processes: Callable[[Tensor], Tensor]
+) -> PairNormalization:
+    """Returns the normalisations of the first `d_in` columns and of the others, measured on a sample [n, d_in + d_out].
+
+    Raises:
+        NonFiniteError: see `estimate_normalization`.
+    """
+    return PairNormalization(
+        inputs=estimate_normalization(sample[:, :d_in], sum_over_processes),
+        targets=estimate_normalization(sample[:, d_in:], sum_over_processes),
+    )
+
+
+@torch.no_grad()
+def init_transcoder(sae: Transcoder, pairs: Tensor, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
+    """Sets each decoder row to the direction of the predicted activations on the tokens where its feature is active.
+
+    Random rows would have to turn before they predict anything; a feature that is never active on the sample keeps its own.
+
+    Args:
+        sae: with random encoder directions.
+        pairs: normalised [n, d_in + d_out].
+        sum_over_processes: adds up over processes.
+    """
+    sums = torch.zeros_like(sae.W_dec)
+    for part in torch.split(pairs, PART_TOKENS):
+        inputs, target = split_pairs(sae, part)
+        acts, indices = sae.encode_sparse(inputs)
+        for place in range(acts.shape[1]):
+            sums.index_add_(0, indices[:, place], acts[:, place, None] * target)
+    sums = sum_over_processes(sums)
+    has_any = sums.norm(dim=1) > 0
+    sae.W_dec[has_any] = sums[has_any]
+    sae.normalize_decoder()
+
+
+@torch.no_grad()
+def fit_start(sae: SAE, x: Tensor, sparsity: SparsityConfig, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
+    """Adapts random weights to normalised activations x: first the thresholds' start, then the encoder's scale."""
+    if isinstance(sae, JumpReLUSAE | ReLUSAE | GatedSAE):
+        assert sae.cfg.target_l0 is not None
+        init_thresholds(sae, x, sae.cfg.target_l0 * sparsity.start_factor)
+    elif isinstance(sae, BatchTopKSAE):
+        init_shared_threshold(sae, x)
+    elif isinstance(sae, Transcoder):
+        init_transcoder(sae, x, sum_over_processes)
+    if isinstance(sae, JumpReLUSAE | BatchTopKSAE | ReLUSAE | GatedSAE):
+        quantiles = sae.threshold if isinstance(sae, JumpReLUSAE | BatchTopKSAE) else sae.b_enc
+        total = sum_over_processes(torch.tensor(1.0, device=x.device))
+        quantiles.data.copy_(sum_over_processes(quantiles.detach().clone()) / total)
+    scale_encoder(sae, x, sum_over_processes)

@@ -21,6 +21,8 @@ __all__ = [
 
 CHECKPOINTS_NAME = "checkpoints"
 KEPT_CHECKPOINTS = 2
+FULL_BYTES = 64_000_000
+"""A disk with less than this left is called full where a checkpoint could not be written."""
 
 
 def _staging(out: Path, step: int) -> Path:
@@ -41,17 +43,30 @@ def write_part(out: Path, step: int, name: str, state: Mapping[str, object]) -> 
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
-        # torch reports a full disk as a RuntimeError of its zip writer.
-        raise ResourceError(f"{str(folder)!r}: checkpoint cannot be written: {error}") from error
+        # torch reports a full disk as a RuntimeError of its zip writer, which does not say so.
+        shutil.rmtree(folder, ignore_errors=True)
+        free = shutil.disk_usage(out).free
+        full = (
+            f"the disk is full ({free / 1e6:,.0f} MB free)"
+            if free < FULL_BYTES
+            else (str(error).splitlines() or ["?"])[0]
+        )
+        raise ResourceError(
+            f"{str(folder)!r}: checkpoint cannot be written: {full}; the one before is kept: free some space and run the"
+            " same again to go on"
+        ) from error
 
 
 def publish_checkpoint(out: Path, step: int) -> Path:
     """Renames the staged checkpoint of `step` into place and removes all but the newest two."""
     final = out / CHECKPOINTS_NAME / f"step_{step:08d}"
-    if final.exists():
-        shutil.rmtree(final)
-    _staging(out, step).rename(final)
-    keep_newest(out, KEPT_CHECKPOINTS)
+    try:
+        if final.exists():
+            shutil.rmtree(final)
+        _staging(out, step).rename(final)
+        keep_newest(out, KEPT_CHECKPOINTS)
+    except OSError as error:
+        raise ResourceError(f"{str(final)!r}: checkpoint cannot be put in place: {error.strerror or error}") from error
     return final
 
 

@@ -8,29 +8,39 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from saekit.activations.pairs import PairedStore
 from saekit.activations.shuffle import ShuffledBatches
 from saekit.activations.source import ActivationSource
 from saekit.activations.view import StoreView
-from saekit.errors import ConfigError
-from saekit.manifest import StageState, begin_stage, finish_stage
+from saekit.errors import ConfigError, NonFiniteError
+from saekit.manifest import StageState, begin_stage, finish_stage, locked
 from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae.base import SAE
-from saekit.sae.batchtopk import BatchTopKSAE
 from saekit.sae.checkpoint import load_sae_folder
-from saekit.sae.jumprelu import JumpReLUSAE
+from saekit.sae.fold import Normalization, PairNormalization
+from saekit.sae.transcoder import Transcoder, batch_width
+from saekit.training.build import check_trainable
 from saekit.training.config import TrainConfig
-from saekit.training.heldout import TokenView, evaluate_heldout, read_evenly
+from saekit.training.finish import finish_weights
+from saekit.training.heldout import TokenView, read_evenly
 from saekit.training.loop import TrainingLoop
-from saekit.training.objective import SumOverProcesses
 from saekit.training.run import TrainRun
-from saekit.training.sparsity import calibration_factor, init_shared_threshold, init_thresholds
-from saekit.training.start import SAMPLE_TOKENS, estimate_normalization, read_sample, scale_encoder
+from saekit.training.start import (
+    SAMPLE_TOKENS,
+    estimate_normalization,
+    estimate_pair_normalization,
+    fit_start,
+    read_sample,
+)
 from saekit.training.state import keep_newest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 __all__ = ["Trainer"]
+
+L0_TOLERANCE = 0.05
+"""Relative distance from the target L0 on held-out tokens from which on the user is told."""
 
 
 class Trainer:
@@ -53,21 +63,24 @@ class Trainer:
 
         Args:
             sae: gives architecture and width; its weights too where `config.init` is "given".
-            train: tokens to train on. A source of one's own gives this process's share of each batch.
+            train: tokens to train on, of a `PairedStore` for a transcoder. A source of one's own gives this process's share of
+                each batch.
             test: held-out tokens for the figures while training; None = none.
 
         Raises:
-            ConfigError: widths differ, or a JumpReLU SAE has no target L0.
+            ConfigError: widths differ, or an SAE whose sparsity comes from a penalty has no target L0.
         """
         self.sae = sae
         self.config = config
         self._train = train
         self._test = test
         for what, data in (("training", train), ("test", test)):
-            if data is not None and data.d_in != sae.d_in:
-                raise ConfigError(f"{what} data: activations are {data.d_in} wide, needs the SAE's d_in = {sae.d_in}")
-        if isinstance(sae, JumpReLUSAE) and sae.cfg.target_l0 is None:
-            raise ConfigError("sae: no target_l0, needs one to train a JumpReLU SAE")
+            if data is not None and data.d_in != batch_width(sae):
+                name = "d_in + d_out" if isinstance(sae, Transcoder) else "d_in"
+                raise ConfigError(
+                    f"{what} data: activations are {data.d_in} wide, needs the SAE's {name} = {batch_width(sae)}"
+                )
+        check_trainable(sae)
 
     def fit(self, out: str | Path, *, progress: Progress = NO_PROGRESS) -> SAE:
         """Trains into the folder `out`; the same call again goes on where a run ended, or loads a finished one.
@@ -93,19 +106,25 @@ class Trainer:
             if self._begin(out, accelerator) == "complete":
                 progress.say(f"{out}: already trained")
             else:
-                self._train_into(out, source, accelerator, progress)
+                # Taken once for all processes of a run: the others write nothing but their parts of a checkpoint.
+                stack.enter_context(locked(out) if accelerator.is_main_process else contextlib.nullcontext())
+                try:
+                    self._train_into(out, source, accelerator, progress)
+                except NonFiniteError as error:
+                    raise self._located(error) from error
         return self._take(load_sae_folder(out))
 
     def _train_into(self, out: Path, source: ActivationSource, accelerator: "Accelerator", progress: Progress) -> None:
         run = self._start(source, accelerator)
         held_out = None if self._test is None else read_evenly(self._test, self.config.eval_tokens)
         TrainingLoop(run, out, held_out=held_out, progress=progress).go()
-        facts = self._finish(run, held_out)
+        facts = finish_weights(run, held_out)
         if accelerator.is_main_process:
             run.sae.hook_point, run.sae.source = self._hook_point(), self._source() | facts
             run.sae.save(out)
             keep_newest(out, 1)
             finish_stage(out, {"tokens": run.tokens, "steps": run.step, **facts})
+            self._say_if_l0_is_missed(facts.get("l0"), progress)
         accelerator.wait_for_everyone()
 
     def _begin(self, out: Path, accelerator: "Accelerator") -> StageState:
@@ -114,14 +133,23 @@ class Trainer:
         state: list[StageState | None] = [None]
         if accelerator.is_main_process:
             values: dict[str, object] = {"sae": self.sae.cfg.to_dict(), "training": self.config.to_dict()}
-            inputs = {}
+            inputs: dict[str, str] = {}
             if isinstance(self._train, StoreView):
-                values["hook_point"] = self._train.store.hook_point
-                inputs["cache"] = self._train.store.sha256
+                values |= {"hook_point": self._train.store.hook_point, "split": self._train.origin}
+                if isinstance(self._train.store, PairedStore):
+                    values["target_hook_point"] = self._train.store.targets.hook_point
+                inputs |= {"cache": self._train.store.sha256, "training tokens": self._train.fingerprint}
+            if isinstance(self._test, StoreView):
+                inputs["held-out tokens"] = self._test.fingerprint
             state[0] = begin_stage(out, "train", values, inputs)
         broadcast_object_list(state)
         assert state[0] is not None
         return state[0]
+
+    def _located(self, error: NonFiniteError) -> NonFiniteError:
+        """Names the token of the store that is to blame, where one is."""
+        place = self._train.first_non_finite() if isinstance(self._train, StoreView) else None
+        return error if place is None else NonFiniteError(f"{error}; the first is in {place}")
 
     def _open_source(self, accelerator: "Accelerator", stack: contextlib.ExitStack) -> ActivationSource:
         share, rest = divmod(self.config.batch_size, accelerator.num_processes)
@@ -150,48 +178,26 @@ class Trainer:
             return total
 
         sample = read_sample(source, SAMPLE_TOKENS // accelerator.num_processes).to(accelerator.device)
-        normalization = estimate_normalization(sample, sum_over_processes)
+        normalization: Normalization | PairNormalization
+        if isinstance(self.sae, Transcoder):
+            normalization = estimate_pair_normalization(sample, self.sae.d_in, sum_over_processes)
+        else:
+            normalization = estimate_normalization(sample, sum_over_processes)
         sae = copy.deepcopy(self.sae).float().to(accelerator.device)
         if self.config.init == "given":
             normalization.unfold(sae)
         else:
             sae.reset_parameters(self.config.seed)
-            self._fit_start(sae, normalization.apply(sample), sum_over_processes)
+            fit_start(sae, normalization.apply(sample), self.config.sparsity, sum_over_processes)
         return TrainRun(sae, source, self.config, normalization=normalization, accelerator=accelerator)
 
-    def _fit_start(self, sae: SAE, x: Tensor, sum_over_processes: SumOverProcesses) -> None:
-        """Adapts random weights to normalised activations x: first the thresholds' start, then the encoder's scale."""
-        if isinstance(sae, JumpReLUSAE):
-            assert sae.cfg.target_l0 is not None
-            init_thresholds(sae, x, sae.cfg.target_l0 * self.config.sparsity.start_factor)
-        elif isinstance(sae, BatchTopKSAE):
-            init_shared_threshold(sae, x)
-        if isinstance(sae, JumpReLUSAE | BatchTopKSAE):
-            total = sum_over_processes(torch.tensor(1.0, device=x.device))
-            sae.threshold.data.copy_(sum_over_processes(sae.threshold.detach().clone()) / total)
-        scale_encoder(sae, x, sum_over_processes)
-
-    def _finish(self, run: TrainRun, held_out: Tensor | None) -> dict[str, object]:
-        """Turns the trained weights into those of an SAE of raw activations; returns the figures worth keeping with it."""
-        facts: dict[str, object] = {"normalization_scale": run.normalization.scale}
-        if held_out is not None and isinstance(run.sae, JumpReLUSAE):
-            facts["l0_before_calibration"] = evaluate_heldout(run.sae, held_out, run.normalization).l0
-        if isinstance(run.sae, JumpReLUSAE):
-            facts["threshold_factor"] = self._calibrate(run, run.sae)
-        run.normalization.fold(run.sae)
-        if held_out is not None:
-            facts |= evaluate_heldout(run.sae, held_out)._asdict()
-        return facts
-
-    def _calibrate(self, run: TrainRun, sae: JumpReLUSAE) -> float:
-        """Scales all thresholds by the one factor at which L0 on training tokens is the target."""
-        assert sae.cfg.target_l0 is not None
-        sample = read_sample(run.source, SAMPLE_TOKENS // run.accelerator.num_processes)
-        batches = (run.normalization.apply(part.to(sae.b_dec.device)) for part in torch.split(sample, 2048))
-        own = torch.tensor(calibration_factor(sae, batches, sae.cfg.target_l0), device=sae.b_dec.device)
-        factor = float(run.accelerator.reduce(own, reduction="mean"))
-        sae.scale_thresholds(factor)
-        return factor
+    def _say_if_l0_is_missed(self, l0: object, progress: Progress) -> None:
+        target = getattr(self.sae.cfg, "target_l0", None)
+        if isinstance(target, float) and isinstance(l0, float) and abs(l0 / target - 1) > L0_TOLERANCE:
+            progress.say(
+                f"L0 is {l0:.4g} on held-out tokens, {abs(l0 / target - 1):.0%} from target_l0 = {target:g}: "
+                f"the training was too short for its thresholds to settle; raise num_tokens"
+            )
 
     def _hook_point(self) -> str | None:
         return self._train.store.hook_point if isinstance(self._train, StoreView) else self.sae.hook_point
@@ -201,6 +207,8 @@ class Trainer:
         if isinstance(self._train, StoreView):
             store = self._train.store
             facts |= {"model": store.model_name, "model_fingerprint": store.model_fingerprint, "cache": store.sha256}
+            if isinstance(store, PairedStore):
+                facts["target_hook_point"] = store.targets.hook_point
         return facts
 
     def _take(self, trained: SAE) -> SAE:

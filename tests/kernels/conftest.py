@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from saekit_kernels import _build
 from torch import Tensor
 
 # Before triton is imported. Where there is a device the same tests run on it, compiled.
@@ -50,34 +51,42 @@ class Problem(NamedTuple):
         return [tensor.grad for tensor in self]
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend in turn; Triton interpreted where there is no device."""
-    name = str(request.param)
+def usable(name: str) -> str:
+    """The backend's name; skips the test where it cannot run."""
     if name == "triton":
         pytest.importorskip("triton")
-    if name == "cpu" and DEVICE != "cpu":
+    if name in ("cpu", "compiled") and DEVICE != "cpu":
         pytest.skip("the tests' tensors are on the device")
+    if name == "compiled" and (reason := _build.why_unavailable()):
+        pytest.skip(f"no compiled kernels: {reason}")
     return name
+
+
+@pytest.fixture(params=["reference", "cpu", "compiled", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend in turn; Triton interpreted where there is no device."""
+    return usable(str(request.param))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Triton has no float64: such combinations are no tests."""
+    """Triton has no float64, and the compiled kernels have float32 alone: other combinations are no tests."""
     for item in list(items):
         parameters = getattr(getattr(item, "callspec", None), "params", {})
-        if parameters.get("backend") == "triton" and parameters.get("dtype") == torch.float64:
+        dtype, name = parameters.get("dtype"), parameters.get("backend")
+        if (name == "triton" and dtype == torch.float64) or (name == "compiled" and dtype not in (None, torch.float32)):
             items.remove(item)
 
 
-@pytest.fixture(params=["cpu", "triton"])
+@pytest.fixture(params=["cpu", "compiled", "triton"])
 def fast_backend(request: pytest.FixtureRequest) -> str:
     """The backends that promise a sparse, reproducible backward."""
-    name = str(request.param)
-    if name == "triton":
-        pytest.importorskip("triton")
-    if name == "cpu" and DEVICE != "cpu":
-        pytest.skip("the tests' tensors are on the device")
-    return name
+    return usable(str(request.param))
+
+
+@pytest.fixture
+def compiled_backend() -> str:
+    """The compiled kernels, where there is a compiler."""
+    return usable("compiled")
 
 
 @pytest.fixture

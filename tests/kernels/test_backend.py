@@ -6,6 +6,7 @@ import sys
 import pytest
 import saekit_kernels as sk
 import torch
+from saekit_kernels import _build
 
 
 @pytest.fixture(autouse=True)
@@ -33,13 +34,13 @@ def on(device: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 @pytest.mark.parametrize(
     "device,dtype,expected",
     [
-        ("cpu", torch.float32, "cpu"),
         ("cpu", torch.float64, "cpu"),
+        ("cpu", torch.bfloat16, "cpu"),
         ("cuda:1", torch.bfloat16, "triton"),
         ("cuda:1", torch.float64, "reference"),
         ("mps", torch.float32, "reference"),
     ],
-    ids=["cpu", "cpu-float64", "cuda", "cuda-float64", "other"],
+    ids=["cpu-float64", "cpu-bfloat16", "cuda", "cuda-float64", "other"],
 )
 def test_auto_follows_the_tensors(compiled_triton: None, device: str, dtype: torch.dtype, expected: str) -> None:
     pytest.importorskip("triton")
@@ -49,6 +50,28 @@ def test_auto_follows_the_tensors(compiled_triton: None, device: str, dtype: tor
 def test_auto_on_cuda_without_triton_is_the_reference(compiled_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert sk.resolve_backend("auto", on("cuda:0")) == "reference"
+
+
+def test_auto_takes_the_compiled_kernels_for_float32_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_build, "why_unavailable", lambda **_: None)
+    single, double = torch.zeros(1), torch.zeros(1, dtype=torch.float64)
+    assert sk.resolve_backend("auto", single) == "compiled"
+    assert sk.resolve_backend("auto", single, double) == "cpu"
+
+
+def test_auto_takes_torch_operators_where_nothing_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_build, "why_unavailable", lambda **_: "there is no C++ compiler")
+    assert sk.resolve_backend("auto", torch.zeros(1)) == "cpu"
+
+
+def test_forced_compiled_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(sk.BackendError, match=r"backend 'compiled': a tensor is torch.float64, needs torch.float32"):
+        sk.resolve_backend("compiled", torch.zeros(1, dtype=torch.float64))
+    with pytest.raises(sk.BackendError, match="backend 'compiled': tensors are on cuda:0, needs tensors on cpu"):
+        sk.resolve_backend("compiled", on("cuda:0"))
+    monkeypatch.setattr(_build, "why_unavailable", lambda **_: "there is no C++ compiler")
+    with pytest.raises(sk.BackendError, match=r"backend 'compiled': there is no C\+\+ compiler"):
+        sk.resolve_backend("compiled", torch.zeros(1))
 
 
 @pytest.mark.parametrize("forced", ["reference", "cpu"])
@@ -73,7 +96,9 @@ def test_forced_backend_is_used_by_the_ops(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_unknown_backend_is_refused_with_the_source_of_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(sk.BackendError, match=r"^backend: 'cuda', needs one of auto, triton, cpu, reference$"):
+    with pytest.raises(
+        sk.BackendError, match=r"^backend: 'cuda', needs one of auto, triton, compiled, cpu, reference$"
+    ):
         sk.resolve_backend("cuda")  # type: ignore[arg-type]
     monkeypatch.setenv("SAEKIT_KERNELS", "fast")
     with pytest.raises(sk.BackendError, match=r"^SAEKIT_KERNELS: 'fast', needs one of"):

@@ -29,6 +29,7 @@ def test_bench_times_nothing_when_a_result_is_wrong(
     def off_by_little(*args: object, **kwargs: object) -> Tensor:
         return original(*args, **kwargs) * 1.001  # type: ignore[arg-type]
 
+    monkeypatch.setenv("SAEKIT_KERNELS", "cpu")
     monkeypatch.setattr(_cpu, "scatter_sum", off_by_little)
     assert run.main(["--device", "cpu", "--shape", "odd"]) == 1
     captured = capsys.readouterr()

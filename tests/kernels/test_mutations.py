@@ -9,6 +9,13 @@ import torch
 from saekit_kernels import _cpu, encode
 from torch import Tensor
 
+
+@pytest.fixture(autouse=True)
+def _torch_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path that the defects are put into."""
+    monkeypatch.setenv("SAEKIT_KERNELS", "cpu")
+
+
 Encode = Callable[[Tensor, Tensor, Tensor, int], sk.TopKCode]
 
 

@@ -81,6 +81,7 @@ def test_second_run_says_that_nothing_is_to_be_done_and_loads_no_model(
     result = invoke("run", recipe)
     assert result.exit_code == 0
     assert "finished already, nothing to do" in result.output
+    assert "random dictionary" in result.output, "the metrics are shown at the end of every run"
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
@@ -159,7 +160,7 @@ def test_full_disk_is_refused_before_anything_is_written(recipe_file: Path, monk
     import saekit.activations.plan
 
     monkeypatch.setattr(saekit.activations.plan, "free_bytes", lambda _: 1000)
-    assert "GB free on that disk" in one_line_error(invoke("run", recipe_file))
+    assert "free on that disk, needs" in one_line_error(invoke("run", recipe_file))
     assert not (recipe_file.parent / "run").exists()
 
 
@@ -180,8 +181,52 @@ def test_damaged_store_is_named_by_verify(finished_run: tuple[Path, Path], tmp_p
     content[len(content) // 2] ^= 1
     largest.write_bytes(content[:-1] if damage == "truncated" else content)
     result = invoke("verify", cache)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "shard" in result.stdout
+    assert "--repair" in result.stderr
+    assert invoke("verify", cache, "--repair").exit_code == 2
+    assert "not finished" in invoke("status", cache).output or "unfinished" in invoke("status", cache).output
+
+
+def test_flipped_bit_is_no_training_data_and_is_mended(finished_run: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, folder = finished_run
+    out = tmp_path / "run"
+    shutil.copytree(folder / "cache", out / "cache")
+    shard = max((out / "cache" / "hooks").rglob("*/c/*/*/*"), key=lambda path: path.stat().st_size)
+    sound = shard.read_bytes()
+    content = bytearray(sound)
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    line = one_line_error(invoke("train", recipe, f"out={out}", "--sae", "topk"))
+    assert "sha256 differs" in line
+    assert "saekit verify --repair" in line
+    invoke("verify", out / "cache", "--repair")
+    assert invoke("cache", recipe, f"out={out}").exit_code == 0
+    assert shard.read_bytes() == sound
+    assert invoke("train", recipe, f"out={out}", "--sae", "topk").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "override", "key"),
+    [
+        ("train", "cache.num_tokens=8192", "num_tokens"),
+        ("train", "split.seed=5", "split.seed"),
+        ("label", "train.topk.sae.k=3", "sae.k"),
+        ("evaluate", "train.topk.training.lr=0.5", "training.lr"),
+        ("report", "cache.tokens.context_len=16", "tokens.context_len"),
+    ],
+)
+def test_a_stage_alone_refuses_what_was_made_with_other_values(
+    finished_run: tuple[Path, Path], command: str, override: str, key: str
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished_run[1].rglob("*") if path.name != ".lock"}
+    assert key in one_line_error(invoke(command, finished_run[0], override))
+    after = {path: path.stat().st_mtime_ns for path in finished_run[1].rglob("*") if path.name != ".lock"}
+    assert after == before
+
+
+def test_dry_run_names_a_changed_key(finished_run: tuple[Path, Path]) -> None:
+    assert "num_tokens" in one_line_error(invoke("run", finished_run[0], "--dry-run", "cache.num_tokens=99999999"))
 
 
 def test_unknown_sae_name_lists_those_there_are(recipe_file: Path) -> None:

@@ -32,7 +32,7 @@ def test_golden_recipes_are_these() -> None:
     ("override", "message"),
     [
         ("cache.num_token=5", r"unknown key 'cache.num_token'; did you mean 'num_tokens'\?"),
-        ("train.topk.sae.kk=5", "unknown key 'train.topk.sae.topk.kk'"),
+        ("train.topk.sae.kk=5", "unknown key 'train.topk.sae.kk'"),
         ("train.topk.sae.kind=topp", "unknown kind 'topp', needs one of"),
         ("cache.text.kind=file", "unknown kind 'file', needs one of"),
         ("cache.num_tokens=many", "cache.num_tokens: found 'many'"),
@@ -50,6 +50,17 @@ def test_golden_recipes_are_these() -> None:
         ),
         ("cache.hook_points=[]", "cache.hook_points"),
         ("split.test_fraction=1.5", "split.test_fraction: found 1.5"),
+        ("out=", "out: found ''"),
+        ("name=", "name: found ''"),
+        ("train.topk.sae.k=true", "train.topk.sae.k: found True, input should be a valid integer"),
+        ('train.topk.sae.d_sae="64"', "train.topk.sae.d_sae: found '64', input should be a valid integer"),
+        ("train.topk.training.lr=inf", "train.topk.training.lr"),
+        ("train.topk.training.seed=-1", "train.topk.training.seed: found -1"),
+        ("cache.text.shuffle_seed=-1", "cache.text.shuffle_seed: found -1"),
+        ("train.topk.training.betas=[2, 3]", "train.topk.training.betas"),
+        ("train.topk.training.batch_size=999_999", "train.topk.training.batch_size: found 999,999, needs at most"),
+        ("cache.num_tokens=2024-01-01", "cache.num_tokens: found '2024-01-01'"),
+        ('label={llm={model="m"}, labelers=["lexical"]}', "add 'llm' to them"),
         ("labl.max_features=3", r"unknown key 'labl'; did you mean 'label'\?"),
     ],
 )
@@ -62,3 +73,15 @@ def test_load_recipe_refuses_in_one_line(recipe_file: Path, override: str, messa
 
 def test_one_hook_point_need_not_be_named(recipe_file: Path) -> None:
     assert load_recipe(recipe_file).hook_point("topk") == "model.layers.1"
+
+
+@pytest.mark.parametrize("name", ["../evil", "", ".", "a/b", "-x"])
+def test_names_of_saes_are_names_of_folders(recipe_file: Path, name: str) -> None:
+    recipe_file.write_text(recipe_file.read_text().replace("[train.topk.", f'[train."{name}".'))
+    with pytest.raises(ConfigError, match="train"):
+        load_recipe(recipe_file)
+
+
+def test_a_table_for_a_labelling_model_asks_for_its_labels(recipe_file: Path) -> None:
+    assert load_recipe(recipe_file, ['label.llm={model="m"}']).label.labelers == ("lexical", "llm")
+    assert load_recipe(recipe_file).label.labelers == ("lexical",)

@@ -1,5 +1,6 @@
 """Configs: one clear line for every mistake, TOML overrides, canonical hashes."""
 
+import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -39,7 +40,7 @@ class Outer(Config):
         ({"name": "a", "zzz": 3}, "recipe: unknown key 'zzz'; known keys: inner, name, num_tokens, shape"),
         (
             {"name": "a", "shape": {"kind": "circle", "radus": 3}},
-            "recipe: unknown key 'shape.circle.radus'; did you mean 'radius'?",
+            "recipe: unknown key 'shape.radus'; did you mean 'radius'?",
         ),
         (
             {"name": "a", "shape": {"kind": "cirle"}},
@@ -47,6 +48,13 @@ class Outer(Config):
         ),
         ({"name": "a", "shape": {"side": 2}}, "recipe: shape: no 'kind', needs one of 'circle', 'square'"),
         ({}, "recipe: missing key 'name'"),
+        ({"name": "a", "num_tokens": True}, "recipe: num_tokens: found True, input should be a valid integer"),
+        ({"name": "a", "num_tokens": "64"}, "recipe: num_tokens: found '64', input should be a valid integer"),
+        (
+            {"name": datetime.date(2024, 1, 1), "num_tokens": datetime.date(2024, 1, 1)},
+            "recipe: num_tokens: found '2024-01-01'",
+        ),
+        ({"name": "a", "shape": {"kind": "square", "side": float("inf")}}, "recipe: shape.side: "),
         ({"name": "a", "num_tokens": "many"}, "recipe: num_tokens: found 'many', input should be a valid integer"),
         ({"name": "a", "num_tokens": 0}, "recipe: num_tokens: found 0, input should be greater than 0"),
     ],
@@ -101,7 +109,13 @@ def test_sha256_ignores_key_order_but_not_values() -> None:
 
 def test_changed_keys_names_leaves() -> None:
     changed = changed_keys({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3, "d": 4}})
-    assert changed == {"b.c": (2, 3), "b.d": ("(absent)", 4)}
+    assert changed == {"b.c": (2, 3), "b.d": (None, 4)}
+
+
+def test_an_option_that_is_off_differs_from_none_that_is_on_only() -> None:
+    assert changed_keys({"a": 1}, {"a": 1, "new": None}) == {}
+    assert changed_keys({"a": 1, "new": 2}, {"a": 1, "new": None}) == {"new": (2, None)}
+    assert changed_keys({"table": None}, {"table": {"x": 1}}) == {"table.x": (None, 1)}
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ class RuleScoringConfig(Config):
     """Held-out tokens looked at: all of them up to here, else whole rows drawn at random. Always at the natural rate."""
     num_bootstrap: int = Field(default=200, ge=2)
     """Resamples of the documents behind each interval."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Of the drawn rows, the resamples and the shuffled control."""
 
 

@@ -47,7 +47,7 @@ def test_plan_is_said_once_before_the_start(
 ) -> None:
     cache_activations(make_config(), tmp_path / "cache", lm=lm, progress=recorder)
     assert recorder.said[0].startswith(
-        "caching 1,600 tokens in 100 rows at model.layers.1 (width 32): 0.00 GB in 4 shards"
+        "caching 1,600 tokens in 100 rows at model.layers.1 (width 32): 0.1 MB in 4 shards"
     )
     cache_activations(make_config(), tmp_path / "cache", lm=lm, progress=recorder)
     assert sum(line.startswith("caching") for line in recorder.said) == 1
@@ -64,7 +64,7 @@ def small_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_disk_that_cannot_hold_it_is_refused_and_nothing_is_written(
     make_config: MakeConfig, lm: LanguageModel, tmp_path: Path
 ) -> None:
-    with pytest.raises(ResourceError, match=r"0\.00 GB free on that disk, needs .* for 1,600 tokens"):
+    with pytest.raises(ResourceError, match=r"0\.1 MB free on that disk, needs .* for 1,600 tokens"):
         cache_activations(make_config(), tmp_path / "cache", lm=lm)
     assert not (tmp_path / "cache").exists()
 

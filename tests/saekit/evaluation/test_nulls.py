@@ -13,7 +13,19 @@ from saekit.evaluation.nulls import (
     random_candidate,
     sae_candidate,
 )
-from saekit.sae import SAE, Dictionary, DictionaryConfig, JumpReLUConfig, JumpReLUSAE, TopKConfig, TopKSAE
+from saekit.sae import (
+    SAE,
+    Dictionary,
+    DictionaryConfig,
+    GatedConfig,
+    GatedSAE,
+    JumpReLUConfig,
+    JumpReLUSAE,
+    ReLUConfig,
+    ReLUSAE,
+    TopKConfig,
+    TopKSAE,
+)
 from saekit.sae.activation import ReLU, TopK
 
 
@@ -28,6 +40,10 @@ def x() -> Tensor:
 def _sae(kind: str) -> SAE:
     if kind == "topk":
         return TopKSAE(TopKConfig(d_in=12, d_sae=64, k=6), seed=7)
+    if kind == "relu":
+        return ReLUSAE(ReLUConfig(d_in=12, d_sae=64), seed=7)
+    if kind == "gated":
+        return GatedSAE(GatedConfig(d_in=12, d_sae=64), seed=7)
     sae = JumpReLUSAE(JumpReLUConfig(d_in=12, d_sae=64, apply_b_dec_to_input=False), seed=7)
     with torch.no_grad():
         sae.threshold.fill_(2.0)
@@ -86,9 +102,10 @@ def test_random_candidate_fires_as_often_as_the_sae(x: Tensor, kind: str) -> Non
     assert candidate.num_features == 64
 
 
-def test_random_candidate_calibrates_to_a_given_l0(x: Tensor) -> None:
+@pytest.mark.parametrize("kind", ["jumprelu", "relu", "gated"])
+def test_random_candidate_calibrates_to_a_given_l0(x: Tensor, kind: str) -> None:
     for l0 in (0.5, 3.0, 20.0):
-        made = random_candidate(_sae("jumprelu"), x, l0=l0, seed=0).reconstruct(x)
+        made = random_candidate(_sae(kind), x, l0=l0, seed=0).reconstruct(x)
         assert made.top_acts is not None
         assert float((made.top_acts > 0).sum() / len(x)) == pytest.approx(l0, rel=0.02)
 

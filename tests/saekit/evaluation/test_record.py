@@ -18,6 +18,7 @@ from saekit.evaluation.record import (
     Figure,
     Histogram,
     read_evaluation,
+    summary_table,
     write_evaluation,
 )
 from saekit.manifest import begin_stage, finish_stage
@@ -104,6 +105,17 @@ def test_table_has_a_line_a_metric_that_some_row_has(evaluation: Evaluation) -> 
         ["FVU", "0.2500 [0.2000, 0.3000]", "1.0000 [1.0000, 1.0000]"],
         ["L0", "8.00", "-"],
         ["dead features", "0.1250", "-"],
+    ]
+
+
+def test_summary_table_has_every_sae_and_its_nulls(evaluation: Evaluation) -> None:
+    table = summary_table({"topk": evaluation, "jumprelu": evaluation})
+    assert table.header[:4] == ["dictionary", "FVU", "L0", "dead features"]
+    assert [row[:4] for row in table.rows] == [
+        ["topk", "0.2500", "8.00", "0.1250"],
+        ["topk: mean vector", "1.0000", "-", "-"],
+        ["jumprelu", "0.2500", "8.00", "0.1250"],
+        ["jumprelu: mean vector", "1.0000", "-", "-"],
     ]
 
 

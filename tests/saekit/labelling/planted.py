@@ -1,5 +1,6 @@
 """A planted world: documents of known words, features that are known rules over them, and a dictionary that is the identity."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -45,6 +46,9 @@ class FakeStore:
 
     sha256 = "0" * 64
 
+    def check_model(self, lm: object) -> None:
+        """Any model will do."""
+
     def __init__(self, tokens: NDArray, documents: NDArray, x: torch.Tensor, kinds: NDArray | None = None) -> None:
         self._tokens = tokens.astype(np.int32)
         self._documents = documents.astype(np.int32)
@@ -76,6 +80,7 @@ class FakeView:
         self.d_in = store.d_in
         self.num_tokens = int(mask.sum())
         self.documents = np.unique(store.documents()[mask])
+        self.fingerprint = hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()
 
     def rows(self) -> NDArray:
         return np.flatnonzero(self.mask.any(axis=1))

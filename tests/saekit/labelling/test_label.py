@@ -34,7 +34,7 @@ from tests.saekit.labelling.stub import serving
 from tests.saekit.labelling.test_llm import oracle
 
 OFFLINE: dict[str, object] = {"vocab_projection": False, "token_change": None}
-LM = SimpleNamespace(tokenizer=WordTokenizer())
+LM = SimpleNamespace(fingerprint="1" * 64, tokenizer=WordTokenizer())
 ROOT = Path(__file__).parents[3]
 
 
@@ -185,7 +185,7 @@ config = LabelConfig.parse({
     "labelers": ["lexical", "llm"], "vocab_projection": False, "token_change": None,
     "llm": {"model": "stub", "base_url": sys.argv[2], "concurrency": 2, "num_judged": 3},
 })
-label_features(world.sae, world.train, test=world.test, lm=SimpleNamespace(tokenizer=WordTokenizer()), out=sys.argv[1], config=config)
+label_features(world.sae, world.train, test=world.test, lm=SimpleNamespace(fingerprint="1" * 64, tokenizer=WordTokenizer()), out=sys.argv[1], config=config)
 """
 
 

@@ -282,9 +282,10 @@ def test_shuffling_says_when_its_temporary_copy_does_not_fit(tmp_path: Path, mon
     path = _write(tmp_path / "a.parquet", TEXTS)
     # Linux's own full disk.
     monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: open("/dev/full", "wb"))  # noqa: SIM115, PTH123
+    text = FileTextConfig(paths=(str(path),), shuffle_seed=0)
     monkeypatch.setattr("json.dumps", lambda _: "x" * 1_000_000)
     with pytest.raises(ResourceError, match=r"no room for a plain copy of .*No space left"):
-        _texts(path, shuffle_seed=0)
+        list(iter_documents(text))
 
 
 def test_large_files_are_not_held_in_memory(tmp_path: Path, tiny_model_dir: Callable[[str], Path]) -> None:

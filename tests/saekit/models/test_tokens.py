@@ -176,6 +176,20 @@ def test_the_number_of_documents_can_be_limited_and_they_are_read_lazily() -> No
     assert counts.documents == len(drawn) == 100
 
 
+@pytest.mark.parametrize("packing", ["pack", "per_document"])
+def test_documents_can_be_cut_to_their_first_tokens(packing: str) -> None:
+    counts = TokenCounts()
+    rows = _rows([3, 20, 6], packing=packing, context_len=4, bos="never", max_document_tokens=5, counts=counts)
+    kept: dict[int, list[int]] = {0: [], 3: [], 6: [], -1: []}
+    for row in rows:
+        for token, owner, special in zip(row.tokens.tolist(), row.document.tolist(), row.special, strict=True):
+            kept[owner] += [] if special else [token]
+    assert kept[0] == [10, 11, 12]
+    assert kept[3] == [13, 14, 15, 16, 17]
+    assert counts.cut == 2
+    assert "documents cut to max_document_tokens: 2 of 3" in counts.notes()
+
+
 def test_counts_tell_what_was_left_out() -> None:
     counts = TokenCounts()
     _rows([0, 20, 0, 3], counts=counts, bos="never")

@@ -78,7 +78,7 @@ def remove(name: str) -> Edit:
         pytest.param(cut("sae.safetensors", 0), "sae.safetensors': cannot be read", id="empty-weights"),
         pytest.param(change_header(format="other"), "not a config of saekit", id="other-format"),
         pytest.param(change_header(format_version=99), "format_version 99, needs 1; update saekit", id="newer-format"),
-        pytest.param(change_header(sae={"kind": "gated"}), "cfg.json': sae.*'gated'", id="unknown-kind"),
+        pytest.param(change_header(sae={"kind": "other"}), "cfg.json': sae.*'other'", id="unknown-kind"),
         pytest.param(change_header(sae={"kind": "topk", "d_sae": 10}), "sae.topk.k: ", id="no-k"),
         pytest.param(
             change_header(sae={"kind": "topk", "d_sae": 10, "k": 2}), "d_in is 0, needs the width", id="no-width"

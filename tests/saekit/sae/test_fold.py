@@ -7,18 +7,36 @@ import pytest
 import torch
 
 from saekit.errors import NonFiniteError
-from saekit.sae import SAE, JumpReLUConfig, JumpReLUSAE, Normalization, TopKConfig, TopKSAE
+from saekit.sae import (
+    SAE,
+    BatchTopKConfig,
+    GatedConfig,
+    JumpReLUConfig,
+    MatryoshkaBatchTopKConfig,
+    MatryoshkaTopKConfig,
+    Normalization,
+    ReLUConfig,
+    SAEConfig,
+    TopKConfig,
+    build_sae,
+)
 
 D_IN, D_SAE = 9, 21
+CONFIGS: dict[str, tuple[type[SAEConfig], dict[str, object]]] = {
+    "topk": (TopKConfig, {"k": 4}),
+    "jumprelu": (JumpReLUConfig, {}),
+    "batchtopk": (BatchTopKConfig, {"k": 4}),
+    "matryoshka_topk": (MatryoshkaTopKConfig, {"k": 4}),
+    "matryoshka_batchtopk": (MatryoshkaBatchTopKConfig, {"k": 4}),
+    "relu": (ReLUConfig, {}),
+    "gated": (GatedConfig, {}),
+}
 
 
 def random_sae(kind: str, *, apply_b_dec_to_input: bool) -> SAE:
+    cls, values = CONFIGS[kind]
     shape = {"d_in": D_IN, "d_sae": D_SAE, "apply_b_dec_to_input": apply_b_dec_to_input}
-    sae: SAE
-    if kind == "topk":
-        sae = TopKSAE(TopKConfig.parse(shape | {"k": 4}), dtype=torch.float64)
-    else:
-        sae = JumpReLUSAE(JumpReLUConfig.parse(shape), dtype=torch.float64)
+    sae = build_sae(cls.parse(shape | values)).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
@@ -41,7 +59,7 @@ def raw_activations() -> torch.Tensor:
     return 37.0 * torch.randn(200, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) - 11.0
 
 
-@pytest.mark.parametrize("kind", ["topk", "jumprelu"])
+@pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("apply_b_dec_to_input", [True, False], ids=["centred-input", "plain-input"])
 def test_folded_sae_equals_the_sae_of_normalised_activations(kind: str, apply_b_dec_to_input: bool) -> None:
     x = raw_activations()
@@ -69,11 +87,21 @@ def _forgets(what: str) -> Callable[[Normalization, SAE], None]:
     return fold
 
 
-@pytest.mark.parametrize("what", ["b_dec", "b_enc", "threshold"])
-def test_a_fold_that_forgets_a_tensor_would_be_seen(what: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("jumprelu", "b_dec"),
+        ("jumprelu", "b_enc"),
+        ("jumprelu", "threshold"),
+        ("batchtopk", "threshold"),
+        ("gated", "b_enc"),
+        ("gated", "b_mag"),
+    ],
+)
+def test_a_fold_that_forgets_a_tensor_would_be_seen(kind: str, what: str) -> None:
     x = raw_activations()
     normalization = normalization_of(x)
-    sae = random_sae("jumprelu", apply_b_dec_to_input=True)
+    sae = random_sae(kind, apply_b_dec_to_input=True)
     expected = sae(normalization.apply(x)).x_hat
     _forgets(what)(normalization, sae)
     assert ((sae(x).x_hat - normalization.mean) * normalization.scale - expected).abs().max() > 1e-3

@@ -10,7 +10,9 @@ from torch import Tensor
 from saekit.errors import ConfigError
 from saekit.sae import SAE, JumpReLUConfig, JumpReLUSAE, SAEConfig, TopKConfig, TopKSAE
 from saekit.training import SparsityConfig, TrainConfig
-from saekit.training.objective import JumpReLUObjective, Objective, build_objective, default_k_aux
+from saekit.training.build import build_objective
+from saekit.training.objective import Objective, default_k_aux
+from saekit.training.penalty import JumpReLUObjective
 
 D_IN, D_SAE, VARIANCE, BANDWIDTH, COEFFICIENT = 7, 13, 5.0, 0.6, 0.3
 DEAD = torch.tensor([1, 4, 5, 9])

@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from saekit.errors import ConfigError
-from saekit.sae import JumpReLUConfig, SAEConfig, TopKConfig, build_sae, load_sae_folder
+from saekit.sae import (
+    GatedConfig,
+    JumpReLUConfig,
+    MatryoshkaTopKConfig,
+    ReLUConfig,
+    SAEConfig,
+    TopKConfig,
+    build_sae,
+    load_sae_folder,
+)
 from saekit.training import TrainConfig, Trainer, read_metrics
 
 CONFIG = TrainConfig(
@@ -24,8 +33,12 @@ CONFIG = TrainConfig(
 )
 CONFIGS: dict[str, SAEConfig] = {
     "topk": TopKConfig(d_in=16, d_sae=32, k=2),
+    "matryoshka": MatryoshkaTopKConfig(d_in=16, d_sae=32, k=2),
     "jumprelu": JumpReLUConfig(d_in=16, d_sae=32, target_l0=2),
+    "relu": ReLUConfig(d_in=16, d_sae=32, target_l0=2, p_end=0.5),
+    "gated": GatedConfig(d_in=16, d_sae=32, target_l0=2),
 }
+EXACT = {"topk", "matryoshka"}
 
 
 def train(planted: ModuleType, kind: str, out: Path, *, rank: int = 0, world_size: int = 1) -> None:
@@ -85,19 +98,19 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("kind", ["topk", "jumprelu"])
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_two_processes_equal_one(planted: ModuleType, two_processes: Path, tmp_path: Path, kind: str) -> None:
     train(planted, kind, tmp_path)
     rows, expected = read_metrics(two_processes / kind), read_metrics(tmp_path)
     assert len(rows) == len(expected)
     # Thresholds start at the mean of both processes' quantiles, which is not the quantile of both.
-    tolerance = 1e-4 if kind == "topk" else 0.05
+    tolerance = 1e-4 if kind in EXACT else 0.05
     for row, other in zip(rows, expected, strict=True):
         for key in ("tokens", "split"):
             assert row[key] == other[key]
         for key in ("fvu", "l0", "dead_fraction"):
-            assert row[key] == pytest.approx(other[key], rel=tolerance, abs=0.0 if kind == "topk" else 0.1), row
-    if kind == "topk":
+            assert row[key] == pytest.approx(other[key], rel=tolerance, abs=0.0 if kind in EXACT else 0.1), row
+    if kind in EXACT:
         found, single = load_sae_folder(two_processes / kind), load_sae_folder(tmp_path)
         for name, value in found.named_parameters():
             torch.testing.assert_close(value, single.get_parameter(name), atol=2e-4, rtol=1e-3)

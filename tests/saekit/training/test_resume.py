@@ -127,6 +127,18 @@ def test_ctrl_c_writes_a_checkpoint_says_how_to_go_on_and_loses_no_step(
     assert contents(tmp_path) == (weights, rows)
 
 
+@pytest.mark.usefixtures("_python_handles_interrupts")
+def test_ctrl_c_in_the_last_step_is_heard(
+    planted: ModuleType, uninterrupted: tuple[SAEConfig, bytes, list[dict[str, object]]], tmp_path: Path
+) -> None:
+    cfg, weights, rows = uninterrupted
+    with pytest.raises(KeyboardInterrupt, match="checkpoint written"):
+        train(planted, cfg, tmp_path, stop_at=CONFIG.num_steps - 1, number=signal.SIGINT)
+    assert not (tmp_path / "sae.safetensors").exists()
+    train(planted, cfg, tmp_path)
+    assert contents(tmp_path) == (weights, rows)
+
+
 def test_run_killed_before_its_first_checkpoint_starts_anew(
     planted: ModuleType,
     uninterrupted: tuple[SAEConfig, bytes, list[dict[str, object]]],

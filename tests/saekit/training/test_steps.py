@@ -1,5 +1,6 @@
 """What every step keeps: unit decoder rows, projected gradients, schedules, counters, and the reduction over processes."""
 
+import copy
 from collections.abc import Callable
 from types import ModuleType
 
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from saekit.errors import NonFiniteError
 from saekit.sae import SAE, JumpReLUConfig, Normalization, TopKConfig, build_sae
-from saekit.training import TrainConfig
+from saekit.training import TrainConfig, optim
 from saekit.training.dead import DeadFeatures, default_dead_after
+from saekit.training.fused_adam import FusedAdam
 from saekit.training.optim import GradientClip, build_optimizer, project_decoder_gradient
 from saekit.training.run import TrainRun
 from saekit.training.schedule import default_lr, lr_factor
@@ -62,6 +64,9 @@ def test_wrong_normalisation_would_be_seen(
     planted: ModuleType, mutant: Callable[[SAE], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SAE, "normalize_decoder", mutant)
+    monkeypatch.setattr(
+        optim, "FusedAdam", lambda *groups, **options: FusedAdam(*groups, **(options | {"unit_rows": ()}))
+    )
     with pytest.raises(AssertionError):
         check_rows_stay_unit(planted, TOPK)
 
@@ -76,17 +81,44 @@ def test_projected_gradient_is_orthogonal_to_each_row_and_else_unchanged() -> No
     torch.testing.assert_close(removed, (removed * W_dec).sum(1, keepdim=True) * W_dec.detach())
 
 
-def test_gradient_reaches_the_optimizer_projected(planted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_is_clipped_to_the_whole_projected_norm(planted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused pass moves the weights as projection, clipping, Adam and renormalisation one after the other do."""
     run = make_run(planted, TOPK, TrainConfig(num_tokens=2560, batch_size=256))
-    seen: list[float] = []
+    run.train_step()
+    run.clip.mean = 1e-4
+    names = ["W_enc", "b_enc", "W_dec", "b_dec"]
+    plain = {name: nn.Parameter(run.parameters[name].detach().clone()) for name in names}
+    adam = torch.optim.Adam([{"params": [value], "name": name, "peak_lr": 1.0} for name, value in plain.items()])
+    # A copy: loading shares the moments with the optimizer that they are of.
+    adam.load_state_dict(
+        copy.deepcopy(run.optimizer.state_dict()) | {"param_groups": adam.state_dict()["param_groups"]}
+    )
+    taken = run.optimizer.step
 
     def step() -> None:
-        assert run.sae.W_dec.grad is not None
-        seen.append(float((run.sae.W_dec.grad * run.sae.W_dec.detach()).sum(1).abs().max()))
+        for group, other in zip(adam.param_groups, run.optimizer.param_groups, strict=True):
+            group["lr"], group["betas"] = other["lr"], other["betas"]
+        for name, value in plain.items():
+            grad = run.parameters[name].grad
+            assert grad is not None
+            value.grad = grad.clone()
+        project_decoder_gradient(plain["W_dec"])
+        before = torch.stack([value.grad.norm() for value in plain.values() if value.grad is not None]).norm()
+        norms.append(float(before))
+        for value in plain.values():
+            assert value.grad is not None
+            value.grad.mul_(2.0 * 1e-4 / before)
+        adam.step()
+        plain["W_dec"].data = nn.functional.normalize(plain["W_dec"].data, dim=1)
+        taken()
 
+    norms: list[float] = []
     monkeypatch.setattr(run.optimizer, "step", step)
-    run.train_step()
-    assert seen[0] < 1e-7
+    figures = run.train_step()
+    assert figures.gradient_norm == pytest.approx(norms[0], rel=1e-5)
+    assert figures.gradient_norm > 2e-4
+    for name, value in plain.items():
+        torch.testing.assert_close(run.parameters[name].detach(), value.detach(), atol=1e-6, rtol=1e-5)
 
 
 def test_clip_limits_the_whole_norm_to_a_multiple_of_the_usual_one() -> None:

@@ -1,0 +1,64 @@
+"""What is done with the weights after the last step: averages, constraints, calibration, folding."""
+
+import torch
+from torch import Tensor
+
+from saekit.sae.batchtopk import BatchTopKSAE
+from saekit.sae.gated import GatedSAE
+from saekit.sae.jumprelu import JumpReLUSAE
+from saekit.sae.relu import ReLUSAE
+from saekit.training.heldout import evaluate_heldout
+from saekit.training.run import TrainRun
+from saekit.training.sparsity import calibration_factor, calibration_shift, init_shared_threshold
+from saekit.training.start import SAMPLE_TOKENS, read_sample
+
+__all__ = ["finish_weights"]
+
+
+def finish_weights(run: TrainRun, held_out: Tensor | None) -> dict[str, object]:
+    """Turns the trained weights into those of an SAE of raw activations; returns the figures worth keeping with it.
+
+    Args:
+        run: after its last step.
+        held_out: raw held-out activations; None = no figures of them.
+    """
+    facts: dict[str, object] = {"normalization_scale": run.normalization.scale}
+    run.average.take()
+    run.objective.finish()
+    if isinstance(run.sae, JumpReLUSAE | ReLUSAE | GatedSAE):
+        if held_out is not None:
+            facts["l0_before_calibration"] = evaluate_heldout(run.sae, held_out, run.normalization).l0
+        facts |= _calibrate(run, run.sae)
+    elif isinstance(run.sae, BatchTopKSAE) and run.average.is_on:
+        # The threshold followed the weights that were trained, and the averaged ones keep other entries.
+        init_shared_threshold(run.sae, _sample(run))
+        run.sae.threshold.data.fill_(_mean(run, float(run.sae.threshold)))
+    run.normalization.fold(run.sae)
+    if held_out is not None:
+        facts |= evaluate_heldout(run.sae, held_out)._asdict()
+    return facts
+
+
+def _calibrate(run: TrainRun, sae: JumpReLUSAE | ReLUSAE | GatedSAE) -> dict[str, object]:
+    """Moves what pre-activations are compared with, by one number for all features, to the target L0 on training tokens."""
+    assert sae.cfg.target_l0 is not None
+    batches = torch.split(_sample(run), 2048)
+    if isinstance(sae, JumpReLUSAE):
+        factor = _mean(run, calibration_factor(sae, batches, sae.cfg.target_l0))
+        sae.scale_thresholds(factor)
+        return {"threshold_factor": factor}
+    shift = _mean(run, calibration_shift(sae, batches, sae.cfg.target_l0))
+    sae.b_enc.data.add_(shift)
+    return {"bias_shift": shift}
+
+
+def _sample(run: TrainRun) -> Tensor:
+    """Returns normalised training tokens of this process [n, d_in]."""
+    sample = read_sample(run.source, SAMPLE_TOKENS // run.accelerator.num_processes)
+    return run.normalization.apply(sample.to(run.sae.b_dec.device))
+
+
+def _mean(run: TrainRun, value: float) -> float:
+    """Returns the mean of a number over processes."""
+    own = torch.tensor(value, dtype=torch.float64, device=run.sae.b_dec.device)
+    return float(run.accelerator.reduce(own, reduction="mean"))

@@ -1,0 +1,105 @@
+"""Adam that reads and writes each row once: projection, clipping, the step and the renormalisation of unit rows together."""
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, overload
+
+import torch
+from saekit_kernels import AdamStep, adam_step, gradient_square
+from torch import Tensor
+
+__all__ = ["FusedAdam"]
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """Adam over named groups of one parameter each; state and groups have the names of torch.optim.Adam's.
+
+    The gradients are left as they are: the parts along unit rows are removed, and the scale applied, on the way.
+
+    Attributes:
+        gradient_scale: what the next step multiplies every gradient by, 1 for as they are.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        unit_rows: Collection[str] = (),
+    ) -> None:
+        """Takes groups with a `name` each.
+
+        Args:
+            groups: as for torch's optimizers.
+            lr: learning rate of groups that have none of their own.
+            betas: decay rates of the moments.
+            eps: added to the root of the second moment.
+            unit_rows: names of the groups whose matrix has rows of unit norm, and keeps them.
+        """
+        self.unit_rows = frozenset(unit_rows)
+        self.gradient_scale = 1.0
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        """Returns the norm of all gradients together, projected and not yet scaled: a scalar, float64."""
+        squares = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    weight = _in_rows(parameter, parameter)
+                    rows = weight if group["name"] in self.unit_rows else None
+                    squares.append(gradient_square(_in_rows(parameter.grad, parameter), rows))
+        return torch.stack(squares).sum().sqrt()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Moves every parameter that has a gradient; returns what the closure returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._move(parameter, group)
+        return loss
+
+    def _move(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        assert parameter.grad is not None
+        beta1, beta2 = group["betas"]
+        step = AdamStep(
+            lr=float(group["lr"]),
+            number=int(state["step"]),
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            is_unit_norm=group["name"] in self.unit_rows,
+        )
+        adam_step(
+            _in_rows(parameter, parameter),
+            _in_rows(parameter.grad, parameter),
+            exp_avg=_in_rows(state["exp_avg"], parameter),
+            exp_avg_sq=_in_rows(state["exp_avg_sq"], parameter),
+            step=step,
+            scale=self.gradient_scale,
+        )
+
+
+def _in_rows(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The view of a tensor in which the parameter's memory is in order: W_enc is a transposed [d_sae, d_in] array."""
+    is_transposed = parameter.ndim == 2 and not parameter.is_contiguous()
+    return (tensor.T if is_transposed else tensor).detach()

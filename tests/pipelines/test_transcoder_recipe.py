@@ -1,0 +1,101 @@
+"""A recipe with a transcoder: from the model to a trained folder and a report, and the mistakes in one line."""
+
+from pathlib import Path
+
+import pytest
+from saekit_pipelines.recipe import load_recipe
+from saekit_pipelines.stages import Pipeline
+
+from saekit.activations import PairedStore, StoreView
+from saekit.errors import ConfigError
+from saekit.evaluation import evaluate
+from saekit.labelling import label_features
+from saekit.manifest import read_manifest
+from saekit.sae import Transcoder, load_sae_folder
+from saekit.training import read_metrics
+
+HOOK_POINTS = 'cache.hook_points=["model.layers.1.mlp:input","model.layers.1.mlp"]'
+TABLES = """
+[train.mlp]
+hook_point = "model.layers.1.mlp:input"
+target_hook_point = "model.layers.1.mlp"
+[train.mlp.sae]
+kind = "transcoder"
+d_sae = 64
+k = 4
+has_skip = true
+[train.mlp.training]
+num_tokens = 8192
+batch_size = 128
+lr = 3e-3
+"""
+
+
+@pytest.fixture
+def recipe_file(recipe_file: Path) -> Path:
+    """The recipe with a transcoder in place of its SAEs."""
+    text = recipe_file.read_text(encoding="utf-8")
+    start, end = text.index("[train.topk.sae]"), text.index("[label.token_change]")
+    recipe_file.write_text(text[:start] + TABLES + text[end:], encoding="utf-8")
+    return recipe_file
+
+
+def test_recipe_with_a_transcoder_runs_to_its_report(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline.load(recipe_file, [HOOK_POINTS])
+    said: list[str] = []
+    monkeypatch.setattr(type(pipeline.progress), "say", lambda self, message: said.append(message))
+    index = pipeline.run()
+    assert index.is_file()
+    for stage in ("label", "evaluate"):
+        assert f"{stage} mlp: left out, needs an SAE that reconstructs what it reads" in said
+    folder = pipeline.stage_folder("train", "mlp")
+    sae = load_sae_folder(folder)
+    assert isinstance(sae, Transcoder)
+    assert sae.hook_point == "model.layers.1.mlp:input"
+    assert sae.source["target_hook_point"] == "model.layers.1.mlp"
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    assert manifest.config["target_hook_point"] == "model.layers.1.mlp"
+    _, test = pipeline.views("mlp")
+    pairs = test.read(test.indices)
+    x, y = pairs[:, : sae.d_in], pairs[:, sae.d_in :]
+    fvu = float(((y - sae(x).x_hat).square().sum() / (y - y.mean(0)).square().sum()).detach())
+    assert fvu < 0.8
+    rows = [row for row in read_metrics(folder) if row["split"] == "test"]
+    assert rows[-1]["fvu"] == pytest.approx(fvu, rel=0.05)
+    store = pipeline.store("mlp")
+    assert isinstance(store, PairedStore)
+    train, test = (StoreView(store.inputs, view.mask) for view in pipeline.views("mlp"))
+    with pytest.raises(ConfigError, match="evaluate: found a transcoder"):
+        evaluate(sae, test, lm=pipeline.lm)
+    with pytest.raises(ConfigError, match="labels: found a transcoder"):
+        label_features(sae, train, test=test, lm=pipeline.lm, out=pipeline.folder / "labels")
+    again = Pipeline.load(recipe_file, [HOOK_POINTS])
+    assert again.run() == index
+    assert again.metric_tables() == {}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.mlp.sae.kind=topk", "train.mlp.sae.has_skip=true"], "unknown key"),
+        (["train.mlp.target_hook_point=model.layers.0"], "target_hook_point: found 'model.layers.0', the cache has"),
+        (["train.mlp.sae.apply_b_dec_to_input=true"], "apply_b_dec_to_input"),
+    ],
+)
+def test_mistakes_are_one_line(recipe_file: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_recipe(recipe_file, [HOOK_POINTS, *overrides])
+    assert "\n" not in str(caught.value)
+
+
+def test_transcoder_needs_a_target_and_nothing_else_takes_one(recipe_file: Path) -> None:
+    text = recipe_file.read_text(encoding="utf-8")
+    line = 'target_hook_point = "model.layers.1.mlp"\n'
+    recipe_file.write_text(text.replace(line, ""), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"train.mlp.target_hook_point: found None, a transcoder needs one"):
+        load_recipe(recipe_file, [HOOK_POINTS])
+    plain = text.replace('kind = "transcoder"', 'kind = "topk"').replace("has_skip = true\n", "")
+    recipe_file.write_text(plain, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"found 'model.layers.1.mlp', only a transcoder takes one"):
+        load_recipe(recipe_file, [HOOK_POINTS])
