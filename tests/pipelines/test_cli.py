@@ -233,6 +233,13 @@ def test_unknown_sae_name_lists_those_there_are(recipe_file: Path) -> None:
     assert "the recipe has topk, jumprelu" in one_line_error(invoke("train", recipe_file, "--sae", "gated"))
 
 
+def test_a_hook_point_outside_the_residual_stream_is_labelled_by_its_contexts(recipe_file: Path) -> None:
+    result = invoke("run", recipe_file, 'cache.hook_points=["model.layers.1.mlp.gate_proj"]')
+    assert result.exit_code == 0, result.output
+    assert "no vocabulary projection: decoder rows are" in result.output
+    assert (recipe_file.parent / "run" / "report" / "index.html").is_file()
+
+
 def test_convert_writes_another_librarys_format_into_a_new_folder_only(tmp_path: Path) -> None:
     source = Path(__file__).parents[1] / "fixtures" / "dictionaries" / "sparsify_topk"
     result = invoke("convert", source, tmp_path / "new", "--to", "saelens")
