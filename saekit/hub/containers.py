@@ -34,6 +34,7 @@ _SAFETENSORS_DTYPES = {
     "U8": 1,
     "BOOL": 1,
 }
+_ARCHIVE_START = b"PK\x03\x04"
 # Pickle protocol 2, by which every file of torch.save before the archives begins.
 _LEGACY_START = b"\x80\x02"
 # Config objects that old trainers pickled beside their weights.
@@ -156,17 +157,18 @@ class _Npz:
                 self.headers: Mapping[str, TensorHeader] = {
                     info.filename.removesuffix(".npy"): self._header(archive, info) for info in archive.infolist()
                 }
-        except (zipfile.BadZipFile, OSError, ValueError) as error:
-            if isinstance(error, FormatError):
-                raise
-            raise FormatError(f"{str(path)!r}: {error}, needs an unbroken .npz file") from error
+        except FormatError:
+            raise
+        except Exception as error:
+            # A broken archive can raise anything, from struct to zlib.
+            raise FormatError(f"{str(path)!r}: {_reason(error)}, needs an unbroken .npz file") from error
 
     def tensor(self, name: str) -> Tensor:
         try:
             with np.load(self._path, allow_pickle=False) as arrays:
                 return torch.from_numpy(arrays[name])
-        except (zipfile.BadZipFile, OSError, ValueError, KeyError, EOFError, TypeError) as error:
-            raise FormatError(f"{str(self._path)!r}: {name}: {error}, needs an unbroken .npz file") from error
+        except Exception as error:
+            raise FormatError(f"{str(self._path)!r}: {name}: {_reason(error)}, needs an unbroken .npz file") from error
 
     def _header(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> TensorHeader:
         where = f"{str(self._path)!r}: {info.filename}"
@@ -234,12 +236,11 @@ def _open_pickle(path: Path) -> _Pickle:
 
 
 def _load_pickle(path: Path) -> object:
-    is_zip = zipfile.is_zipfile(path)
+    is_zip = _starts_with(path, _ARCHIVE_START)
     if is_zip:
-        with zipfile.ZipFile(path) as archive:
-            packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
-        if packed:
-            raise FormatError(f"{str(path)!r}: {packed[0]} is compressed, needs a file as torch.save writes it")
+        packed = _compressed_member(path)
+        if packed is not None:
+            raise FormatError(f"{str(path)!r}: {packed} is compressed, needs a file as torch.save writes it")
     elif not _starts_with(path, _LEGACY_START):
         raise FormatError(
             f"{str(path)!r}: neither an archive nor an old file of torch.save, needs an unbroken one of them"
@@ -251,9 +252,22 @@ def _load_pickle(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise FormatError(f"{str(path)!r}: {_refused(path)}, needs tensors, numbers and texts only") from error
-    except (RuntimeError, OSError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FormatError(f"{str(path)!r}: {reason}, needs an unbroken file of torch.save") from error
+    except Exception as error:
+        # A broken pickle can raise anything: it is a program that was cut or changed.
+        raise FormatError(f"{str(path)!r}: {_reason(error)}, needs an unbroken file of torch.save") from error
+
+
+def _compressed_member(path: Path) -> str | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+        raise FormatError(f"{str(path)!r}: {_reason(error)}, needs an unbroken file of torch.save") from error
+    return next((info.filename for info in members if info.compress_type != zipfile.ZIP_STORED), None)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _starts_with(path: Path, start: bytes) -> bool:
@@ -264,7 +278,8 @@ def _starts_with(path: Path, start: bytes) -> bool:
 def _refused(path: Path) -> str:
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError):
+    except Exception:
+        # It reads the same broken or foreign pickle again.
         names = []
     foreign = sorted(set(names) - set(_CONFIG_CLASSES))
     return f"pickled {', '.join(foreign)}" if foreign else "a pickle that is not a plain state dict"

@@ -15,9 +15,12 @@ from saekit.manifest import atomic_write, write_json
 from saekit.sae.activation import Activation, Gated, GroupMax, JumpReLU, ReLU, TopK
 from saekit.sae.base import SAE
 from saekit.sae.dictionary import Dictionary
+from saekit.sae.gated import GatedSAE
+from saekit.sae.relu import ReLUSAE
 from saekit.sae.site import Site
 from saekit.sae.threshold import ThresholdSAE
 from saekit.sae.topk import TopKSAE
+from saekit.sae.transcoder import Transcoder
 
 __all__ = ["TARGETS", "as_dictionary", "save_sae"]
 
@@ -38,6 +41,14 @@ def as_dictionary(sae: SAE) -> Dictionary:
     match sae:
         case TopKSAE():
             activation = TopK(k=sae.cfg.k)
+            skip = sae.W_skip if isinstance(sae, Transcoder) else None
+            if skip is not None:
+                extra["W_skip"] = skip.detach().float().cpu().clone()
+        case ReLUSAE():
+            activation = ReLU()
+        case GatedSAE():
+            activation = Gated()
+            extra |= {name: getattr(sae, name).detach().float().cpu().clone() for name in ("b_mag", "r_mag")}
         case ThresholdSAE():
             activation = JumpReLU()
             # Thresholds below 0 count as 0 in training, where relu makes the same of them.
@@ -49,7 +60,9 @@ def as_dictionary(sae: SAE) -> Dictionary:
     if sae.cfg.apply_b_dec_to_input:
         canonical.subtract_from_input(canonical.b_dec)
     site = None if sae.hook_point is None else _site(sae.hook_point)
-    return canonical.build(activation, units="pre-activations of raw input", site=site)
+    target = sae.source.get("target_hook_point")
+    site_out = _site(target) if isinstance(target, str) else None
+    return canonical.build(activation, units="pre-activations of raw input", site=site, site_out=site_out)
 
 
 def save_sae(sae: SAE, folder: str | Path, *, format: str = "saekit") -> None:

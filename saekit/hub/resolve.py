@@ -154,7 +154,7 @@ def _read(release: Release, format: str | None) -> SAE:
         raise FormatError(
             f"{release.ref!r}: read as {name!r}: {reason}, needs a config that fits its weights"
         ) from error
-    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         # A config may hold a list where a text belongs, and so on: it is input that nobody checked before.
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         raise FormatError(

@@ -98,6 +98,11 @@ class MultiLayerDictionary(SAE):
         self.decoders = nn.ParameterList(tensors[f"decoders.{s}"].contiguous() for s in range(len(cfg.targets)))
 
     @property
+    def d_out(self) -> int:
+        """Width of each layer's reconstruction."""
+        return self.cfg.d_out
+
+    @property
     def num_sources(self) -> int:
         """Sets of features."""
         return len(self.cfg.targets)

@@ -10,15 +10,24 @@ from torch import Tensor
 
 from saekit.errors import ConfigError
 from saekit.hub import load_sae, save_sae
+from saekit.hub.export import as_dictionary
 from saekit.sae import (
     SAE,
     BatchTopKConfig,
     BatchTopKSAE,
     Dictionary,
+    GatedConfig,
+    GatedSAE,
     JumpReLUConfig,
     JumpReLUSAE,
+    MatryoshkaTopKConfig,
+    MatryoshkaTopKSAE,
+    ReLUConfig,
+    ReLUSAE,
     TopKConfig,
     TopKSAE,
+    Transcoder,
+    TranscoderConfig,
 )
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "dictionaries"
@@ -31,6 +40,11 @@ def trained(kind: str) -> SAE:
         "topk": lambda: TopKSAE(TopKConfig(d_in=8, d_sae=24, k=3), hook_point="model.layers.3"),
         "batchtopk": lambda: BatchTopKSAE(BatchTopKConfig(d_in=8, d_sae=24, k=3), hook_point="model.layers.3"),
         "jumprelu": lambda: JumpReLUSAE(JumpReLUConfig(d_in=8, d_sae=24), hook_point="model.layers.3"),
+        "relu": lambda: ReLUSAE(ReLUConfig(d_in=8, d_sae=24), hook_point="model.layers.3"),
+        "gated": lambda: GatedSAE(GatedConfig(d_in=8, d_sae=24), hook_point="model.layers.3"),
+        "matryoshka": lambda: MatryoshkaTopKSAE(
+            MatryoshkaTopKConfig(d_in=8, d_sae=24, k=3), hook_point="model.layers.3"
+        ),
         "uncentred": lambda: JumpReLUSAE(
             JumpReLUConfig(d_in=8, d_sae=24, apply_b_dec_to_input=False), hook_point="model.layers.3"
         ),
@@ -53,11 +67,11 @@ def _x_hat(sae: SAE, x: Tensor) -> Tensor:
     return sae(x).x_hat.detach()
 
 
-@pytest.mark.parametrize("kind", ["topk", "batchtopk", "jumprelu", "uncentred"])
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka", "jumprelu", "relu", "gated", "uncentred"])
 @pytest.mark.parametrize("format", ["saelens", "sparsify", "dictionary_learning", "saekit"])
 def test_trained_sae_round_trips(kind: str, format: str, tmp_path: Path) -> None:
     sae = trained(kind)
-    if format == "sparsify" and kind != "topk":
+    if format == "sparsify" and kind not in {"topk", "matryoshka"}:
         with pytest.raises(
             ConfigError, match=r"sparsify cannot express activation .*; it has top-k after relu, and groupmax"
         ):
@@ -69,6 +83,20 @@ def test_trained_sae_round_trips(kind: str, format: str, tmp_path: Path) -> None
     assert_same(sae, again)
     if format in {"saelens", "saekit"}:
         assert again.hook_point == "model.layers.3"
+
+
+def test_trained_skip_transcoder_round_trips_where_it_can_be_expressed(tmp_path: Path) -> None:
+    config = TranscoderConfig(d_in=8, d_out=8, d_sae=24, k=3, has_skip=True)
+    sae = Transcoder(config, hook_point="model.layers.3.mlp:input", source={"target_hook_point": "model.layers.3.mlp"})
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    save_sae(sae, tmp_path / "layers.3.mlp", format="sparsify")
+    assert_same(sae, load_sae(tmp_path / "layers.3.mlp"))
+    assert as_dictionary(sae).hook_point_out == "model.layers.3.mlp"
+    for format in ("saelens", "dictionary_learning"):
+        with pytest.raises(ConfigError, match=f"export: {format} cannot express"):
+            save_sae(sae, tmp_path / format, format=format)
 
 
 @pytest.mark.parametrize(

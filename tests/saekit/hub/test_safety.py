@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import random
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -203,6 +204,38 @@ def test_files_that_disagree_are_refused(
     with pytest.raises(FormatError, match=message) as caught:
         load_sae(changed(fixture, config=config, tensors=tensors))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fixture", "suffix"),
+    [
+        ("saelens_v6_jumprelu", ".safetensors"),
+        ("saelens_v6_jumprelu", ".json"),
+        ("gemmascope_res", ".npz"),
+        ("dictlearn_topk", ".pt"),
+        ("saelens_v1_legacy_pt_pickle", ".pt"),
+        ("temporal_hub", ".yaml"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_changed_bytes_are_one_line_or_another_dictionary(fixture: str, suffix: str, tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / fixture, tmp_path, dirs_exist_ok=True)
+    file = next(path for path in sorted(tmp_path.rglob(f"*{suffix}")) if path.name != "meta.json")
+    content, draw = file.read_bytes(), random.Random(fixture)
+    messages: list[str] = []
+    for _ in range(40):
+        broken = bytearray(content)
+        for _ in range(draw.choice([1, 2, 8])):
+            # Headers, pickles and directories lie at the ends.
+            place = draw.choice([draw.randrange(len(content)), draw.randrange(300), -1 - draw.randrange(300)])
+            broken[place % len(content)] = draw.randrange(256)
+        file.write_bytes(bytes(broken))
+        try:
+            load_sae(tmp_path)
+        except FormatError as error:
+            messages.append(str(error))
+    assert len(messages) > 5
+    assert not any("\n" in message for message in messages)
 
 
 def test_layer_that_is_missing_is_named(changed: Changed) -> None:
