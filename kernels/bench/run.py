@@ -149,6 +149,9 @@ def measure(
         "threshold forward + backward": step(lambda: threshold_loss(weights, threshold)),
         "dense autograd forward + backward": step(lambda: dense_loss(weights, k)),
     }
+    if device == "cpu":
+        # Beside what "auto" takes, which is the compiled kernels where they can be built.
+        variants["top-k forward + backward, torch operators"] = step(lambda: sparse_loss(weights, k, "cpu"))
     if with_compile:
         compiled = torch.compile(dense_loss)
         variants["dense, torch.compile, forward + backward"] = step(lambda: compiled(weights, k))
@@ -182,6 +185,7 @@ def versions(device: str) -> dict[str, str]:
         else (cpu_lines or ["unknown"])[0].split(":")[-1].strip(),
         "threads": str(torch.get_num_threads()),
         "load": _read("/proc/loadavg").split(" ")[0],
+        "backend": sk.resolve_backend("auto", torch.zeros(1, device=device)),
     }
 
 

@@ -105,13 +105,18 @@ def _library(capability: str) -> ctypes.CDLL:
     if platform.system() != "Linux":
         raise BuildError(f"{platform.system()}, needs Linux")
     flags = _FLAGS + (_VECTOR_FLAGS.get(capability, []) if platform.machine() == "x86_64" else [])
-    path = cache_folder() / f"{library_name(flags)}.so"
     try:
+        path = cache_folder() / f"{library_name(flags)}.so"
+        # Before anything is written: the folder may be one that was filled elsewhere.
+        if found := _cached(path):
+            return found
         path.parent.mkdir(parents=True, exist_ok=True)
         with _one_process_at_a_time(path.with_suffix(".lock")):
             return _cached(path) or _build(path, flags)
-    except OSError as error:
-        raise BuildError(f"{str(path.parent)!r}: {error}") from error
+    except BuildError:
+        raise
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        raise BuildError(f"cache of compiled kernels: {error}; set TORCH_EXTENSIONS_DIR to a folder") from error
 
 
 def cache_folder() -> Path:
@@ -161,9 +166,9 @@ def _compile(name: str, flags: list[str], folder: str) -> Path:
     if shutil.which((shlex.split(compiler) or [""])[0]) is None:
         raise BuildError(f"there is no C++ compiler {compiler!r}, needs g++ or clang++")
     try:
-        from torch.utils import cpp_extension
-
         with _quiet_loader():
+            from torch.utils import cpp_extension
+
             # Copies, because the loader appends to the lists that it is given.
             cpp_extension.load(
                 name,

@@ -126,7 +126,31 @@ def test_compiler_errors_are_told_in_one_line(
 def test_folder_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, fresh: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
-    assert f"{str(tmp_path / 'file' / 'saekit_kernels')!r}: " in str(_build.why_unavailable())
+    reason = str(_build.why_unavailable())
+    assert reason.startswith("cache of compiled kernels: ")
+    assert f"{str(tmp_path / 'file' / 'saekit_kernels')!r}; set TORCH_EXTENSIONS_DIR to a folder" in reason
+
+
+def test_no_home_is_no_crash(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", staticmethod(homeless))
+    assert "Could not determine home directory" in str(_build.why_unavailable())
+
+
+def test_library_that_was_built_elsewhere_is_used_from_a_folder_without_a_lock(
+    compiled_backend: str, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _build.library()
+    (lock,) = fresh.glob("*.lock")
+    lock.unlink()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    _build._library.cache_clear()
+    assert _build.why_unavailable() is None
+    assert not lock.exists()
 
 
 def test_name_depends_on_the_source_torch_and_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
