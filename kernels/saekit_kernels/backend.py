@@ -1,7 +1,9 @@
 """Which implementation runs: chosen per call from the tensors, or forced by argument or by the environment."""
 
+import functools
 import importlib
 import importlib.util
+import logging
 import os
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
@@ -17,6 +19,8 @@ Backend = Literal["auto", "triton", "compiled", "cpu", "reference"]
 ResolvedBackend = Literal["triton", "compiled", "cpu", "reference"]
 
 ENVIRONMENT_VARIABLE = "SAEKIT_KERNELS"
+
+_log = logging.getLogger(__name__)
 
 _MODULES: dict[ResolvedBackend, str] = {
     "triton": "saekit_kernels._triton",
@@ -65,9 +69,17 @@ def _automatic(tensors: tuple[Tensor, ...]) -> ResolvedBackend:
     if kinds <= {"cpu"}:
         is_float32 = all(tensor.dtype == torch.float32 for tensor in tensors)
         return "compiled" if is_float32 and _build.why_unavailable(notify=True) is None else "cpu"
-    if kinds == {"cuda"} and _why_unusable("triton", tensors) is None:
-        return "triton"
+    if kinds == {"cuda"}:
+        reason = _why_unusable("triton", tensors)
+        if reason is None:
+            return "triton"
+        _notify(reason)
     return "reference"
+
+
+@functools.cache
+def _notify(reason: str) -> None:
+    _log.warning("Triton kernels cannot be used: %s; going on with dense torch operators, slower and larger", reason)
 
 
 def _why_unusable(backend: ResolvedBackend, tensors: tuple[Tensor, ...]) -> str | None:

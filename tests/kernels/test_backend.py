@@ -1,12 +1,14 @@
 """Which implementation runs, and what is said when the wanted one cannot."""
 
+import importlib.util
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import saekit_kernels as sk
 import torch
-from saekit_kernels import _build
+from saekit_kernels import _build, backend
 
 
 @pytest.fixture(autouse=True)
@@ -134,3 +136,18 @@ def _path() -> dict[str, str]:
     from pathlib import Path
 
     return {**os.environ, "PYTHONPATH": str(Path(sk.__file__).parents[1])}
+
+
+def test_dense_operators_on_a_gpu_are_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find_spec(name))
+    operand = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    backend._notify.cache_clear()
+    for _ in range(3):
+        assert sk.resolve_backend("auto", operand) == "reference"  # type: ignore[arg-type]  # what is looked at, without a GPU
+    assert [record.message for record in caplog.records] == [
+        "Triton kernels cannot be used: triton is not installed; pip install triton (Linux with a CUDA device);"
+        " going on with dense torch operators, slower and larger"
+    ]
