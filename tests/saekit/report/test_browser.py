@@ -138,7 +138,7 @@ def test_charts_answer_the_pointer(site: Site) -> None:
 def test_another_run_is_one_click_away_and_says_what_it_lacks(site: Site) -> None:
     site.open("#/topk")
     site.page.click("#run-switch >> text=bare")
-    site.wait("document.querySelector('#overview h1').textContent === 'bare'")
+    site.wait("document.querySelector('#overview h1')?.textContent === 'bare'")
     text = site.page.inner_text("#overview")
     for part in ("this SAE was not evaluated", "Firing densities: not computed", "Labels: not computed"):
         assert part in text
@@ -160,13 +160,13 @@ def test_search_narrows_to_labels_and_tokens(site: Site, report: Any) -> None:
     assert site.count_line() == "150 features"
     site.page.fill("#search", "lunar dates")
     expected = sorted(feature for feature, label in _labels(report).items() if "lunar dates" in label)
-    site.wait(f"document.querySelector('.count').textContent.startsWith('{len(expected)} of')")
+    site.wait(f"document.querySelector('.count')?.textContent?.startsWith('{len(expected)} of')")
     assert sorted(site.rows()) == expected
     assert "q=lunar+dates" in site.page.evaluate("location.hash")
     site.page.fill("#search", "zzzz")
     site.wait("document.querySelector('.scroller').innerText.includes('No feature matches')")
     site.page.click("text=Clear filters")
-    site.wait("document.querySelector('.count').textContent === '150 features'")
+    site.wait("document.querySelector('.count')?.textContent === '150 features'")
     assert site.page.input_value("#search") == ""
 
 
@@ -180,7 +180,7 @@ def test_search_finds_tokens_only_where_asked(site: Site, report: Any, read_payl
     assert site.count_line() == f"{len(expected)} of 150 features"
     assert site.rows() == expected[: len(site.rows())]
     site.page.select_option("[data-key=in]", "labels")
-    site.wait("document.querySelector('.count').textContent.startsWith('0 of')")
+    site.wait("document.querySelector('.count')?.textContent?.startsWith('0 of')")
 
 
 def test_a_number_finds_its_feature(site: Site) -> None:
@@ -223,20 +223,20 @@ def test_filters_by_firing_labeler_and_ranges(site: Site, report: Any) -> None:
     assert site.count_line() == "10 of 150 features"
     assert all("never fired" in text for text in site.texts(".rows .row .c-label"))
     site.page.select_option("[data-key=fires]", "yes")
-    site.wait("document.querySelector('.count').textContent.startsWith('140 of')")
+    site.wait("document.querySelector('.count')?.textContent?.startsWith('140 of')")
     site.page.select_option("[data-key=labeler]", "none")
-    site.wait("document.querySelector('.count').textContent.startsWith('1 of')")
+    site.wait("document.querySelector('.count')?.textContent?.startsWith('1 of')")
     assert site.rows() == [5]
     site.page.select_option("[data-key=labeler]", "lexical")
-    site.wait("document.querySelector('.count').textContent.startsWith('139 of')")
+    site.wait("document.querySelector('.count')?.textContent?.startsWith('139 of')")
     assert all("(lexical" in text or "<script>" in text for text in site.texts(".rows .row .c-label"))
     site.page.click(".ranges summary")
     density = load_file(report.runs[0].labels / "contexts" / "contexts.safetensors")["firing_count"] / 200_000
     site.page.fill("[data-key=density_min]", "0.5")
     expected = sum(density[n] >= 0.005 for n in range(140) if n != 5)
-    site.wait(f"document.querySelector('.count').textContent.startsWith('{expected} of')")
+    site.wait(f"document.querySelector('.count')?.textContent?.startsWith('{expected} of')")
     site.page.fill("[data-key=f1_max]", "0")
-    site.wait("document.querySelector('.count').textContent.startsWith('0 of')")
+    site.wait("document.querySelector('.count')?.textContent?.startsWith('0 of')")
 
 
 def test_only_rows_in_view_exist(site: Site) -> None:
@@ -312,11 +312,11 @@ def test_keys_walk_through_the_current_list(site: Site) -> None:
     top = site.rows()[:3]
     assert top == [149, 148, 147]
     site.page.click(f"#row-{top[1]}")
-    site.wait("document.querySelector('.around').textContent === '2 of 150'")
+    site.wait("document.querySelector('.around')?.textContent === '2 of 150'")
     for key, feature in (("j", 147), ("ArrowLeft", 148), ("k", 149), ("k", 149), ("ArrowRight", 148)):
         site.page.keyboard.press(key)
         site.wait(
-            f"location.hash === '#/topk/feature/{feature}' && document.querySelector('.crumb b').textContent === '{feature}'"
+            f"location.hash === '#/topk/feature/{feature}' && document.querySelector('.crumb b')?.textContent === '{feature}'"
         )
     site.page.keyboard.press("Escape")
     site.wait("location.hash === '#/topk/features?sort=-id'")
@@ -338,7 +338,7 @@ def test_the_table_is_usable_by_keyboard_alone(site: Site) -> None:
     site.page.keyboard.press("/")
     site.wait("document.activeElement.id === 'search'")
     site.page.keyboard.type("financial")
-    site.wait("document.querySelector('.count').textContent.includes(' of ')")
+    site.wait("document.querySelector('.count')?.textContent?.includes(' of ')")
     rows = site.rows()
     site.page.keyboard.press("ArrowDown")
     site.page.keyboard.press("ArrowDown")
@@ -363,7 +363,7 @@ def test_nearest_features_are_links(site: Site, report: Any) -> None:
         arrays["neighbor_cosines"][3].tolist(), abs=6e-3
     )
     links.nth(0).click()
-    site.wait("document.querySelector('.crumb b').textContent === '4'")
+    site.wait("document.querySelector('.crumb b')?.textContent === '4'")
 
 
 def test_dead_and_failed_features_say_so(site: Site) -> None:
@@ -444,7 +444,7 @@ def test_a_missing_chunk_is_told_and_the_rest_goes_on(
     (tmp_path / "r" / "data" / "topk" / "chunk-0001.js").unlink()
     site = open_site(tmp_path / "r")
     site.open("#/topk/feature/70")
-    site.wait("document.getElementById('failure').textContent.includes('chunk-0001.js cannot be read')")
+    site.wait("document.getElementById('failure')?.textContent?.includes('chunk-0001.js cannot be read')")
     site.page.evaluate("location.hash = '#/topk/feature/3'")
     site.wait("document.querySelector('.crumb b')?.textContent === '3'")
     assert site.page.locator("#failure").is_hidden()
@@ -535,7 +535,7 @@ def test_ten_thousand_features_answer_at_once(
     }"""
     sorted_in = site.page.evaluate(select)
     site.page.fill("#search", "lunar dates")
-    site.wait("document.querySelector('.count').textContent.includes(' of 10,000')")
+    site.wait("document.querySelector('.count')?.textContent?.includes(' of 10,000')")
     assert len(site.rows()) > 10
     start = site.page.evaluate("performance.now()")
     site.page.evaluate("location.hash = '#/large/feature/9000'")
