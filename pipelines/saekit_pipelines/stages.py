@@ -61,10 +61,8 @@ class Pipeline:
         Raises:
             ConfigError: it was cached with other values than the recipe has now.
         """
+        self._check_cached()
         folder = self.stage_folder("cache")
-        manifest = read_manifest(folder)
-        if manifest is not None:
-            check_same_config(folder, manifest.config, self.recipe.cache.to_dict())
         store = ActivationStore.open(folder, self.recipe.hook_point(name))
         target = self.recipe.target_hook_point(name)
         return store if target is None else PairedStore(store, ActivationStore.open(folder, target))
@@ -83,10 +81,15 @@ class Pipeline:
         self._check_trained(name)
         return load_sae(self.stage_folder("train", name))
 
+    def _check_cached(self) -> None:
+        """Checks that the cache, where there is one, was made with the recipe's values."""
+        folder = self.stage_folder("cache")
+        if (manifest := read_manifest(folder)) is not None:
+            check_same_config(folder, manifest.config, self.recipe.cache.to_dict())
+
     def _check_trained(self, name: str) -> None:
         folder = self.stage_folder("train", name)
-        manifest = read_manifest(folder)
-        if manifest is not None:
+        if (manifest := read_manifest(folder)) is not None:
             run, split = self.recipe.train[name], self.recipe.split.to_dict()
             found = {key: manifest.config.get(key) for key in ("sae", "training", "split")}
             sae = run.sae.to_dict()
@@ -221,9 +224,9 @@ class Pipeline:
             if only not in {None, stage}:
                 continue
             manifest = read_manifest(self.stage_folder(stage, name))
-            if manifest is not None and stage == "cache":
-                check_same_config(self.stage_folder(stage), manifest.config, self.recipe.cache.to_dict())
-            if manifest is not None and stage == "train" and name is not None:
+            if stage == "cache":
+                self._check_cached()
+            if stage == "train" and name is not None:
                 self._check_trained(name)
             state = "new" if manifest is None else "finished" if manifest.status == "complete" else "resume"
             what = self._describe(stage, name) if state != "finished" else ""
