@@ -260,7 +260,7 @@ def test_killed_run_resumes_without_repeating_a_recorded_request(tmp_path) -> No
 
 def _recorded(folder: Path) -> set[str]:
     with sqlite3.connect(folder / "ledger.sqlite") as db:
-        return {row[0] for row in db.execute("select key from answers")}
+        return {row[0] for row in db.execute("select key from requests where state = 'answered'")}
 
 
 def _key(body: dict) -> str:
