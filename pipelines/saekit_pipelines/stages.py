@@ -132,8 +132,8 @@ class Pipeline:
             with self._timed(f"train {name}", folder):
                 Trainer(sae, train, config.training, test=test).fit(folder, progress=_Named(self.progress, name))
 
-    def label(self, only: str | None = None) -> None:
-        """Labels and scores the features of the trained SAEs."""
+    def label(self, only: str | None = None, *, retry_failed: bool = False) -> None:
+        """Labels and scores the features of the trained SAEs; `retry_failed`: those too whose labels failed before."""
         for name in self._reconstructing(only, "label"):
             folder = self.stage_folder("label", name)
             train, test = self.views(name)
@@ -145,6 +145,7 @@ class Pipeline:
                     lm=self.lm,
                     out=folder,
                     config=self.recipe.label,
+                    retry_failed=retry_failed,
                     progress=_Named(self.progress, name),
                 )
 
