@@ -29,9 +29,9 @@ from saekit.labelling import (
 from saekit.manifest import read_manifest
 from saekit.models import LanguageModel, load_model
 from saekit.sae import TopKConfig, TopKSAE
+from tests.saekit.labelling.bench import oracle
 from tests.saekit.labelling.planted import FakeView, WordTokenizer, World
 from tests.saekit.labelling.stub import serving
-from tests.saekit.labelling.test_llm import oracle
 
 OFFLINE: dict[str, object] = {"vocab_projection": False, "token_change": None}
 LM = SimpleNamespace(fingerprint="1" * 64, tokenizer=WordTokenizer())

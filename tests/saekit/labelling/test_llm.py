@@ -1,7 +1,6 @@
 """Explaining and judging through a stub server: every feature ends once, honestly, and no answer is paid for twice."""
 
 import asyncio
-import json
 import re
 import subprocess
 import sys
@@ -13,90 +12,17 @@ import pytest
 from saekit.errors import ConfigError, LabelerError
 from saekit.labelling import (
     ChatRequest,
-    ContextConfig,
     Label,
-    LabellingModel,
-    Ledger,
     LLMConfig,
-    RuleScoringConfig,
-    Score,
-    collect_contexts,
 )
 from saekit.labelling.answers import UnusableAnswerError, parse_object
 from saekit.labelling.chat import SpentError
 from saekit.labelling.estimate import estimate_requests, token_counter
-from saekit.labelling.examples import ExampleReader
-from saekit.labelling.explain import Explainer
-from saekit.labelling.live import OpenAIChat
-from saekit.labelling.llm import Questions, explain_and_judge, least_explained
-from saekit.labelling.scoring.detection import Judge, Piece, read_answers, score_answers
-from saekit.labelling.scoring.rule import HeldOut
-from saekit.labelling.store import RecordFile
-from saekit.labelling.vocabulary import Vocabulary
-from tests.saekit.labelling.planted import WordTokenizer, World
+from saekit.labelling.llm import least_explained
+from saekit.labelling.scoring.detection import Piece, read_answers, score_answers
+from tests.saekit.labelling.bench import ANSWER, FIRING, oracle
+from tests.saekit.labelling.planted import WordTokenizer
 from tests.saekit.labelling.stub import Fault, StubServer, completion, serving
-
-ANSWER = json.dumps(
-    {"label": "rivers and lakes", "fires_on": "words for waters", "promotes": "", "suppresses": "", "confidence": 0.9}
-)
-
-FIRING = [feature for feature in range(11) if feature != 5]
-"""All planted features but the dead one."""
-
-
-class Bench:
-    """Explainer and judge over the planted world, and the files they write."""
-
-    def __init__(self, world: World, folder: Path, contexts_folder: Path, **options: object) -> None:
-        self.config = LLMConfig.model_validate(
-            {"model": "stub", "wait_seconds": 0.001, "max_wait_seconds": 0.01, "num_judged": 4, **options}
-        )
-        vocabulary = Vocabulary(WordTokenizer())
-        contexts = collect_contexts(world.sae, world.train, config=ContextConfig(), out=contexts_folder)
-        self.held_out = HeldOut(world.sae, world.test, vocabulary, config=RuleScoringConfig())
-        self.explainer = Explainer(ExampleReader(world.store, vocabulary), contexts, self.config)
-        self.judge = Judge(self.held_out, self.config)
-        self.folder = folder
-        self.labels = RecordFile(folder / "labels.jsonl", Label)
-        self.scores = RecordFile(folder / "scores.jsonl", Score)
-
-    def questions(self, features: list[int]) -> Questions:
-        return Questions(explainers=[self.explainer], judge=self.judge, features=features, config=self.config)
-
-    def run(self, server: StubServer, features: list[int]) -> Ledger:
-        self.config = self.config.model_copy(update={"base_url": server.url})
-        ledger = Ledger(self.folder / "ledger.sqlite")
-        model = LabellingModel(OpenAIChat(self.config), ledger, self.config)
-        try:
-            explain_and_judge(model, self.questions(features), labels=self.labels, scores=self.scores)
-        except LabelerError:
-            ledger.close()
-            raise
-        return ledger
-
-
-@pytest.fixture(scope="module")
-def contexts_folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("contexts")
-
-
-@pytest.fixture
-def bench(world, tmp_path, contexts_folder):
-    return lambda **options: Bench(world, tmp_path, contexts_folder, **options)
-
-
-def _pieces_in(user: str) -> int:
-    return len(re.findall(r"^\d+\. ", user.split("Pieces:")[1], flags=re.MULTILINE))
-
-
-def oracle(body: dict[str, object], _: int) -> str:
-    """Explains with a fixed label and judges a piece active if it has a river, River or lake."""
-    user = str(body["messages"][1]["content"])  # type: ignore[index]
-    if "Pieces:" not in user:
-        return ANSWER
-    pieces = re.findall(r"^(\d+)\. (.*)$", user.split("Pieces:")[1], flags=re.MULTILINE)
-    answers = [{"id": int(n), "active": bool(re.search(r"\b([Rr]iver|lake)\b", text))} for n, text in pieces]
-    return json.dumps({"answers": answers})
 
 
 def test_every_feature_is_labelled_and_judged_once(world, bench) -> None:
