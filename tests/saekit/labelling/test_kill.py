@@ -8,13 +8,26 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
-from saekit.labelling import BatchConfig, Label, LabellingModel, Ledger, Score, read_labels, read_scores
+from saekit.labelling import (
+    BatchConfig,
+    Label,
+    LabelConfig,
+    LabellingModel,
+    Ledger,
+    Score,
+    label_features,
+    read_labels,
+    read_scores,
+)
 from saekit.labelling.batch import OpenAIBatch
 from saekit.labelling.live import OpenAIChat
 from saekit.labelling.llm import explain_and_judge
+from saekit.manifest import read_manifest
 from tests.saekit.labelling.batchstub import batch_serving
 from tests.saekit.labelling.bench import FIRING, Bench, oracle
+from tests.saekit.labelling.planted import WordTokenizer
 from tests.saekit.labelling.stub import StubServer, serving
 
 NUM_KILLS = int(os.environ.get("SAEKIT_KILLS", "4"))
@@ -150,6 +163,41 @@ def test_killed_runs_give_the_same_labels_and_repeat_no_recorded_request(world, 
             # Only what was on its way at a kill is asked again.
             assert len(asked) - len(set(asked)) <= here * CONCURRENCY
             kills += here
+
+
+def test_killed_label_stage_ends_as_if_it_had_not_been(world, tmp_path) -> None:
+    llm = {"model": "stub", "concurrency": 2, "num_judged": 3, "judge_lexical": True}
+    offline = {"vocab_projection": False, "token_change": None}
+    lm = SimpleNamespace(fingerprint="1" * 64, tokenizer=WordTokenizer())
+
+    def work(line: str) -> None:
+        config = LabelConfig.parse({**offline, "llm": {**llm, "base_url": line}})
+        label_features(world.sae, world.train, test=world.test, lm=lm, out=tmp_path, config=config)
+
+    with running(work) as runner, serving(slowly) as server:
+        # Once among the explanations, once among the judgements.
+        for enough in (4, 18):
+            pid = runner.start(server.url)
+            while len(server.requests) < enough:
+                assert not _is_gone(pid), "the run ended before it was killed"
+                time.sleep(0.001)
+            _kill(pid)
+            runner.wait()
+            assert read_manifest(tmp_path).status == "running"
+        num_known = len(recorded(tmp_path))
+        before = len(server.requests)
+        runner.start(server.url)
+        assert runner.wait() == 0
+    assert num_known + len(server.requests) - before == 3 * len(FIRING)
+    manifest = read_manifest(tmp_path)
+    assert manifest.status == "complete"
+    assert manifest.counts["llm"]["answers"] == 3 * len(FIRING)
+    labels, scores = records(tmp_path)
+    assert [(label.feature, label.labeler) for label in labels] == sorted(
+        [(feature, "lexical") for feature in range(11)] + [(feature, "llm:stub") for feature in FIRING]
+    )
+    judged = [(score.feature, score.labeler) for score in scores if score.scorer == "detection"]
+    assert judged == [(feature, labeler) for feature in FIRING for labeler in ("lexical", "llm:stub")]
 
 
 def test_killed_batch_runs_wait_for_the_batch_that_is_there(world, contexts_folder, tmp_path) -> None:
