@@ -14,6 +14,8 @@ from saekit.progress import NO_PROGRESS, Progress
 
 __all__ = ["LabellingModel", "ask_in_rounds"]
 
+JOBS_AT_ONCE = 20_000
+"""Jobs whose questions are in memory together: some 5 KB each."""
 JobT = TypeVar("JobT")
 ResultT = TypeVar("ResultT")
 
@@ -97,6 +99,18 @@ def ask_in_rounds(
     Raises:
         SpentError, LabelerError: see `Ask.ask`; jobs whose answers have arrived are taken.
     """
+    for start in range(0, len(jobs), JOBS_AT_ONCE):
+        _ask_some(model, jobs[start : start + JOBS_AT_ONCE], request=request, take=take, attempts=attempts)
+
+
+def _ask_some(
+    model: Ask,
+    jobs: Sequence[JobT],
+    *,
+    request: Callable[[JobT, int], ChatRequest],
+    take: Callable[[JobT, Sequence[Answer], bool], bool],
+    attempts: int,
+) -> None:
     so_far: dict[int, list[Answer]] = {index: [] for index in range(len(jobs))}
     for attempt in range(attempts):
         indices_of: dict[str, list[int]] = {}

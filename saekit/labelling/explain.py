@@ -7,6 +7,7 @@ from pydantic import JsonValue
 from saekit.labelling.answers import UnusableAnswerError, parse_object, plain_text, prompt_template, share, whole_number
 from saekit.labelling.chat import Answer, ChatReply, ChatRequest
 from saekit.labelling.contexts import FeatureContexts
+from saekit.labelling.evidence.effects import TokenEffects
 from saekit.labelling.evidence.wording import EffectsOf, EvidenceText
 from saekit.labelling.examples import ExampleReader
 from saekit.labelling.llmconfig import ExplainerKind, LLMConfig
@@ -69,21 +70,24 @@ class Explainer:
         self.labeler = llm_labeler(config, kind)
         self.purpose = f"explain:{kind}"
         self._config = config
+        self._contexts = contexts
         self._effects = effects
         self._evidence = EvidenceText(reader, contexts, config)
         self._system = prompt_template(PROMPTS[kind])
         self._again = prompt_template(AGAIN_PROMPT).rstrip()
 
-    def request(self, feature: int, *, attempt: int = 0) -> ChatRequest | None:
-        """Returns the question about a feature, the same in every process; None where there is no evidence of the kind."""
-        lines = self._lines(feature)
-        if not lines:
-            return None
+    def has_evidence(self, feature: int) -> bool:
+        """Returns whether there is anything of the kind to be asked about."""
+        fires = self.kind in {"input", "raw"} and bool(self._contexts.firing_count[feature] > 0)
+        return fires or bool(self._effects_shown(feature))
+
+    def request(self, feature: int, *, attempt: int = 0) -> ChatRequest:
+        """Returns the question about a feature that has evidence, the same in every process."""
         config = self._config
         return ChatRequest(
             model=config.model,
             system=self._system,
-            user="\n".join(lines) + (self._again if attempt else ""),
+            user="\n".join(self._lines(feature)) + (self._again if attempt else ""),
             schema_name="feature_label",
             schema=_SCHEMA,
             temperature=config.temperature,
@@ -94,13 +98,14 @@ class Explainer:
             usual_answer=USUAL_ANSWER,
         )
 
+    def _effects_shown(self, feature: int) -> list[TokenEffects]:
+        found = self._effects(feature) if self.kind != "input" else ()
+        return [effects for effects in found if self.kind in {"raw", effects.kind}]
+
     def _lines(self, feature: int) -> list[str]:
         lines = self._evidence.texts(feature) if self.kind in {"input", "raw"} else []
-        for effects in self._effects(feature) if self.kind != "input" else ():
-            if self.kind in {"raw", effects.kind}:
-                lines += (
-                    ["", *self._evidence.tokens(feature, effects)] if lines else self._evidence.tokens(feature, effects)
-                )
+        for effects in self._effects_shown(feature):
+            lines += [*([""] if lines else []), *self._evidence.tokens(feature, effects)]
         return lines
 
     def documents_shown(self, feature: int) -> set[int]:

@@ -8,7 +8,7 @@ from saekit.labelling.chat import Answer, ChatRequest
 from saekit.labelling.explain import Explainer, joined_label, llm_labeler
 from saekit.labelling.llmconfig import LLMConfig
 from saekit.labelling.records import LEXICAL, Label, Score
-from saekit.labelling.scoring.detection import Judge
+from saekit.labelling.scoring.detection import Judge, Piece
 from saekit.labelling.store import RecordFile
 from saekit.progress import NO_PROGRESS, Progress, Task
 
@@ -33,7 +33,7 @@ class Questions:
 
     def requests(self, labels: Sequence[Label] = ()) -> list[ChatRequest]:
         """Returns the first questions of the explainers and of the judge; `labels` that are not there yet are stood in for."""
-        requests = [r for e in self.explainers for f in self.features if (r := e.request(f)) is not None]
+        requests = [e.request(f) for e in self.explainers for f in self.features if e.has_evidence(f)]
         if self.judge is None:
             return requests
         known = {(label.feature, label.labeler): label for label in labels}
@@ -77,13 +77,8 @@ def _explain(
     model: LabellingModel, questions: Questions, explainer: Explainer, labels: RecordFile[Label], progress: Progress
 ) -> None:
     known = {label.feature for label in labels.records if label.labeler == explainer.labeler}
-    asked = [feature for feature in questions.features if explainer.request(feature) is not None]
+    asked = [feature for feature in questions.features if explainer.has_evidence(feature)]
     left = [feature for feature in asked if feature not in known]
-
-    def request(feature: int, attempt: int) -> ChatRequest:
-        question = explainer.request(feature, attempt=attempt)
-        assert question is not None, "left out above"
-        return question
 
     with progress.task(f"explanations ({explainer.kind})", len(asked), "features", done=len(asked) - len(left)) as task:
         advance = _counted(model, task, done=len(asked) - len(left), total=len(asked))
@@ -95,7 +90,13 @@ def _explain(
                 advance()
             return label is not None
 
-        ask_in_rounds(model, left, request=request, take=take, attempts=questions.config.attempts)
+        ask_in_rounds(
+            model,
+            left,
+            request=lambda feature, attempt: explainer.request(feature, attempt=attempt),
+            take=take,
+            attempts=questions.config.attempts,
+        )
 
 
 def _join(questions: Questions, labels: RecordFile[Label]) -> None:
@@ -129,21 +130,21 @@ def _judge_all(
     with progress.task("judgements", len(whole), "labels", done=len(whole) - len(left)) as task:
         advance = _counted(model, task, done=len(whole) - len(left), total=len(whole))
 
-        def take(label: Label, answers: Sequence[Answer], is_last: bool) -> bool:
-            score = judge.score(label, answers, is_last=is_last)
+        def take(job: tuple[Label, list[Piece]], answers: Sequence[Answer], is_last: bool) -> bool:
+            score = judge.score(*job, answers, is_last=is_last)
             if score is not None:
                 scores.extend([score])
                 advance()
             return score is not None
 
-        can_be = [label for label in left if judge.pieces(label.feature)]
-        for label in left:
-            if label not in can_be:
-                take(label, [], True)
+        jobs = [(label, judge.pieces(label.feature)) for label in left]
+        for job in jobs:
+            if not job[1]:
+                take(job, [], True)
         ask_in_rounds(
             model,
-            can_be,
-            request=lambda label, attempt: judge.request(label, judge.pieces(label.feature), attempt=attempt),
+            [job for job in jobs if job[1]],
+            request=lambda job, attempt: judge.request(*job, attempt=attempt),
             take=take,
             attempts=questions.config.attempts,
         )

@@ -217,7 +217,7 @@ class LabelStage:
             skipped[feature] = "its token rule explains enough: llm.max_features" if fires else "never fires"
         for feature in asked:
             own = [e for e in questions.explainers if labeler in {e.labeler, llm_labeler(questions.config, "concat")}]
-            if not any(explainer.request(feature) for explainer in own):
+            if not any(explainer.has_evidence(feature) for explainer in own):
                 skipped[feature] = "no evidence of this kind was gathered"
         return skipped
 

@@ -121,7 +121,7 @@ class Judge:
             usual_answer=json.dumps({"answers": [{"id": n + 1, "active": False} for n in range(len(pieces))]}),
         )
 
-    def score(self, label: Label, answers: Sequence[Answer], *, is_last: bool) -> Score | None:
+    def score(self, label: Label, pieces: Sequence[Piece], answers: Sequence[Answer], *, is_last: bool) -> Score | None:
         """Returns the label's score from the last of the judge's answers; pieces without a usable one count as wrong.
 
         Args:
@@ -131,7 +131,7 @@ class Judge:
         Returns:
             None: ask again.
         """
-        pieces, reply = self.pieces(label.feature), answers[-1].reply if answers else None
+        reply = answers[-1].reply if answers else None
         verdicts = read_answers(reply.text, len(pieces)) if reply is not None else {}
         if reply is not None and len(verdicts) < len(pieces) and not is_last:
             return None
