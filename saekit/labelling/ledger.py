@@ -126,7 +126,8 @@ class Ledger:
 
     def send(self, request: ChatRequest, most: tuple[int, int], *, batch: str | None = None) -> None:
         """Notes a request before it is sent, with the most tokens that it may take; `batch`: the tag of the batch it is in."""
-        with self._alone():
+        # A request that is not answered yet is worth no wait for the disk; a kill of the process loses it neither way.
+        with self._alone(is_urgent=batch is not None):
             if batch is not None:
                 self._execute("insert or ignore into batches values (?, null, 1, ?)", (batch, _now()))
             self._execute(
@@ -238,10 +239,16 @@ class Ledger:
         return int(row[0]), int(row[1])
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One write of several commands, unless a larger one is open already."""
-        with contextlib.nullcontext() if self._db.in_transaction else self.together():
+    def _alone(self, *, is_urgent: bool = True) -> Iterator[None]:
+        """One write of several commands, unless a larger one is open already; `is_urgent`: it waits for the disk."""
+        if self._db.in_transaction:
             yield
+            return
+        if not is_urgent:
+            self._execute("pragma synchronous = normal")
+        with self.together():
+            yield
+        self._execute("pragma synchronous = full")
 
 
 def _reply(row: tuple[str, str, str, int, int, int, int, float | None]) -> ChatReply:

@@ -39,6 +39,7 @@ class Runs:
             client = OpenAIBatch(self.config)
             return LabellingModel(client, self.open, self.config, progress=self.notices).ask(requests)
         finally:
+            self.sums = (self.open.answered, self.open.open, self.open.lost, self.open.wasted)
             self.open.close()
 
 
@@ -48,6 +49,7 @@ def check(server: BatchServer, runs: Runs, answers: list[Answer]) -> None:
         assert answer.reply is not None, answer.reason
         assert json.loads(answer.reply.text) == {"said": request.user}
     ledger = Ledger(runs.path)
+    assert (ledger.answered, ledger.open, ledger.lost, ledger.wasted) == runs.sums
     assert ledger.answered.requests == len(server.charged) == NUM
     assert ledger.answered.input == sum(tokens for tokens, _ in server.charged)
     assert (ledger.open.requests, ledger.lost.requests, ledger.open_batches()) == (0, 0, [])
