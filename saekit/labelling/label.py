@@ -14,7 +14,7 @@ from saekit.labelling.ledger import LEDGER_NAME, Ledger
 from saekit.labelling.llmconfig import LLMConfig
 from saekit.labelling.records import Label, Score
 from saekit.labelling.stage import LabelStage
-from saekit.labelling.store import LABELS_NAME, SCORES_NAME, RecordFile, read_labels
+from saekit.labelling.store import CONTROLS_NAME, LABELS_NAME, SCORES_NAME, RecordFile, read_labels
 from saekit.labelling.vocabulary import Vocabulary
 from saekit.manifest import begin_stage, finish_stage, locked, reopen_stage
 from saekit.models import LanguageModel
@@ -45,8 +45,8 @@ def label_features(
         train: documents that labels may be made from.
         test: documents that labels are scored on; shares none with `train`.
         lm: the model whose activations the views hold.
-        out: folder for contexts/, effects-*.safetensors, labels.jsonl and .parquet, scores.jsonl, label_report.json,
-            ledger.sqlite and the manifest.
+        out: folder for contexts/, effects-*.safetensors, labels.jsonl and .parquet, scores.jsonl, controls.jsonl,
+            label_report.json, ledger.sqlite and the manifest.
         config: None: defaults.
         client: talks to the labelling model; None: the one that `config.llm` describes.
         retry_failed: features whose labels by a labelling model failed are asked about anew; their cost stays counted.
@@ -156,6 +156,7 @@ def _stage(
         features=_chosen_features(sae.cfg.d_sae, config),
         labels=RecordFile(out / LABELS_NAME, Label),
         scores=RecordFile(out / SCORES_NAME, Score),
+        controls=RecordFile(out / CONTROLS_NAME, Score),
         progress=progress,
     )
 

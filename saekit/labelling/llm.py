@@ -8,11 +8,33 @@ from saekit.labelling.chat import Answer, ChatRequest
 from saekit.labelling.explain import Explainer, joined_label, llm_labeler
 from saekit.labelling.llmconfig import LLMConfig
 from saekit.labelling.records import LEXICAL, Label, Score
-from saekit.labelling.scoring.detection import Judge, Piece
+from saekit.labelling.scoring.controls import NO_LABEL, Controls
+from saekit.labelling.scoring.detection import PieceScorer
+from saekit.labelling.scoring.pieces import Piece
 from saekit.labelling.store import RecordFile
 from saekit.progress import NO_PROGRESS, Progress, Task
 
-__all__ = ["Questions", "explain_and_judge", "least_explained"]
+__all__ = ["Questions", "ScoreJob", "explain_and_judge", "least_explained"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreJob:
+    """One label, or one feature without, and one scorer."""
+
+    scorer: PieceScorer
+    label: Label
+    pieces: list[Piece]
+    is_control: bool
+    """Whether the label is nobody's: a control, or none where the scorer needs none."""
+
+    def request(self, attempt: int = 0) -> ChatRequest:
+        """Returns the question; there must be pieces."""
+        return self.scorer.request(self.label, self.pieces, attempt=attempt)
+
+    @property
+    def key(self) -> tuple[int, str, str]:
+        """What its score is known by."""
+        return self.label.feature, self.label.labeler, self.scorer.name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,8 +43,9 @@ class Questions:
 
     explainers: Sequence[Explainer]
     """One for each kind that asks."""
-    judge: Judge | None
-    """None: labels are not judged."""
+    scorers: Sequence[PieceScorer]
+    """None of them: labels are not judged."""
+    controls: Controls
     features: Sequence[int]
     config: LLMConfig
 
@@ -31,25 +54,41 @@ class Questions:
         """Names of those whose labels are written, in order."""
         return [llm_labeler(self.config, kind) for kind in self.config.explainers]
 
-    def requests(self, labels: Sequence[Label] = ()) -> list[ChatRequest]:
-        """Returns the first questions of the explainers and of the judge; `labels` that are not there yet are stood in for."""
-        requests = [e.request(f) for e in self.explainers for f in self.features if e.has_evidence(f)]
-        if self.judge is None:
-            return requests
-        known = {(label.feature, label.labeler): label for label in labels}
-        for feature in self.features:
-            pieces = self.judge.pieces(feature)
-            for labeler in self.judged if pieces else ():
-                stand_in = Label(feature=feature, labeler=labeler, label="x" * 40, fires_on="some words " * 15)
-                label = known.get((feature, labeler), stand_in)
-                if label.status == "done":
-                    requests.append(self.judge.request(label, pieces))
-        return requests
-
     @property
     def judged(self) -> list[str]:
         """Names of those whose labels the judge scores."""
         return [*self.labelers, *([LEXICAL] if self.config.judge_lexical else [])]
+
+    def requests(self, labels: Sequence[Label] = ()) -> list[ChatRequest]:
+        """Returns the first questions of explainers and scorers; `labels` that are not there yet are stood in for."""
+        requests = [e.request(f) for e in self.explainers for f in self.features if e.has_evidence(f)]
+        known = {(label.feature, label.labeler) for label in labels}
+        stand_ins = [
+            Label(feature=feature, labeler=labeler, label="x" * 40, fires_on="some words " * 15)
+            for labeler in self.judged
+            for feature in self.features
+            if (feature, labeler) not in known
+        ]
+        return requests + [job.request() for job in self.score_jobs([*labels, *stand_ins]) if job.pieces]
+
+    def score_jobs(self, labels: Sequence[Label]) -> list[ScoreJob]:
+        """Returns what the scorers are to be asked about labels that are done, about controls, and about features alone."""
+        order = {labeler: number for number, labeler in enumerate(self.judged)}
+        usable = {(label.feature, label.labeler): label for label in labels if label.status == "done"}
+        # What another feature's label scores is seen on labels of the first of those judged.
+        first = [label for (_, labeler), label in usable.items() if order.get(labeler) == 0]
+        controlled = set(self.controls.drawn(self.features, self.config.num_controlled))
+        jobs: list[ScoreJob] = []
+        for scorer in self.scorers:
+            for feature in self.features:
+                pieces = scorer.pieces(feature)
+                own = [usable[feature, name] for name in order if (feature, name) in usable]
+                others = self.controls.labels(feature, first) if feature in controlled and pieces else []
+                if not scorer.needs_label:
+                    own, others = [], [Label(feature=feature, labeler=NO_LABEL)]
+                jobs += [ScoreJob(scorer=scorer, label=label, pieces=pieces, is_control=False) for label in own]
+                jobs += [ScoreJob(scorer=scorer, label=label, pieces=pieces, is_control=True) for label in others]
+        return jobs
 
 
 def explain_and_judge(
@@ -58,9 +97,13 @@ def explain_and_judge(
     *,
     labels: RecordFile[Label],
     scores: RecordFile[Score],
+    controls: RecordFile[Score],
     progress: Progress = NO_PROGRESS,
 ) -> None:
     """Labels and judges; features already in the files are passed over, and answers in the ledger cost nothing.
+
+    Args:
+        controls: takes the scores of what is nobody's label.
 
     Raises:
         LabelerError: the model cannot be used, or a cap is reached; what was answered is in the files.
@@ -69,8 +112,7 @@ def explain_and_judge(
         _explain(model, questions, explainer, labels, progress)
     if "concat" in questions.config.explainers:
         _join(questions, labels)
-    if questions.judge is not None:
-        _judge_all(model, questions, questions.judge, labels.records, scores, progress)
+    _judge_all(model, questions, labels.records, scores, controls, progress)
 
 
 def _explain(
@@ -114,37 +156,31 @@ def _join(questions: Questions, labels: RecordFile[Label]) -> None:
 def _judge_all(
     model: LabellingModel,
     questions: Questions,
-    judge: Judge,
     labels: Sequence[Label],
     scores: RecordFile[Score],
+    controls: RecordFile[Score],
     progress: Progress,
 ) -> None:
-    wanted = set(questions.features)
-    done = {(score.feature, score.labeler) for score in scores.records if score.scorer == "detection"}
-    whole = [
-        label
-        for label in labels
-        if label.status == "done" and label.feature in wanted and label.labeler in questions.judged
-    ]
-    left = [label for label in whole if (label.feature, label.labeler) not in done]
+    done = {(score.feature, score.labeler, score.scorer) for score in (*scores.records, *controls.records)}
+    whole = questions.score_jobs(labels)
+    left = [job for job in whole if job.key not in done]
     with progress.task("judgements", len(whole), "labels", done=len(whole) - len(left)) as task:
         advance = _counted(model, task, done=len(whole) - len(left), total=len(whole))
 
-        def take(job: tuple[Label, list[Piece]], answers: Sequence[Answer], is_last: bool) -> bool:
-            score = judge.score(*job, answers, is_last=is_last)
+        def take(job: ScoreJob, answers: Sequence[Answer], is_last: bool) -> bool:
+            score = job.scorer.score(job.label, job.pieces, answers, is_last=is_last)
             if score is not None:
-                scores.extend([score])
+                (controls if job.is_control else scores).extend([score])
                 advance()
             return score is not None
 
-        jobs = [(label, judge.pieces(label.feature)) for label in left]
-        for job in jobs:
-            if not job[1]:
+        for job in left:
+            if not job.pieces:
                 take(job, [], True)
         ask_in_rounds(
             model,
-            [job for job in jobs if job[1]],
-            request=lambda job, attempt: judge.request(*job, attempt=attempt),
+            [job for job in left if job.pieces],
+            request=lambda job, attempt: job.request(attempt),
             take=take,
             attempts=questions.config.attempts,
         )

@@ -7,9 +7,10 @@ from pydantic import Field, model_validator
 from saekit.config import Config
 from saekit.labelling.prices import Prices, known_prices
 
-__all__ = ["BatchConfig", "ExplainerKind", "LLMConfig"]
+__all__ = ["BatchConfig", "ExplainerKind", "LLMConfig", "LLMScorer"]
 
 ExplainerKind = Literal["input", "vocabproj", "tokenchange", "raw", "concat"]
+LLMScorer = Literal["detection", "fuzzing", "intruder"]
 
 
 class BatchConfig(Config):
@@ -48,6 +49,11 @@ class LLMConfig(Config):
     """Promoted and suppressed tokens shown to the explainer."""
     num_judged: int = Field(default=10, ge=0)
     """Held-out texts on which the feature fires that the judge sees, beside as many on which it does not; 0: no judging."""
+    scorers: tuple[LLMScorer, ...] = ("detection",)
+    """What the judge is asked: `detection`: in which texts is the feature active; `fuzzing`: is it active on the marked tokens;
+    `intruder`: which of five texts does not belong, without a label."""
+    num_controlled: int = Field(default=20, ge=0)
+    """Features whose texts each scorer also judges by three labels that know nothing: none, random words, another feature's."""
     judge_lexical: bool = False
     """Whether the judge also scores the lexical labels of the explained features."""
     temperature: float = Field(default=0.0, ge=0)

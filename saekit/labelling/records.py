@@ -6,10 +6,11 @@ from pydantic import JsonValue
 
 from saekit.config import Config
 
-__all__ = ["LEXICAL", "Label", "Score"]
+__all__ = ["LEXICAL", "Label", "Score", "ScorerName"]
 
 LEXICAL = "lexical"
 """Name of the labeler that needs no language model."""
+ScorerName = Literal["rule", "detection", "fuzzing", "intruder", "embedding"]
 
 
 class Label(Config):
@@ -62,28 +63,47 @@ class Score(Config):
     feature: int
     """Index of the feature in the dictionary."""
     labeler: str
-    """Whose label was scored."""
-    scorer: Literal["rule", "detection"]
-    """`rule`: the label's token rule against every held-out token; `detection`: an LLM judges held-out contexts."""
+    """Whose label was scored; for a control what stood in its place."""
+    scorer: ScorerName
+    """`rule`: the label's token rule against every held-out token; `detection`: an LLM judges held-out pieces of text;
+    `fuzzing`: an LLM judges marks in them; `embedding`: how near label and piece are; `intruder`: an LLM finds the silent piece
+    among five, without a label."""
+    judge: str | None = None
+    """Name of the judging or embedding model; None for `rule`."""
+    prompt_version: str | None = None
+    """Name of the judge's prompt."""
     f1: float | None = None
-    """Harmonic mean of precision and recall; None where the feature never fires on the held-out set."""
+    """Harmonic mean of precision and recall; None where the feature never fires on the held-out set, or always."""
     auprc: float | None = None
-    """Average precision of the rule's graded score at the natural firing rate; compare with `base_rate`."""
+    """Average precision, ties in one step; compare with `base_rate`."""
     precision: float | None = None
     """Share of predicted firings that are firings; None where nothing is predicted."""
     recall: float | None = None
     """Share of firings that are predicted."""
     balanced_accuracy: float | None = None
     """Mean of recall on positives and on negatives; chance is 0.5."""
+    accuracy: float | None = None
+    """`intruder`: share of groups whose intruder was found; compare with `base_rate`."""
     base_rate: float | None = None
-    """Share of positives in the set: the average precision of a label that says nothing."""
+    """Share of positives in the set: the average precision of a label that says nothing. For `intruder` chance."""
+    natural_rate: float | None = None
+    """Share of positives in held-out text as it comes: of pieces or, for `fuzzing`, of tokens. None for `rule`, whose set is that
+    text."""
+    f1_natural: float | None = None
+    """`f1` with positives and negatives weighted to `natural_rate`."""
+    auprc_natural: float | None = None
+    """`auprc` with positives and negatives weighted to `natural_rate`; compare with that."""
     num_positive: int = 0
-    """Tokens (`rule`) or contexts (`detection`) on which the feature fires."""
+    """Tokens (`rule`) or pieces on which the feature fires; for `intruder` groups."""
     num_negative: int = 0
-    """Tokens or contexts on which it does not."""
+    """Tokens or pieces on which it does not."""
     num_unparsed: int = 0
-    """Contexts for which the judge gave no usable answer; they count as wrong."""
+    """Pieces for which the judge gave no usable answer; they count as wrong."""
     low: float | None = None
-    """Lower end of the 95 % interval of `f1` over resampled documents."""
+    """Lower end of the 95 % interval of `f1` over resampled documents; for `intruder` Wilson's of `accuracy`."""
     high: float | None = None
-    """Upper end of the 95 % interval of `f1` over resampled documents."""
+    """Upper end of it."""
+    pieces: tuple[int, ...] = ()
+    """Store index (row * T + position) of the first token of each judged piece or group, for pairing with other scores."""
+    right: tuple[bool, ...] = ()
+    """Whether each of them was judged rightly."""

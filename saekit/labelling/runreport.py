@@ -97,7 +97,12 @@ def ledger_figures(ledger: Ledger, config: LLMConfig) -> dict[str, object]:
 
 
 def write_report(
-    path: str | Path, labelers: Sequence[LabelerReport], *, num_features: int, llm: Mapping[str, object] | None
+    path: str | Path,
+    labelers: Sequence[LabelerReport],
+    *,
+    num_features: int,
+    llm: Mapping[str, object] | None,
+    scores: Sequence[Mapping[str, object]] = (),
 ) -> None:
     """Writes the report as JSON."""
     write_json(
@@ -105,6 +110,7 @@ def write_report(
         {
             "features": num_features,
             "labelers": {report.labeler: report.to_dict() for report in labelers},
+            "scores": [dict(entry) for entry in scores],
             "llm": None if llm is None else dict(llm),
         },
     )

@@ -22,8 +22,10 @@ from saekit.labelling.lexical import LexicalLabeler
 from saekit.labelling.llm import Questions, explain_and_judge, least_explained
 from saekit.labelling.records import LEXICAL, Label, Score
 from saekit.labelling.runreport import LABEL_REPORT_NAME, LabelerReport, ledger_figures, report_labeler, write_report
-from saekit.labelling.scoring.detection import Judge
+from saekit.labelling.scoring.controls import Controls
 from saekit.labelling.scoring.rule import HeldOut, score_rules
+from saekit.labelling.scoring.scorers import make_scorers
+from saekit.labelling.scoring.summary import summarise_scores, summary_lines
 from saekit.labelling.store import RecordFile
 from saekit.labelling.table import LABEL_TABLE_NAME, write_label_table
 from saekit.labelling.vocabulary import Vocabulary
@@ -51,6 +53,7 @@ class LabelStage:
     features: list[int]
     labels: RecordFile[Label]
     scores: RecordFile[Score]
+    controls: RecordFile[Score]
     progress: Progress
 
     def run(self, client: ChatClient | None) -> dict[str, object]:
@@ -172,7 +175,8 @@ class LabelStage:
                 for kind in config.explainers
                 if kind != "concat"
             ],
-            judge=Judge(held_out, config) if config.num_judged else None,
+            scorers=make_scorers(held_out, config),
+            controls=Controls(held_out, seed=config.seed),
             features=least_explained(firing, num=config.max_features),
             config=config,
         )
@@ -184,7 +188,14 @@ class LabelStage:
             self.progress.say(f"labelling model {config.model!r}: {self._estimated(questions, ledger)}")
             model = LabellingModel(client, ledger, config, progress=self.progress)
             try:
-                explain_and_judge(model, questions, labels=self.labels, scores=self.scores, progress=self.progress)
+                explain_and_judge(
+                    model,
+                    questions,
+                    labels=self.labels,
+                    scores=self.scores,
+                    controls=self.controls,
+                    progress=self.progress,
+                )
             finally:
                 # Also of a run that stops here, so that it can be seen what is missing.
                 self._write_outputs(questions, ledger)
@@ -201,7 +212,10 @@ class LabelStage:
             reports.append(report_labeler(labeler, self.labels.records, num_features=num_features, skipped=skipped))
             self.progress.say(str(reports[-1]))
         llm = ledger_figures(ledger, questions.config) if ledger is not None and questions is not None else None
-        write_report(self.out / LABEL_REPORT_NAME, reports, num_features=num_features, llm=llm)
+        summary = summarise_scores(self.scores.records, self.controls.records)
+        for line in summary_lines(summary):
+            self.progress.say(line)
+        write_report(self.out / LABEL_REPORT_NAME, reports, num_features=num_features, llm=llm, scores=summary)
         costs = ledger.cost_of_features() if ledger is not None else {}
         write_label_table(self.out / LABEL_TABLE_NAME, self.labels.records, cost_of_features=costs)
 

@@ -13,10 +13,11 @@ from saekit.errors import ResourceError, StoreError
 from saekit.labelling.records import Label, Score
 from saekit.manifest import atomic_write
 
-__all__ = ["LABELS_NAME", "SCORES_NAME", "RecordFile", "read_labels", "read_scores"]
+__all__ = ["CONTROLS_NAME", "LABELS_NAME", "SCORES_NAME", "RecordFile", "read_controls", "read_labels", "read_scores"]
 
 LABELS_NAME = "labels.jsonl"
 SCORES_NAME = "scores.jsonl"
+CONTROLS_NAME = "controls.jsonl"
 
 RecordT = TypeVar("RecordT", bound=Config)
 
@@ -119,3 +120,12 @@ def read_scores(folder: str | Path) -> list[Score]:
         StoreError: a line is no score.
     """
     return _read(Path(folder) / SCORES_NAME, Score)[0]
+
+
+def read_controls(folder: str | Path) -> list[Score]:
+    """Returns what judges made of labels that know nothing, and of no label at all; none where there is no file.
+
+    Raises:
+        StoreError: a line is no score.
+    """
+    return _read(Path(folder) / CONTROLS_NAME, Score)[0]

@@ -62,16 +62,18 @@ class HeldOut:
         self.table = TokenTable(view.store, rows, vocabulary)
         self.in_view: NDArray[np.bool_] = np.asarray(view.mask[rows]).reshape(-1)
         self.num_tokens = int(self.in_view.sum())
-        features, places = [], []
+        features, places, values = [], [], []
         with progress.task("held-out activations", self.num_tokens, "tokens") as task:
             for flat, acts, indices in encoded_rows(sae, view, rows):
                 token, slot = np.nonzero(acts > 0)
                 features.append(indices[token, slot])
                 places.append(self.table.places(flat)[token])
+                values.append(acts[token, slot])
                 task.advance(len(flat))
         feature, place = np.concatenate(features), np.concatenate(places)
         order = np.lexsort((place, feature))
         self._places = place[order]
+        self._acts = np.concatenate(values)[order].astype(np.float32, copy=False)
         self._starts = np.searchsorted(feature[order], np.arange(sae.cfg.d_sae + 1))
         # Documents of the same rows that are not held out must not be drawn into a resample.
         documents = np.unique(self.table.documents[self.in_view])
@@ -81,6 +83,10 @@ class HeldOut:
     def firings(self, feature: int) -> NDArray[np.int64]:
         """Returns the places where a feature fires, ascending."""
         return self._places[self._starts[feature] : self._starts[feature + 1]]
+
+    def activations(self, feature: int) -> NDArray[np.float32]:
+        """Returns a feature's activations at the places of `firings`."""
+        return self._acts[self._starts[feature] : self._starts[feature + 1]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

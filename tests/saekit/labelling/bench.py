@@ -20,8 +20,11 @@ from saekit.labelling.examples import ExampleReader
 from saekit.labelling.explain import Explainer
 from saekit.labelling.live import OpenAIChat
 from saekit.labelling.llm import Questions, explain_and_judge
+from saekit.labelling.scoring.controls import Controls
 from saekit.labelling.scoring.detection import Judge
+from saekit.labelling.scoring.pieces import PieceTable
 from saekit.labelling.scoring.rule import HeldOut
+from saekit.labelling.scoring.scorers import make_scorers
 from saekit.labelling.store import RecordFile
 from saekit.labelling.vocabulary import Vocabulary
 from tests.saekit.labelling.planted import WordTokenizer, World
@@ -33,6 +36,8 @@ ANSWER = json.dumps(
 
 FIRING = [feature for feature in range(11) if feature != 5]
 """All planted features but the dead one."""
+JUDGED = [feature for feature in FIRING if feature != 8]
+"""Those that are silent in some pieces of text, so that there is something to tell apart."""
 
 
 class Bench:
@@ -48,7 +53,14 @@ class Bench:
         **options: object,
     ) -> None:
         self.config = LLMConfig.model_validate(
-            {"model": "stub", "wait_seconds": 0.001, "max_wait_seconds": 0.01, "num_judged": 4, **options}
+            {
+                "model": "stub",
+                "wait_seconds": 0.001,
+                "max_wait_seconds": 0.01,
+                "num_judged": 4,
+                "num_controlled": 0,
+                **options,
+            }
         )
         vocabulary = Vocabulary(WordTokenizer())
         self.contexts = collect_contexts(world.sae, world.train, config=ContextConfig(), out=contexts_folder)
@@ -60,7 +72,8 @@ class Bench:
             if kind != "concat"
         ]
         self.explainer = self.explainers[0]
-        self.judge: Judge | None = Judge(self.held_out, self.config)
+        self.controls = Controls(self.held_out, seed=self.config.seed)
+        self.scorers = make_scorers(self.held_out, self.config)
         self.move(folder)
 
     def move(self, folder: Path) -> "Bench":
@@ -68,10 +81,22 @@ class Bench:
         self.folder = folder
         self.labels = RecordFile(folder / "labels.jsonl", Label)
         self.scores = RecordFile(folder / "scores.jsonl", Score)
+        self.control_scores = RecordFile(folder / "controls.jsonl", Score)
         return self
 
+    @property
+    def judge(self) -> Judge:
+        """The one that detects."""
+        return Judge(PieceTable(self.held_out), self.config)
+
     def questions(self, features: list[int]) -> Questions:
-        return Questions(explainers=self.explainers, judge=self.judge, features=features, config=self.config)
+        return Questions(
+            explainers=self.explainers,
+            scorers=self.scorers,
+            controls=self.controls,
+            features=features,
+            config=self.config,
+        )
 
     def run(self, server: StubServer, features: list[int]) -> Ledger:
         """Labels and judges; the ledger is open when it returns, and closed where it raises."""
@@ -79,7 +104,13 @@ class Bench:
         ledger = Ledger(self.folder / "ledger.sqlite")
         model = LabellingModel(OpenAIChat(self.config), ledger, self.config)
         try:
-            explain_and_judge(model, self.questions(features), labels=self.labels, scores=self.scores)
+            explain_and_judge(
+                model,
+                self.questions(features),
+                labels=self.labels,
+                scores=self.scores,
+                controls=self.control_scores,
+            )
         except LabelerError:
             ledger.close()
             raise

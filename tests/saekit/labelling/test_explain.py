@@ -55,7 +55,7 @@ def answering(body: dict[str, object], _: int) -> str:
 
 
 def test_each_kind_sees_its_evidence_and_names_itself(lab: Bench) -> None:
-    lab.judge = None
+    lab.scorers = []
     with serving(answering) as server:
         ledger = lab.run(server, [0, 4])
     found = {(label.feature, label.evidence): label for label in lab.labels.records}
@@ -109,7 +109,7 @@ def test_feature_without_evidence_is_no_question(lab: Bench, world: World) -> No
 
 
 def test_examples_are_places_of_the_store(lab: Bench, world: World) -> None:
-    lab.judge = None
+    lab.scorers = []
     with serving(answering) as server:
         lab.run(server, [world.feature("river")])
     label = next(label for label in lab.labels.records if label.evidence == "input")

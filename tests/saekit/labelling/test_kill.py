@@ -26,7 +26,7 @@ from saekit.labelling.live import OpenAIChat
 from saekit.labelling.llm import explain_and_judge
 from saekit.manifest import read_manifest
 from tests.saekit.labelling.batchstub import batch_serving
-from tests.saekit.labelling.bench import FIRING, Bench, oracle
+from tests.saekit.labelling.bench import FIRING, JUDGED, Bench, oracle
 from tests.saekit.labelling.planted import WordTokenizer
 from tests.saekit.labelling.stub import StubServer, serving
 
@@ -135,7 +135,7 @@ def test_killed_runs_give_the_same_labels_and_repeat_no_recorded_request(world, 
         runner.start(f"{whole} {server.url}")
         assert runner.wait() == 0
         reference = records(whole)
-        assert len(server.requests) == 2 * len(FIRING)
+        assert len(server.requests) == len(FIRING) + len(JUDGED)
         while kills < NUM_KILLS:
             trial += 1
             folder = tmp_path / f"trial{trial}"
@@ -158,7 +158,7 @@ def test_killed_runs_give_the_same_labels_and_repeat_no_recorded_request(world, 
             runner.start(f"{folder} {server.url}")
             assert runner.wait() == 0
             assert records(folder) == reference
-            assert len(server.requests) - before == 2 * len(FIRING) - num_known
+            assert len(server.requests) - before == len(FIRING) + len(JUDGED) - num_known
             asked = _asked(server, first)
             # Only what was on its way at a kill is asked again.
             assert len(asked) - len(set(asked)) <= here * CONCURRENCY
@@ -166,7 +166,7 @@ def test_killed_runs_give_the_same_labels_and_repeat_no_recorded_request(world, 
 
 
 def test_killed_label_stage_ends_as_if_it_had_not_been(world, tmp_path) -> None:
-    llm = {"model": "stub", "concurrency": 2, "num_judged": 3, "judge_lexical": True}
+    llm = {"model": "stub", "concurrency": 2, "num_judged": 3, "num_controlled": 0, "judge_lexical": True}
     offline = {"vocab_projection": False, "token_change": None}
     lm = SimpleNamespace(fingerprint="1" * 64, tokenizer=WordTokenizer())
 
@@ -188,10 +188,10 @@ def test_killed_label_stage_ends_as_if_it_had_not_been(world, tmp_path) -> None:
         before = len(server.requests)
         runner.start(server.url)
         assert runner.wait() == 0
-    assert num_known + len(server.requests) - before == 3 * len(FIRING)
+    assert num_known + len(server.requests) - before == len(FIRING) + 2 * len(JUDGED)
     manifest = read_manifest(tmp_path)
     assert manifest.status == "complete"
-    assert manifest.counts["llm"]["answers"] == 3 * len(FIRING)
+    assert manifest.counts["llm"]["answers"] == len(FIRING) + 2 * len(JUDGED)
     labels, scores = records(tmp_path)
     assert [(label.feature, label.labeler) for label in labels] == sorted(
         [(feature, "lexical") for feature in range(11)] + [(feature, "llm:stub") for feature in FIRING]
@@ -210,7 +210,13 @@ def test_killed_batch_runs_wait_for_the_batch_that_is_there(world, contexts_fold
         lab.move(Path(folder))
         config = lab.config.model_copy(update={"base_url": url})
         model = LabellingModel(OpenAIBatch(config), Ledger(lab.folder / "ledger.sqlite"), config)
-        explain_and_judge(model, lab.questions(FIRING), labels=lab.labels, scores=lab.scores)
+        explain_and_judge(
+            model,
+            lab.questions(FIRING),
+            labels=lab.labels,
+            scores=lab.scores,
+            controls=lab.control_scores,
+        )
 
     with running(work) as runner, batch_serving(oracle) as server:
         server.polls = 6
@@ -223,7 +229,7 @@ def test_killed_batch_runs_wait_for_the_batch_that_is_there(world, contexts_fold
             runner.wait()
         runner.start(f"{tmp_path} {server.url}")
         assert runner.wait() == 0
-    assert len(server.charged) == len({str(body["messages"]) for body in server.requests}) == 2 * len(FIRING)
+    assert len(server.charged) == len({str(body["messages"]) for body in server.requests}) == len(FIRING) + len(JUDGED)
     labels, scores = records(tmp_path)
     assert [label.feature for label in labels] == [score.feature for score in scores] == FIRING
 

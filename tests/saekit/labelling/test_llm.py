@@ -19,7 +19,8 @@ from saekit.labelling.answers import UnusableAnswerError, parse_object
 from saekit.labelling.chat import SpentError
 from saekit.labelling.estimate import estimate_requests, token_counter
 from saekit.labelling.llm import least_explained
-from saekit.labelling.scoring.detection import Piece, read_answers, score_answers
+from saekit.labelling.scoring.pieces import Piece
+from saekit.labelling.scoring.verdicts import Judged, read_answers, score_answers
 from tests.saekit.labelling.bench import ANSWER, FIRING, oracle
 from tests.saekit.labelling.planted import WordTokenizer
 from tests.saekit.labelling.stub import Fault, StubServer, completion, serving
@@ -96,7 +97,7 @@ def _refused(text: str) -> dict[str, object]:
 )
 def test_usable_answers_are_read(bench, answer: str, label: str) -> None:
     lab = bench(num_judged=0)
-    lab.judge = None
+    lab.scorers = []
     with serving(lambda *_: answer) as server:
         lab.run(server, [0])
     assert [(r.status, r.label) for r in lab.labels.records] == [("done", label)]
@@ -119,7 +120,7 @@ def test_usable_answers_are_read(bench, answer: str, label: str) -> None:
 )
 def test_unusable_answers_end_in_a_failure_with_its_reason(bench, answer, reason: str) -> None:
     lab = bench(max_retries=1)
-    lab.judge = None
+    lab.scorers = []
     with serving(lambda *_: answer) as server:
         lab.run(server, [0, 1])
     assert [(r.feature, r.status, r.label) for r in sorted(lab.labels.records, key=lambda r: r.feature)] == [
@@ -132,7 +133,7 @@ def test_unusable_answers_end_in_a_failure_with_its_reason(bench, answer, reason
 
 def test_what_is_whole_of_an_answer_that_stays_cut_off_is_used(bench) -> None:
     lab = bench()
-    lab.judge = None
+    lab.scorers = []
     with serving(lambda *_: _cut(ANSWER[:60], "length")) as server:
         lab.run(server, [0])
     (label,) = lab.labels.records
@@ -143,7 +144,7 @@ def test_what_is_whole_of_an_answer_that_stays_cut_off_is_used(bench) -> None:
 
 def test_cut_off_answer_is_asked_again_with_more_room(bench) -> None:
     lab = bench()
-    lab.judge = None
+    lab.scorers = []
     with serving(lambda _, n: _cut(ANSWER[:30], "length") if n == 0 else ANSWER) as server:
         lab.run(server, [0])
     assert lab.labels.records[0].status == "done"
@@ -172,14 +173,14 @@ def test_cap_is_hard_keeps_what_is_paid_and_can_be_raised(
 ) -> None:
     with serving(oracle) as server:
         lab = bench(concurrency=3, **cap)
-        lab.judge = None
+        lab.scorers = []
         with pytest.raises(SpentError, match=message):
             lab.run(server, FIRING)
         paid = len(server.requests)
         assert 1 <= paid <= most
         assert len(lab.labels.records) == paid
         raised = bench()
-        raised.judge = None
+        raised.scorers = []
         raised.run(server, FIRING)
     assert len(server.requests) == 10
     assert sorted(label.feature for label in raised.labels.records) == FIRING
@@ -267,7 +268,7 @@ def test_judge_that_says_the_same_to_all_gets_half(world, bench) -> None:
     pieces = lab.judge.pieces(world.feature("river"))
     label = Label(feature=0, labeler="x")
     for verdict in (True, False):
-        score = score_answers(label, pieces, dict.fromkeys(range(len(pieces)), verdict), seed=0)
+        score = score_answers(label, pieces, dict.fromkeys(range(len(pieces)), verdict), Judged())
         assert score.balanced_accuracy == 0.5
 
 
@@ -277,10 +278,10 @@ def _piece(is_active: bool, document: int) -> Piece:
 
 def test_missing_answers_count_as_wrong() -> None:
     pieces = [_piece(True, 0), _piece(True, 1), _piece(False, 2), _piece(False, 3)]
-    score = score_answers(Label(feature=0, labeler="x"), pieces, {0: True, 2: False}, seed=0)
+    score = score_answers(Label(feature=0, labeler="x"), pieces, {0: True, 2: False}, Judged())
     assert (score.num_unparsed, score.recall, score.precision, score.balanced_accuracy) == (2, 0.5, 0.5, 0.5)
     assert score.f1 == 0.5
-    silent = score_answers(Label(feature=0, labeler="x"), pieces, {}, seed=0)
+    silent = score_answers(Label(feature=0, labeler="x"), pieces, {}, Judged())
     assert (silent.f1, silent.num_unparsed) == (None, 4)
 
 
@@ -306,7 +307,7 @@ def test_noisy_oracle_scores_what_its_noise_allows(world, bench) -> None:
     generator = np.random.default_rng(0)
     pieces = [_piece(bool(i % 2), i) for i in range(4000)]
     answers = {i: piece.is_active ^ bool(generator.random() < 0.2) for i, piece in enumerate(pieces)}
-    score = score_answers(Label(feature=0, labeler="x"), pieces, answers, seed=0)
+    score = score_answers(Label(feature=0, labeler="x"), pieces, answers, Judged())
     assert score.balanced_accuracy == pytest.approx(0.8, abs=0.02)
     assert score.f1 == pytest.approx(0.8, abs=0.02)
     assert score.low < 0.8 < score.high
@@ -354,17 +355,20 @@ from types import SimpleNamespace
 from saekit.labelling import ContextConfig, Label, LLMConfig, RuleScoringConfig, collect_contexts
 from saekit.labelling.examples import ExampleReader
 from saekit.labelling.explain import Explainer
-from saekit.labelling.scoring.detection import Judge
 from saekit.labelling.scoring.rule import HeldOut
+from saekit.labelling.scoring.scorers import make_scorers
 from saekit.labelling.vocabulary import Vocabulary
 from tests.saekit.labelling.planted import WordTokenizer, make_world
-world, vocabulary, config = make_world(60), Vocabulary(WordTokenizer()), LLMConfig(model="m")
+world, vocabulary = make_world(60), Vocabulary(WordTokenizer())
+config = LLMConfig(model="m", scorers=("detection", "fuzzing", "intruder"))
 contexts = collect_contexts(world.sae, world.train, config=ContextConfig(), out=tempfile.mkdtemp())
 explainer = Explainer(ExampleReader(world.store, vocabulary), contexts, config)
-judge = Judge(HeldOut(world.sae, world.test, vocabulary, config=RuleScoringConfig()), config)
+held_out = HeldOut(world.sae, world.test, vocabulary, config=RuleScoringConfig())
+scorers = make_scorers(held_out, config)
 for feature in range(len(world.names)):
     print(explainer.request(feature).key() if contexts.firing_count[feature] else "none")
-    print(judge.request(Label(feature=feature, labeler="x", label="y"), judge.pieces(feature)).key())
+    for scorer in scorers:
+        print(scorer.request(Label(feature=feature, labeler="x", label="y"), scorer.pieces(feature)).key())
 """
 
 
@@ -382,4 +386,4 @@ def test_prompts_are_the_same_in_every_process() -> None:
         for seed in ("0", "4711")
     }
     assert len(outputs) == 1
-    assert len(outputs.pop().split()) == 22
+    assert len(outputs.pop().split()) == 44
