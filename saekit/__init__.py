@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from saekit.errors import SaekitError
     from saekit.evaluation import EvaluationConfig, evaluate
     from saekit.hub import load_sae, load_saes, save_sae
-    from saekit.labelling import LabelConfig, label_features
+    from saekit.labelling import LabelConfig, compare_labels, label_features
     from saekit.models import LanguageModel, ModelConfig, capture, load_model
     from saekit.report import build_report
     from saekit.sae import (
@@ -45,7 +45,7 @@ _HOMES = {
     "saekit.errors": ("SaekitError",),
     "saekit.evaluation": ("EvaluationConfig", "evaluate"),
     "saekit.hub": ("load_sae", "load_saes", "save_sae"),
-    "saekit.labelling": ("LabelConfig", "label_features"),
+    "saekit.labelling": ("LabelConfig", "compare_labels", "label_features"),
     "saekit.models": ("LanguageModel", "ModelConfig", "capture", "load_model"),
     "saekit.report": ("build_report",),
     "saekit.sae": (
@@ -109,6 +109,7 @@ __all__ = [
     "build_report",
     "cache_activations",
     "capture",
+    "compare_labels",
     "evaluate",
     "label_features",
     "load_model",

@@ -43,6 +43,7 @@ PUBLIC = [
     "build_report",
     "cache_activations",
     "capture",
+    "compare_labels",
     "evaluate",
     "label_features",
     "load_model",

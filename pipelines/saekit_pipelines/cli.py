@@ -144,6 +144,32 @@ def label(
     pipeline.label(sae, retry_failed=retry_failed)
 
 
+@app.command(
+    name="compare-labels",
+    epilog="Example:  saekit compare-labels runs/a/labels/topk runs/b/labels/topk --labeler llm:gpt-4.1-mini",
+)
+@_guarded
+def compare_labels(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A folder of labels.", show_default=False)],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another, or the same one.", show_default=False)],
+    labeler: Annotated[
+        str | None,
+        typer.Option(
+            "--labeler", metavar="NAME", help="Whose labels of A; else all that both have.", show_default=False
+        ),
+    ] = None,
+    other: Annotated[
+        str | None,
+        typer.Option("--other", metavar="NAME", help="Whose labels of B; else the same as of A.", show_default=False),
+    ] = None,
+) -> None:
+    """Compare two sets of labels, feature by feature and text by text, with interval and McNemar's test."""
+    from saekit.labelling import compare_labels as compare
+
+    for comparison in compare(a, b, labeler=labeler, other=other):
+        typer.echo(str(comparison))
+
+
 @app.command(epilog="Example:  saekit evaluate RECIPE.toml --sae jumprelu")
 @_guarded
 def evaluate(recipe: RecipePath, overrides: Overrides = None, sae: SaeName = None) -> None:

@@ -3,6 +3,7 @@
 from saekit.labelling.asking import LabellingModel, ask_in_rounds
 from saekit.labelling.chat import Answer, Ask, ChatClient, ChatReply, ChatRequest
 from saekit.labelling.collect import ContextConfig, collect_contexts
+from saekit.labelling.compare import LabelComparison, compare_labels
 from saekit.labelling.contexts import CodeSample, Context, FeatureContexts
 from saekit.labelling.estimate import LLMEstimate
 from saekit.labelling.evidence.effects import TokenEffects, effects_path
@@ -15,7 +16,7 @@ from saekit.labelling.llmconfig import BatchConfig, LLMConfig
 from saekit.labelling.records import Label, Score
 from saekit.labelling.rules import Clause, Rule
 from saekit.labelling.scoring.rule import RuleScoringConfig, score_rules
-from saekit.labelling.store import read_labels, read_scores
+from saekit.labelling.store import read_controls, read_labels, read_scores
 
 __all__ = [
     "CONTEXTS_FOLDER",
@@ -33,6 +34,7 @@ __all__ = [
     "LLMConfig",
     "LLMEstimate",
     "Label",
+    "LabelComparison",
     "LabelConfig",
     "LabellingModel",
     "Ledger",
@@ -43,9 +45,11 @@ __all__ = [
     "TokenEffects",
     "ask_in_rounds",
     "collect_contexts",
+    "compare_labels",
     "effects_path",
     "estimate_labels",
     "label_features",
+    "read_controls",
     "read_labels",
     "read_scores",
     "score_rules",
