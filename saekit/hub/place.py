@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from saekit.errors import FormatError
 from saekit.hub.discover import config_names, dictionaries
 from saekit.hub.download import HubRef, Listing, fetch, list_files, parse_hub_ref
+from saekit.hub.patience import close_names
+from saekit.hub.registry import known_names, place_of
 from saekit.manifest import read_manifest
+from saekit.progress import Progress
 from saekit.sae.checkpoint import CFG_NAME
 
 __all__ = ["Place", "locate", "shown"]
@@ -18,7 +21,7 @@ class Place:
     """A local folder, or a folder of a hub repository of which nothing need be here yet."""
 
     ref: str
-    """As the user wrote it."""
+    """As the user wrote it; the place on the hub for a name of the registry."""
     names: tuple[str, ...]
     """Files under it, as paths relative to it."""
     folder: Path
@@ -45,12 +48,12 @@ class Place:
         separator = ":" if self.hub is not None and ":" not in self.ref else "/"
         return f"{self.ref}{separator}{dictionary}"
 
-    def folder_of(self, files: Sequence[str]) -> Path:
+    def folder_of(self, files: Sequence[str], *, progress: Progress | None = None) -> Path:
         """Returns the local folder under which these files are, and the configs beside them; downloads what is not there."""
         if self.hub is None:
             return self.folder
         wanted = [*files, *config_names(self.names, files)]
-        root = fetch(*self.hub, [(self.folder / name).as_posix() for name in wanted])
+        root = fetch(*self.hub, [(self.folder / name).as_posix() for name in wanted], progress)
         return root / self.folder
 
 
@@ -70,11 +73,15 @@ def locate(ref: str | Path, revision: str | None) -> Place:
             raise FormatError(f"sae {str(ref)!r}: training has not finished; run it again to resume it")
         names = sorted(entry.relative_to(path).as_posix() for entry in path.rglob("*") if entry.is_file())
         return Place(ref=str(ref), names=tuple(names), folder=path)
+    if isinstance(ref, str):
+        ref = place_of(ref) or ref
     hub = parse_hub_ref(ref) if isinstance(ref, str) else None
     if hub is None:
+        near = close_names(str(ref).split("/")[0], known_names())
+        hint = f"; did you mean {near}?" if near else ""
         raise FormatError(
             f"sae {str(ref)!r}: no such folder, needs the output folder of a training run, a release,"
-            " or 'owner/repo:sub/path' on the hub"
+            f" 'owner/repo:sub/path' on the hub, or a name that 'saekit ls' lists{hint}"
         )
     listing = list_files(hub, revision=revision)
     if hub.path in listing.names:
@@ -84,9 +91,7 @@ def locate(ref: str | Path, revision: str | None) -> Place:
         folder = Path(hub.path)
         names = [name for name in listing.names if folder == Path() or name.startswith(f"{hub.path}/")]
     if not names:
-        raise FormatError(
-            f"sae {ref!r}: {hub.repo!r} has no {hub.path!r}, needs one of {shown(dictionaries(listing.names))}"
-        )
+        raise FormatError(f"sae {ref!r}: {hub.repo!r} has no {hub.path!r}, needs one of {_near(hub.path, listing)}")
     relative = tuple(Path(name).relative_to(folder).as_posix() for name in names)
     return Place(ref=str(ref), names=relative, folder=folder, is_file=hub.path in listing.names, hub=(hub, listing))
 
@@ -98,3 +103,10 @@ def shown(names: object, place: Place | None = None) -> str:
         return "none"
     quoted = ", ".join(repr(name if place is None else place.name_of(name)) for name in listed[:5])
     return quoted + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
+
+
+def _near(path: str, listing: Listing) -> str:
+    """Returns the places of a repository that are most like one that is not there, for a message."""
+    found = list(dictionaries(listing.names))
+    parents = {str(parent) for name in found for parent in PurePosixPath(name).parents} - {"."}
+    return close_names(path, [*found, *sorted(parents)]) or shown(found)
