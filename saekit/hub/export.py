@@ -22,7 +22,7 @@ from saekit.sae.threshold import ThresholdSAE
 from saekit.sae.topk import TopKSAE
 from saekit.sae.transcoder import Transcoder
 
-__all__ = ["TARGETS", "as_dictionary", "save_sae"]
+__all__ = ["TARGETS", "as_dictionary", "model_name", "save_sae"]
 
 _FOLDED = {"W_enc", "b_enc", "W_dec", "b_dec"}
 
@@ -252,7 +252,7 @@ def _site(hook_point: str) -> Site:
 
 
 def _saelens_hooks(sae: Dictionary) -> dict[str, object]:
-    hooks: dict[str, object] = {"model_name": _model_name(sae.source)}
+    hooks: dict[str, object] = {"model_name": model_name(sae.source)}
     if sae.cfg.site is not None and sae.cfg.site.transform == "centered":
         hooks["model_from_pretrained_kwargs"] = {"center_writing_weights": True}
     for key, site in (("hook_name", sae.cfg.site), ("hook_name_out", sae.cfg.site_out)):
@@ -263,7 +263,7 @@ def _saelens_hooks(sae: Dictionary) -> dict[str, object]:
     return hooks
 
 
-def _model_name(source: Mapping[str, object]) -> str | None:
+def model_name(source: Mapping[str, object]) -> str | None:
     """Returns the model that a dictionary's record names, its own or that of the peer's config."""
     records = [source, source.get("metadata")]
     while records:

@@ -1,7 +1,7 @@
 """One released dictionary on disk: its files, its config as it stands, and its tensors, taken by name and checked."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -29,8 +29,11 @@ class Weights:
         values: what else the files hold.
     """
 
-    def __init__(self, paths: Iterable[Path]) -> None:
+    def __init__(self, paths: Iterable[Path], opener: Callable[[Path], Container] = open_container) -> None:
         """Opens the files and reads their headers.
+
+        Args:
+            opener: how a file is opened.
 
         Raises:
             FormatError: a file cannot be read, or two hold a tensor of the same name.
@@ -41,7 +44,7 @@ class Weights:
         self._taken: set[str] = set()
         names = []
         for path in paths:
-            container = open_container(path)
+            container = opener(path)
             names.append(str(path))
             twice = self._home.keys() & container.headers.keys()
             if twice:
@@ -85,6 +88,9 @@ class Weights:
             raise FormatError(f"{self.where}: {name} is {header.dtype}, needs floating point")
         self._taken.add(name)
         tensor = self._home[name].tensor(name).to(torch.float32)
+        if tensor.is_meta:
+            # Only the header was read.
+            return tensor
         low, high = tensor.aminmax()
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             raise FormatError(f"{self.where}: {name} has NaN or Inf, needs finite weights")
@@ -143,14 +149,20 @@ class Release:
     """Hub repository."""
     revision: str | None = None
     """Commit of the repository."""
+    opener: Callable[[Path], Container] = open_container
+    """How its files are opened."""
     _weights: Weights | None = field(default=None, repr=False)
 
     @property
     def weights(self) -> Weights:
         """All weights files together, opened at first use."""
         if self._weights is None:
-            self._weights = Weights(self.folder / name for name in self.files)
+            self._weights = self.open(*self.files)
         return self._weights
+
+    def open(self, *names: str) -> Weights:
+        """Returns some of the weights files, opened together."""
+        return Weights((self.folder / name for name in names), self.opener)
 
     @property
     def values(self) -> Mapping[str, object]:

@@ -24,7 +24,7 @@ from saekit.sae.released import RELEASED_KINDS, build_released
 from saekit.sae.site import Site
 from saekit.sae.temporal import TemporalDictionary
 
-__all__ = ["load_sae", "load_saes"]
+__all__ = ["load_sae", "load_saes", "read_release", "the_one"]
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def load_sae(
         FormatError: `ref` names nothing that can be read, several dictionaries, or files that are not what they claim.
     """
     place = locate(ref, revision)
-    sae = _load(place, _the_one(place), format=format, sha256=sha256)
+    sae = _load(place, the_one(place), format=format, sha256=sha256)
     if hook_point is not None:
         _place_at(sae, hook_point)
     return sae.to(device=device, dtype=dtype)
@@ -103,7 +103,12 @@ def _place_at(sae: SAE, hook_point: str) -> None:
         sae.cfg = sae.cfg.model_copy(update={"site": site})
 
 
-def _the_one(place: Place) -> str:
+def the_one(place: Place) -> str:
+    """Returns the name of the one dictionary of a place.
+
+    Raises:
+        FormatError: there is none, or there are several, which the message names.
+    """
     found = dictionaries(place.names)
     if "" in found:
         return ""
@@ -138,13 +143,21 @@ def _load(place: Place, name: str, *, format: str | None, sha256: str | Mapping[
         repo=place.repo,
         revision=place.revision,
     )
-    sae = _read(release, format)
+    sae = read_release(release, format)
     _warn_of_transform(release.ref, sae)
     sae.source["files"] = hashes | {config: file_sha256(path) for config, path in configs.items()}
     return sae.requires_grad_(False).eval()
 
 
-def _read(release: Release, format: str | None) -> SAE:
+def read_release(release: Release, format: str | None = None) -> SAE:
+    """Returns the dictionary of a release, with its record but for the hashes of its files.
+
+    Args:
+        format: as in `load_sae`.
+
+    Raises:
+        FormatError: the files are of no known format, or not what they claim.
+    """
     name = recognise(release, format)
     try:
         sae = FORMATS[name].read(release)

@@ -196,7 +196,8 @@ class _ClientBars:
     def task(self, name: str, total: int, unit: str, *, done: int = 0) -> Iterator[Task]:
         from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # as above
 
-        with tqdm(desc=name, total=total, initial=done, unit="B", unit_scale=True) as bar:
+        options = {"desc": name, "total": total, "initial": done, "unit": "B", "unit_scale": True}
+        with tqdm(**options) as bar:  # type: ignore[no-untyped-call]  # the client has none
             yield _BarTask(bar)
 
     def say(self, message: str) -> None:

@@ -106,7 +106,7 @@ def read_gemma_scope_2_layers(release: Release) -> SAE:
     files = {int(re.sub(r"\D", "", PurePosixPath(name).name)): name for name in release.files}
     if sorted(files) != list(range(len(files))):
         raise FormatError(f"{release.ref!r}: has layers {sorted(files)}, needs 0 to {len(files) - 1} without gaps")
-    opened = [Weights([release.folder / name]) for _, name in sorted(files.items())]
+    opened = [release.open(name) for _, name in sorted(files.items())]
     num = len(opened)
     d_in, d_sae = opened[0].shape("w_enc", 2)
     d_out = opened[0].shape("b_dec", 1)[0]

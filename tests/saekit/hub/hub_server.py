@@ -76,6 +76,7 @@ class HubServer:
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.page_size = 1000
+        self.has_ranges = True
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
@@ -291,7 +292,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _content(self, content: bytes, *, headers: Mapping[str, str]) -> None:
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if span is None:
+        if span is None or not self.hub.has_ranges:
             return self._answer(200, content, {**headers, "Accept-Ranges": "bytes"})
         first, last = int(span.group(1)), min(int(span.group(2) or len(content)), len(content) - 1)
         if first >= len(content):

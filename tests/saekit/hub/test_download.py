@@ -237,7 +237,7 @@ def test_half_a_dictionary_in_the_cache_is_not_taken_for_a_whole_one(
 @pytest.mark.parametrize("path", ["../outside.safetensors", "a/../../b.safetensors"])
 def test_listing_that_leads_out_of_the_cache_is_refused(hub: HubServer, path: str) -> None:
     hub.add("evil/repo", {path: b"x"})
-    with pytest.raises(FormatError, match="the hub lists '.+', needs a path and a hash"):
+    with pytest.raises(FormatError, match=r"the hub lists '.+', needs a path and a hash"):
         load_sae("evil/repo")
 
 
