@@ -9,11 +9,15 @@ from saekit.hub.discover import config_names, dictionaries
 from saekit.hub.download import HubRef, Listing, fetch, list_files, parse_hub_ref
 from saekit.hub.patience import close_names
 from saekit.hub.registry import known_names, place_of
+from saekit.hub.release import read_mapping
 from saekit.manifest import read_manifest
 from saekit.progress import Progress
 from saekit.sae.checkpoint import CFG_NAME
 
-__all__ = ["Place", "locate", "shown"]
+__all__ = ["ORIGIN_NAME", "Place", "locate", "shown"]
+
+ORIGIN_NAME = "saekit-origin.json"
+"""Beside copies of a release's files: the place on the hub that they come from, which some formats' readers need."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,22 +34,28 @@ class Place:
     """Whether the reference names one weights file, which `names` then has beside its configs."""
     hub: tuple[HubRef, Listing] | None = None
     """Where to get the files."""
+    origin: tuple[str, str | None] | None = None
+    """Hub repository and commit that a local folder is a copy of."""
 
     @property
     def repo(self) -> str | None:
-        """Hub repository; None for a local folder."""
-        return None if self.hub is None else self.hub[0].repo
+        """Hub repository; None for a local folder that is not known to come from one."""
+        if self.hub is not None:
+            return self.hub[0].repo
+        return None if self.origin is None else self.origin[0]
 
     @property
     def revision(self) -> str | None:
-        """Commit of the repository; None for a local folder."""
-        return None if self.hub is None else self.hub[1].revision
+        """Commit of the repository; None for a local folder that is not known to come from one."""
+        if self.hub is not None:
+            return self.hub[1].revision
+        return None if self.origin is None else self.origin[1]
 
     def name_of(self, dictionary: str) -> str:
         """Returns the reference of one dictionary under this place."""
         if not dictionary or self.is_file:
             return self.ref
-        separator = ":" if self.hub is not None and ":" not in self.ref else "/"
+        separator = ":" if self.repo is not None and ":" not in self.ref else "/"
         return f"{self.ref}{separator}{dictionary}"
 
     def folder_of(self, files: Sequence[str], *, progress: Progress | None = None) -> Path:
@@ -66,13 +76,15 @@ def locate(ref: str | Path, revision: str | None) -> Place:
     path = Path(ref)
     if path.is_file():
         configs = config_names((entry.name for entry in path.parent.iterdir()), [path.name])
-        return Place(ref=str(ref), names=(path.name, *configs), folder=path.parent, is_file=True)
+        ref, origin = _origin(path, str(ref))
+        return Place(ref=ref, names=(path.name, *configs), folder=path.parent, is_file=True, origin=origin)
     if path.is_dir():
         manifest = read_manifest(path)
         if manifest is not None and manifest.stage == "train" and not (path / CFG_NAME).is_file():
             raise FormatError(f"sae {str(ref)!r}: training has not finished; run it again to resume it")
         names = sorted(entry.relative_to(path).as_posix() for entry in path.rglob("*") if entry.is_file())
-        return Place(ref=str(ref), names=tuple(names), folder=path)
+        ref, origin = _origin(path, str(ref))
+        return Place(ref=ref, names=tuple(names), folder=path, origin=origin)
     if isinstance(ref, str):
         ref = place_of(ref) or ref
     hub = parse_hub_ref(ref) if isinstance(ref, str) else None
@@ -103,6 +115,23 @@ def shown(names: object, place: Place | None = None) -> str:
         return "none"
     quoted = ", ".join(repr(name if place is None else place.name_of(name)) for name in listed[:5])
     return quoted + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
+
+
+def _origin(path: Path, ref: str) -> tuple[str, tuple[str, str | None] | None]:
+    """Returns the reference that a local file or folder has on the hub, and the repository, where a copy's record says so."""
+    absolute = path.absolute()
+    for folder in (absolute, *absolute.parents):
+        record = folder / ORIGIN_NAME
+        if not record.is_file():
+            continue
+        values = read_mapping(record)
+        start, repo, revision = (values.get(key) for key in ("ref", "repo", "revision"))
+        if not isinstance(start, str) or not isinstance(repo, str) or not isinstance(revision, str | None):
+            raise FormatError(f"{str(record)!r}: names no place on the hub, needs what 'saekit pull' wrote; remove it")
+        below = absolute.relative_to(folder).as_posix()
+        separator = "/" if ":" in start else ":"
+        return (start if below == "." else f"{start}{separator}{below}"), (repo, revision)
+    return ref, None
 
 
 def _near(path: str, listing: Listing) -> str:

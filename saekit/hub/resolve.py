@@ -24,7 +24,7 @@ from saekit.sae.released import RELEASED_KINDS, build_released
 from saekit.sae.site import Site
 from saekit.sae.temporal import TemporalDictionary
 
-__all__ = ["load_sae", "load_saes", "read_release", "the_one"]
+__all__ = ["check_hashes", "load_sae", "load_saes", "read_release", "the_one"]
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def _load(place: Place, name: str, *, format: str | None, sha256: str | Mapping[
     own = folder / name
     is_own = format is None and _is_own(own / CFG_NAME)
     hashes = {} if is_own and sha256 is None else {file: file_sha256(folder / file) for file in files}
-    _check_hashes(place.name_of(name), hashes, sha256)
+    check_hashes(place.name_of(name), hashes, sha256)
     if is_own:
         return _load_own(own)
     release = Release(
@@ -217,7 +217,16 @@ def _load_own(folder: Path) -> SAE:
     return build_released(header, tensors, where=repr(str(folder))).requires_grad_(False).eval()
 
 
-def _check_hashes(ref: str, found: Mapping[str, str], wanted: str | Mapping[str, str] | None) -> None:
+def check_hashes(ref: str, found: Mapping[str, str], wanted: str | Mapping[str, str] | None) -> None:
+    """Checks the hashes of weights files against what the caller demands.
+
+    Args:
+        found: file name -> sha256.
+        wanted: as `sha256` of `load_sae`.
+
+    Raises:
+        FormatError: a file has another hash, or there is none for it.
+    """
     if wanted is None:
         return
     if isinstance(wanted, str):

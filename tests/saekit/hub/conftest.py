@@ -2,8 +2,7 @@
 
 import json
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-from tests.saekit.hub.hub_server import HubServer
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "dictionaries"
 
@@ -49,36 +46,3 @@ def changed(tmp_path: Path) -> Changed:
 
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in {**old, **new}.items() if value is not None}
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    """A local server that huggingface_hub takes for the hub, without a login; its caches are empty folders."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import close_session
-
-    server = HubServer()
-    for name, value in {
-        "ENDPOINT": server.url,
-        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_CACHE": str(tmp_path / "cache" / "hub"),
-        "HF_ASSETS_CACHE": str(tmp_path / "cache" / "assets"),
-        "HF_TOKEN_PATH": str(tmp_path / "cache" / "token"),
-        # Its own protocol for storage, which no local server speaks; it then uses the older one.
-        "HF_HUB_DISABLE_XET": True,
-    }.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    close_session()
-    yield server
-    close_session()
-    server.close()
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that would have been slept, and no sleep."""
-    waited: list[float] = []
-    monkeypatch.setattr(time, "sleep", waited.append)
-    return waited

@@ -171,6 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
         path, query = unquote(url.path), parse_qs(url.query)
         name = r"([\w.-]+/[\w.-]+)"
         routes = (
+            (rf"/api/datasets/{name}", lambda r: self._info(f"datasets/{r}", "main", query)),
             (rf"/api/models/{name}(?:/revision/(.+))?", lambda r, v: self._info(r, v or "main", query)),
             (rf"/api/models/{name}/tree/([^/]+)(?:/(.+))?", lambda r, v, p: self._tree(r, v, p or "", query)),
             (rf"/api/models/{name}/refs", self._refs),
