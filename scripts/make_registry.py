@@ -165,7 +165,7 @@ def llama_scope() -> list[Release]:
             ],
         )
     )
-    groups = [
+    groups: list[Group] = [
         {"site": "mlp", "path": f"transcoder/{factor}x/k{{l0}}", "l0": "64,128,256", "below": "layer*"}
         for factor in (8, 32)
     ]

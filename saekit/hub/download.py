@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -92,6 +93,7 @@ def fetch(ref: HubRef, listing: Listing, names: Iterable[str], progress: Progres
 
     Raises:
         FormatError: a file cannot be had.
+        ResourceError: the disk of the cache is too small, or cannot be written.
     """
     wanted, commit = list(names), listing.revision or "main"
     root = pointer_path(ref.repo, commit, "")
@@ -105,6 +107,7 @@ def fetch(ref: HubRef, listing: Listing, names: Iterable[str], progress: Progres
         )
     sizes = {name: listing.files[name].size for name in missing}
     done = sum(min(sizes[name], partial_bytes(ref.repo, listing.files[name])) for name in missing)
+    _check_space(sum(sizes.values()) - done)
     bars = client_bars() if progress is None else progress
     with bars.task(ref.path or ref.repo, sum(sizes.values()), "bytes", done=done) as task:
         for name in missing:
@@ -118,6 +121,20 @@ def fetch(ref: HubRef, listing: Listing, names: Iterable[str], progress: Progres
                     " what came is kept: try again"
                 ) from error
     return root
+
+
+def _check_space(num_bytes: int) -> None:
+    from huggingface_hub import constants
+
+    place = Path(constants.HF_HUB_CACHE).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < num_bytes:
+        raise ResourceError(
+            f"{constants.HF_HUB_CACHE!r}: {free / 1e9:,.2f} GB free, needs {num_bytes / 1e9:,.2f} GB;"
+            " make room, or set HF_HUB_CACHE to another disk"
+        )
 
 
 def _ask(ref: HubRef, revision: str | None) -> Listing:

@@ -19,6 +19,7 @@ from saekit.hub.place import Place, locate
 from saekit.hub.release import Release, read_mapping
 from saekit.hub.resolve import read_release, the_one
 from saekit.hub.table import recognise
+from saekit.progress import NO_PROGRESS
 from saekit.sae.base import SAE, SAEConfig
 from saekit.sae.checkpoint import CFG_NAME, AnySAEConfig
 from saekit.sae.released import RELEASED_KINDS, build_released
@@ -95,7 +96,8 @@ def dictionary_info(ref: str | Path, *, revision: str | None = None) -> Dictiona
     configs = config_names(place.names, files)
     folder = place.folder
     if place.hub is not None:
-        folder = fetch(*place.hub, [(place.folder / config).as_posix() for config in configs]) / place.folder
+        wanted = [(place.folder / config).as_posix() for config in configs]
+        folder = fetch(*place.hub, wanted, NO_PROGRESS) / place.folder
     contents = {Path(config).name: read_mapping(folder / config) for config in configs}
     release = Release(
         folder=folder,

@@ -252,6 +252,16 @@ def test_cache_that_cannot_be_written_says_so(
         load_sae(f"{REPO}:{RESID}")
 
 
+def test_disk_that_is_too_small_is_known_before_the_download(
+    released: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+    with pytest.raises(ResourceError, match=r"0.00 GB free, needs 0.00 GB; make room, or set HF_HUB_CACHE"):
+        load_sae(f"{REPO}:{RESID}")
+    assert contents(released) == []
+
+
 def test_broken_record_of_a_listing_is_made_anew(released: HubServer) -> None:
     load_sae(f"{REPO}:{RESID}")
     (record,) = (_cache() / "assets").rglob("*.json")
