@@ -12,33 +12,10 @@ from threading import Thread
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from tests.saekit.hub.hub_repo import LFS_SUFFIXES, HubRepo, git_oid, tree_entry
+
 TOKEN = "hf_of_the_tests"
 """What the server takes for a login."""
-_LFS_SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
-
-
-@dataclass
-class HubRepo:
-    """One repository: the files of each commit, and what branches and tags point at."""
-
-    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    refs: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-    card: dict[str, Any] = field(default_factory=dict)
-    is_gated: bool = False
-    is_private: bool = False
-
-    def commit(self, files: Mapping[str, bytes], *, ref: str = "main") -> str:
-        """Adds files to what `ref` has; returns the commit."""
-        held = {**self.commits.get(self.refs.get(ref, ""), {}), **files}
-        sha = hashlib.sha1(f"{len(self.commits)}{sorted(held)}".encode()).hexdigest()
-        self.commits[sha] = held
-        self.refs[ref] = sha
-        return sha
-
-    def resolve(self, revision: str) -> str | None:
-        """Returns the commit that a branch, tag or commit names."""
-        return self.refs.get(revision) or self.tags.get(revision) or (revision if revision in self.commits else None)
 
 
 @dataclass
@@ -235,8 +212,8 @@ class _Handler(BaseHTTPRequestHandler):
             parts = file.removeprefix(prefix).split("/")
             for depth in range(1, len(parts)):
                 path = prefix + "/".join(parts[:depth])
-                entries[path] = {"type": "directory", "oid": _git_oid(path.encode()), "size": 0, "path": path}
-            entries[file] = _entry(file, files[file])
+                entries[path] = {"type": "directory", "oid": git_oid(path.encode()), "size": 0, "path": path}
+            entries[file] = tree_entry(file, files[file])
         if query.get("recursive", ["false"])[0].lower() != "true":
             entries = {path: entry for path, entry in entries.items() if "/" not in path.removeprefix(prefix)}
         start = int(query.get("cursor", ["0"])[0])
@@ -270,7 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit}
         if content is None:
             return self._answer(404, headers={**headers, "X-Error-Code": "EntryNotFound"})
-        if not file.endswith(_LFS_SUFFIXES):
+        if not file.endswith(LFS_SUFFIXES):
             return self._answer(
                 307, headers={**headers, "Location": f"/api/resolve-cache/models/{name}/{commit}/{file}"}
             )
@@ -281,7 +258,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _regular(self, name: str, commit: str, file: str) -> None:
         content = self.hub.repos[name].commits[commit][file]
-        self._content(content, headers={"ETag": f'"{_git_oid(content)}"', "X-Repo-Commit": commit})
+        self._content(content, headers={"ETag": f'"{git_oid(content)}"', "X-Repo-Commit": commit})
 
     def _storage(self, oid: str) -> None:
         if self.command == "PUT":
@@ -320,8 +297,8 @@ class _Handler(BaseHTTPRequestHandler):
         files = []
         for asked in json.loads(self._body)["files"]:
             path = asked["path"]
-            is_large = path.endswith(_LFS_SUFFIXES)
-            oid = _entry(path, held[path])["oid"] if path in held and not is_large else None
+            is_large = path.endswith(LFS_SUFFIXES)
+            oid = tree_entry(path, held[path])["oid"] if path in held and not is_large else None
             mode = "lfs" if is_large else "regular"
             files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self._json({"files": files})
@@ -371,19 +348,3 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             is_content = status in {200, 206} and self._cut_after is not None
             self.wfile.write(body[: self._cut_after] if is_content else body)
-
-
-def _git_oid(content: bytes) -> str:
-    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
-
-
-def _entry(path: str, content: bytes) -> dict[str, Any]:
-    entry: dict[str, Any] = {"type": "file", "oid": _git_oid(content), "size": len(content), "path": path}
-    if path.endswith(_LFS_SUFFIXES):
-        digest = hashlib.sha256(content).hexdigest()
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize {len(content)}\n"
-        entry |= {
-            "oid": _git_oid(pointer.encode()),
-            "lfs": {"oid": digest, "size": len(content), "pointerSize": len(pointer)},
-        }
-    return entry

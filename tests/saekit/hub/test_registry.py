@@ -16,7 +16,7 @@ ENTRIES = list(known_entries())
 
 
 def test_file_is_what_the_rules_make() -> None:
-    assert TARGET.read_text(encoding="utf-8") == registry_text(), "run scripts/make_registry.py"
+    assert TARGET.read_text(encoding="utf-8") == registry_text(), "run python -m scripts.make_registry"
 
 
 def test_names_and_places_are_each_there_once() -> None:
