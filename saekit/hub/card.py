@@ -12,22 +12,22 @@ from saekit.manifest import Manifest, manifest_sha256, read_manifest
 
 __all__ = ["Provenance", "provenance", "public_name", "render_card"]
 
+# How each library loads an export that lies in a folder of its name.
 _LOADERS = {
     "saelens": (
         "SAELens",
         'from sae_lens import SAE\n\nsae = SAE.from_pretrained(release="{repo}", sae_id="saelens")',
-        'sae = SAE.load_from_disk("dictionary")',
     ),
     "sparsify": (
         "sparsify",
         'from sparsify import SparseCoder\n\nsae = SparseCoder.load_from_hub("{repo}", hookpoint="sparsify")',
-        'sae = SparseCoder.load_from_disk("dictionary")',
     ),
     "dictionary_learning": (
         "dictionary_learning",
-        "from dictionary_learning.utils import load_dictionary\n\n"
-        'sae, config = load_dictionary("dictionary_learning", device="cpu")  # the folder, downloaded',
-        'sae, config = load_dictionary("dictionary", device="cpu")',
+        "from dictionary_learning.utils import load_dictionary\n"
+        "from huggingface_hub import snapshot_download\n\n"
+        'folder = snapshot_download("{repo}", allow_patterns="dictionary_learning/*")\n'
+        'sae, config = load_dictionary(f"{{folder}}/dictionary_learning", device="cpu")',
     ),
 }
 # What training notes of the finished dictionary, and how the card calls it.
@@ -84,6 +84,8 @@ def provenance(folder: Path, info: DictionaryInfo) -> Provenance:
 
 def public_name(name: str) -> str:
     """Returns a model's or file's name without the folders of the machine that it lies on."""
+    if Path(name).exists():
+        return Path(name).resolve().name
     if name.startswith(("/", "~", ".")) or PureWindowsPath(name).drive:
         return PureWindowsPath(name).name if "\\" in name else Path(name).name
     return name
@@ -169,8 +171,7 @@ def _summary(info: DictionaryInfo, made: Provenance, architecture: str) -> str:
     if made.tokens is not None:
         sentence += f", trained on {made.tokens:,} tokens" + (f" of {made.text}" if made.text else "")
     version = made.versions.get("saekit")
-    maker = "[saekit](https://pypi.org/project/saekit/)" + (f" {version}" if version else "")
-    return f"{sentence}. Written by {maker}.\n"
+    return f"{sentence}. Written by saekit{f' {version}' if version else ''}.\n"
 
 
 def _linked(name: str) -> str:
@@ -198,11 +199,15 @@ def _facts(info: DictionaryInfo, made: Provenance, licences: Mapping[str, str | 
 def _loading(repo: str, info: DictionaryInfo, exports: Sequence[str]) -> str:
     code = f'import saekit as sk\n\nsae = sk.load_sae("{repo}")\nfeature_acts = sae.encode(x)  # x: [..., {info.d_in}]'
     text = f"## Load\n\nIt takes the model's raw activations: normalisation is folded in.\n\n```python\n{code}\n```\n"
-    for target, (library, hub_code, disk_code) in _LOADERS.items():
-        if target in exports:
-            text += f"\nIn {library}, from the folder `{target}`:\n\n```python\n{hub_code.format(repo=repo)}\n```\n"
-        elif target != "dictionary_learning":
-            text += f"\nIn {library}: `saekit convert {repo} dictionary --to {target}`, then `{disk_code}`.\n"
+    for target in exports:
+        library, snippet = _LOADERS.get(target, (target, ""))
+        text += f"\nIn {library}, from the folder `{target}`:\n"
+        text += f"\n```python\n{snippet.format(repo=repo)}\n```\n" if snippet else ""
+    others = [target for target in _LOADERS if target not in exports]
+    if others:
+        command = f"saekit convert {repo} dictionary --to {others[0]}"
+        more = f" (or {', '.join(others[1:])})" if others[1:] else ""
+        text += f"\nFor other libraries: `{command}`{more}, which refuses what the library cannot express.\n"
     return text
 
 

@@ -78,8 +78,7 @@ def test_card_says_what_the_run_knows(logged_in: HubServer, tmp_path: Path) -> N
         f"| licence of {TEXT} | mit |",
         "| FVU on held-out tokens | 0.25 |",
         'sae = sk.load_sae("me/mine")',
-        "`saekit convert me/mine dictionary --to saelens`",
-        "`saekit convert me/mine dictionary --to sparsify`",
+        "`saekit convert me/mine dictionary --to saelens` (or sparsify, dictionary_learning)",
     ):
         assert line in card, line
     assert logged_in.asked("^(POST|PUT)") == []
@@ -115,6 +114,14 @@ def test_folders_of_this_machine_are_not_published(logged_in: HubServer, tmp_pat
     assert b"wiki.jsonl" in held["README.md"]
     card = plan_push(folder, "me/mine", model="HuggingFaceTB/SmolLM2-135M").card
     assert header_of(card)["base_model"] == "HuggingFaceTB/SmolLM2-135M"
+
+
+def test_relative_folder_is_not_taken_for_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "SmolLM2").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    card = plan_push(trained(tmp_path / "run", model="models/SmolLM2"), "me/mine").card
+    assert "base_model" not in header_of(card)
+    assert "| model | SmolLM2 |" in card
 
 
 def test_exports_lie_beside_it_and_load(logged_in: HubServer, tmp_path: Path) -> None:
