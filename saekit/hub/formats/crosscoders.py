@@ -105,16 +105,5 @@ def _check_no_normalisation(release: Release) -> None:
 
 
 def _shared(tensors: dict[str, Tensor], activation: Activation, sites: tuple[Site, ...] | None) -> SAE:
-    num, d_in, d_sae = tensors["W_enc"].shape
-    cfg = MultiLayerConfig(
-        d_in=d_in,
-        d_sae=d_sae,
-        d_out=d_in,
-        num_layers_in=num,
-        num_layers_out=num,
-        encoder="sum",
-        targets=((0, num),),
-        activation=activation,
-        sites=sites,
-    )
+    cfg = MultiLayerConfig.of(tensors, encoder="sum", activation=activation, sites=sites)
     return MultiLayerDictionary(cfg, tensors, source={"units": "pre-activations of the file"})

@@ -118,27 +118,14 @@ def read_gemma_scope_2_layers(release: Release) -> SAE:
     tensors["b_dec"] = torch.stack([w.take("b_dec", d_out) for w in opened])
     if has_skip:
         tensors["W_skip"] = torch.stack([w.take("affine_skip_connection", d_in, d_out) for w in opened])
-    targets = []
     for layer, weights in enumerate(opened):
         reach = weights.shape("w_dec", 3)[1]
         if reach not in {num, num - layer}:
             raise FormatError(f"{weights.where}: w_dec reaches {reach} layers, needs {num} or {num - layer}")
-        targets.append((num - reach, reach))
         tensors[f"decoders.{layer}"] = weights.take("w_dec", d_sae, reach, d_out)
         weights.finish()
     sites, sites_out = _layer_sites(release, num)
-    cfg = MultiLayerConfig(
-        d_in=d_in,
-        d_sae=d_sae,
-        d_out=d_out,
-        num_layers_in=num,
-        num_layers_out=num,
-        encoder="own",
-        targets=tuple(targets),
-        activation=JumpReLU(),
-        sites=sites,
-        sites_out=sites_out,
-    )
+    cfg = MultiLayerConfig.of(tensors, encoder="own", activation=JumpReLU(), sites=sites, sites_out=sites_out)
     return MultiLayerDictionary(cfg, tensors, source={"units": _UNITS})
 
 

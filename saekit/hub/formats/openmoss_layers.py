@@ -59,17 +59,8 @@ def _crosscoder(release: Release) -> SAE:
     for layer in range(num):
         tensors[f"decoders.{layer}"] = (decoder[layer] / scale[layer])[:, None]
     weights.finish(*norm_names(release))
-    cfg = MultiLayerConfig(
-        d_in=d_in,
-        d_sae=d_sae,
-        d_out=d_out,
-        num_layers_in=num,
-        num_layers_out=num,
-        encoder="sum_per_layer",
-        targets=tuple((layer, 1) for layer in range(num)),
-        activation=activation,
-        sites=_sites(release, hooks),
-    )
+    sites = _sites(release, hooks)
+    cfg = MultiLayerConfig.of(tensors, encoder="sum_per_layer", activation=activation, sites=sites)
     return MultiLayerDictionary(cfg, tensors, source={"units": _UNITS})
 
 
@@ -96,18 +87,8 @@ def _cross_layer_transcoder(release: Release) -> SAE:
         for source in range(to + 1):
             tensors[f"decoders.{source}"][:, to - source] = into[source]
     weights.finish(*norm_names(release))
-    cfg = MultiLayerConfig(
-        d_in=d_in,
-        d_sae=d_sae,
-        d_out=d_out,
-        num_layers_in=num,
-        num_layers_out=num,
-        encoder="own",
-        targets=tuple((source, num - source) for source in range(num)),
-        activation=activation,
-        sites=_sites(release, hooks_in),
-        sites_out=_sites(release, hooks_out),
-    )
+    sites, sites_out = _sites(release, hooks_in), _sites(release, hooks_out)
+    cfg = MultiLayerConfig.of(tensors, encoder="own", activation=activation, sites=sites, sites_out=sites_out)
     return MultiLayerDictionary(cfg, tensors, source={"units": _UNITS})
 
 
