@@ -11,7 +11,7 @@ from saekit.sae.activation import Activation
 from saekit.sae.dictionary import Dictionary, DictionaryConfig
 from saekit.sae.site import Site
 
-__all__ = ["Canonical", "projected"]
+__all__ = ["Canonical", "projected", "threshold_over"]
 
 _CHUNK = 4096
 
@@ -21,6 +21,15 @@ def projected(bias: Tensor, W_enc: Tensor) -> Tensor:
     wide = bias.double()
     parts = [wide @ W_enc[:, start : start + _CHUNK].double() for start in range(0, W_enc.shape[1], _CHUNK)]
     return torch.cat(parts)
+
+
+def threshold_over(threshold: Tensor, norms: Tensor) -> Tensor:
+    """Returns the t for which `p > t` says what `p * norms > threshold` does, for every finite p; both broadcast.
+
+    A feature of norm 0 is compared as 0: it is never active at a threshold of 0 or more, and always below.
+    """
+    most = torch.finfo(torch.float32).max
+    return torch.nan_to_num(threshold / norms, nan=most, posinf=most, neginf=-most)
 
 
 @dataclass(kw_only=True)

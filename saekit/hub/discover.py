@@ -8,11 +8,12 @@ __all__ = ["config_names", "dictionaries"]
 
 # What the formats call their configs; other JSON files beside them are records of something else.
 _CONFIG = re.compile(
-    r"(cfg|config|hyperparams|.+_cfg)\.json|(conf|config|final_config|wandb-config|wanb-config)\.ya?ml"
+    r"(cfg|config|hyperparams|activation_scaler|.+_cfg)\.json|(conf|config|final_config|wandb-config|wanb-config)\.ya?ml"
 )
 # A folder that holds one of these is a dictionary.
 _FOLDER_FILES = {
     "sae_weights.safetensors",
+    "activation_whitening.safetensors",
     "sae.safetensors",
     "params.npz",
     "params.safetensors",
@@ -27,9 +28,7 @@ _LAYER_FILES = re.compile(
 )
 _SUFFIXES = {".safetensors", ".npz", ".pt", ".pth"}
 # What trainers write beside their weights.
-_OTHER = re.compile(
-    r"sparsity|optimizer|scheduler|trainer_state|activations_store|activation_whitening|activation_scaler|training_args"
-)
+_OTHER = re.compile(r"sparsity|optimizer|scheduler|trainer_state|activations_store|activation_scaler|training_args")
 
 
 def dictionaries(names: Iterable[str]) -> Mapping[str, tuple[str, ...]]:

@@ -109,9 +109,9 @@ class Weights:
             raise FormatError(f"{self.where}: {name} is {value}, needs a finite number")
         return value
 
-    def is_all_nan(self, name: str) -> bool:
-        """Whether a tensor is NaN throughout, by which some formats say that it is not used."""
-        return bool(torch.isnan(self._home[name].tensor(name)).all())
+    def has_nan(self, name: str) -> bool:
+        """Whether a tensor holds NaN, by which some formats say that it is not used."""
+        return bool(torch.isnan(self._home[name].tensor(name)).any())
 
     def finish(self, *ignored: str) -> None:
         """Checks that every tensor was taken: one that nobody reads might change the function.

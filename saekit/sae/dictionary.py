@@ -9,7 +9,7 @@ from saekit_kernels import encode_threshold, encode_topk
 from torch import Tensor, nn
 
 from saekit.errors import ConfigError
-from saekit.sae.activation import Activation, BatchTopK, GroupMax, JumpReLU, TopK, activate
+from saekit.sae.activation import Activation, BatchTopK, GroupMax, JumpReLU, MatchingPursuit, TopK, activate, pursue
 from saekit.sae.base import SAE, SAEConfig, SAEOutput
 from saekit.sae.site import Site
 from saekit.sae.sparse import dense_to_rows, pad_rows
@@ -35,6 +35,9 @@ class DictionaryConfig(SAEConfig):
     `x * sqrt(d_in) / |x|`."""
     undo_norm: bool = True
     """Whether the reconstruction is brought back to the token's own mean and scale."""
+    joins_heads: bool = False
+    """Whether x may also be [..., heads, width of a head], as TransformerLens keeps what an attention's output
+    projection reads; heads are then joined, and `forward` returns the reconstruction joined."""
     site: Site | None = None
     """Where the input is read; None when the release does not say."""
     site_out: Site | None = None
@@ -123,7 +126,12 @@ class Dictionary(SAE):
 
     def encode(self, x: Tensor) -> Tensor:
         """Returns dense feature activations [..., d_sae] of x [..., d_in]; negative ones only where the release has them."""
-        return self._encode(self.encoder_input(x)).reshape(*x.shape[:-1], self.d_sae)
+        outer = x.shape[:-1] if self._is_joined(x) else x.shape[:-2]
+        return self._encode(self.encoder_input(x)).reshape(*outer, self.d_sae)
+
+    def _is_joined(self, x: Tensor) -> bool:
+        """Whether the last axis is the input's width, not that of one of its heads."""
+        return not (self.cfg.joins_heads and x.ndim > 1 and x.shape[-1] < self.d_in == x.shape[-2] * x.shape[-1])
 
     def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (top_acts [N, K], top_indices [N, K] int64), the largest magnitude first; places not used hold 0 and 0.
@@ -179,6 +187,8 @@ class Dictionary(SAE):
         return type(self)(cfg, kept, source=self.source)
 
     def _encode(self, u: Tensor) -> Tensor:
+        if isinstance(self.cfg.activation, MatchingPursuit):
+            return pursue(self.cfg.activation, u - self.b_dec, self.W_dec)
         z = u @ self.W_enc
         magnitude = None
         if self.r_mag is not None and self.b_mag is not None:
@@ -193,6 +203,8 @@ class Dictionary(SAE):
 
 
 def _normed(sae: Dictionary, x: Tensor) -> _Normed:
+    if not sae._is_joined(x):
+        x = x.flatten(-2)
     if x.ndim == 0 or x.shape[-1] != sae.d_in:
         where = f"dictionary of {sae.hook_point!r}" if sae.hook_point else "dictionary"
         raise ConfigError(f"{where}: x has shape {list(x.shape)}, needs [..., {sae.d_in}]")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saekit.errors import FormatError
-from saekit.hub.canonical import Canonical
+from saekit.hub.canonical import Canonical, threshold_over
 from saekit.hub.hooks import tl_site
 from saekit.hub.release import Release
 from saekit.sae.activation import Activation, BatchTopK, JumpReLU, ReLU, TopK
@@ -159,7 +159,7 @@ def _normalised(release: Release, config: Mapping[str, object], canonical: Canon
         case "jumprelu":
             activation = JumpReLU(negative="keep")
             compared = torch.exp(weights.take(threshold, d_sae))
-            canonical.extra["threshold"] = compared / norms if by_norm else compared
+            canonical.extra["threshold"] = threshold_over(compared, norms) if by_norm else compared
         case "topk" | "batchtopk":
             k = release.get("top_k", int, config=config)
             activation = TopK(k=k) if kind == "topk" else BatchTopK(k=k)
@@ -167,8 +167,6 @@ def _normalised(release: Release, config: Mapping[str, object], canonical: Canon
                 canonical.extra["score_scale"] = norms
         case _:
             raise FormatError(f"{release.ref!r}: config: act_fn is {kind!r}, needs relu, jumprelu, topk or batchtopk")
-    if "threshold" in canonical.extra and not bool(torch.isfinite(canonical.extra["threshold"]).all()):
-        raise FormatError(f"{weights.where}: a decoder row is zero, needs a norm to compare with the threshold")
     if release.flag("apply_decoder_bias_to_pre_encoder", False, config=config):
         canonical.subtract_from_input(canonical.b_dec)
     canonical.scale_input(hook_scale(release, config, hook_in, d_in))

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from saekit.errors import FormatError
+from saekit.hub.canonical import threshold_over
 from saekit.hub.formats.openmoss import hook_scale, norm_names, openmoss_site
 from saekit.hub.release import Release
 from saekit.sae.activation import Activation, JumpReLU, ReLU, TopK
@@ -102,9 +103,7 @@ def _activation(release: Release, tensors: dict[str, Tensor], norms: Tensor | No
             shared = len(weights.shape(_THRESHOLD, len(weights.headers[_THRESHOLD].shape))) == 1
             log_threshold = weights.take(_THRESHOLD, *((d_sae,) if shared else (sources, d_sae)))
             threshold = torch.exp(log_threshold).expand(sources, d_sae).clone()
-            tensors["threshold"] = threshold if norms is None else threshold / norms
-            if not bool(torch.isfinite(tensors["threshold"]).all()):
-                raise FormatError(f"{weights.where}: a decoder row is zero, needs a norm to compare with the threshold")
+            tensors["threshold"] = threshold if norms is None else threshold_over(threshold, norms)
             return JumpReLU(negative="keep")
         case "topk":
             if norms is not None:
