@@ -21,8 +21,8 @@ from saekit.sae.base import SAE
 from saekit.sae.checkpoint import CFG_NAME, WEIGHTS_NAME, load_sae_folder
 from saekit.sae.dictionary import Dictionary
 from saekit.sae.released import RELEASED_KINDS, build_released
+from saekit.sae.sequence import SequenceSAE
 from saekit.sae.site import Site
-from saekit.sae.temporal import TemporalDictionary
 
 __all__ = ["load_sae", "load_saes"]
 
@@ -42,7 +42,8 @@ def load_sae(
     """Returns the dictionary that `ref` names, computing what its release defines.
 
     A folder that saekit wrote gives the class that was trained. Anything else is read by its format, into a `Dictionary`, a
-    `MultiLayerDictionary` (the layer is the last axis but one of its input) or a `TemporalDictionary`, without gradients.
+    `MultiLayerDictionary` (the layer is the last axis but one of its input), or a `TemporalDictionary` or `LorsaDictionary`
+    (whole sequences), without gradients.
     Nothing in the files is run: pickles are read as tensors, numbers and texts only.
 
     Args:
@@ -95,7 +96,7 @@ def load_saes(
 
 def _place_at(sae: SAE, hook_point: str) -> None:
     sae.hook_point = hook_point
-    if isinstance(sae, Dictionary | TemporalDictionary):
+    if isinstance(sae, Dictionary | SequenceSAE):
         path, _, side = hook_point.partition(":")
         if not path or side not in {"", "input", "output"}:
             raise ConfigError(f"hook point {hook_point!r}: needs a module path, ':input' or ':output' behind it")

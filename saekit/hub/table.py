@@ -11,6 +11,7 @@ from saekit.hub.formats import (
     gemma_scope,
     openmoss,
     openmoss_layers,
+    openmoss_lorsa,
     plain,
     saelens,
     sparsify,
@@ -53,6 +54,7 @@ FORMATS: Mapping[str, Format] = {
         is_match=openmoss_layers.is_llamascopium_layers, read=openmoss_layers.read_llamascopium_layers
     ),
     "llamascopium": Format(is_match=openmoss.is_llamascopium, read=openmoss.read_llamascopium),
+    "lorsa": Format(is_match=openmoss_lorsa.is_lorsa, read=openmoss_lorsa.read_lorsa),
     "openai": Format(is_match=plain.is_openai, read=plain.read_openai),
     "goodfire": Format(is_match=plain.is_goodfire, read=plain.read_goodfire),
     "finetuning_crosscoder": Format(

@@ -126,19 +126,21 @@ def _placed(release: Release, encoder: Tensor) -> Tensor:
 def _scores(release: Release, decoder: Tensor) -> Tensor:
     """What activations are multiplied by before the threshold, [1, F], or [L, F] where each layer decides for itself."""
     weights = release.weights
-    norms = torch.linalg.vector_norm(decoder, dim=2)  # [L, F]
+    norms: Tensor = torch.linalg.vector_norm(decoder, dim=2)  # [L, F]
+    by_layers: Tensor = norms.sum(dim=0, keepdim=True)
+    by_sae = norms.square().sum(dim=0, keepdim=True).sqrt()
     stored = "code_normalization_id" in weights
     match int(weights.scalar("code_normalization_id")) if stored else 1:
         case 1:
-            return norms.sum(dim=0, keepdim=True)
+            return by_layers
         case 2:
-            return norms.square().sum(dim=0, keepdim=True).sqrt()
+            return by_sae
         case 3:
-            by_sae, by_layers = (
-                release.get(f"code_normalization_alpha_{part}", float, config={**_ALPHAS, **release.config})
-                for part in ("sae", "cc")
+            alphas = {**_ALPHAS, **release.config}
+            alpha_sae, alpha_layers = (
+                release.get(f"code_normalization_alpha_{part}", float, config=alphas) for part in ("sae", "cc")
             )
-            return by_sae * norms.square().sum(dim=0, keepdim=True).sqrt() + by_layers * norms.sum(dim=0, keepdim=True)
+            return alpha_sae * by_sae + alpha_layers * by_layers
         case 4:
             return torch.ones_like(norms[:1])
         case 5:

@@ -149,7 +149,12 @@ def test_weights_that_are_not_finite_are_refused(tensor: str, value: float, chan
         ("saelens_v6_standard", {"architecture": "skip_transcoder"}, {}, r"apply_b_dec_to_input is true, needs false"),
         ("saelens_v6_topk", {"k": 0}, {}, r"read as 'saelens': .*greater than or equal to 1"),
         ("saelens_v6_topk", {"k": 129}, {}, r"k is 129, needs at most d_sae = 128"),
-        ("saelens_v6_standard", {"normalize_activations": ["none"]}, {}, r"normalize_activations is \[.none.\], needs one of none,"),
+        (
+            "saelens_v6_standard",
+            {"normalize_activations": ["none"]},
+            {},
+            r"normalize_activations is \[.none.\], needs one of none,",
+        ),
         (
             "saelens_v6_standard",
             {},
@@ -191,11 +196,22 @@ def test_weights_that_are_not_finite_are_refused(tensor: str, value: float, chan
             "llamascopium_crosscoder_jumprelu",
             {"act_fn": "batchlayertopk"},
             {},
-            r"'batchlayertopk', needs relu, jumprelu or",
+            r"'batchlayertopk', needs relu, jumprelu, topk or batchtopk",
         ),
         ("qwen_scope", {"d_model": 33}, {}, r"config: d_model is 33, the weights need 32"),
-        ("sof_crosscoder", {}, {"activation_mean": torch.zeros(2, 24)}, r"activation_mean is set, needs NaN"),
-        ("sof_crosscoder", {}, {"activation_global_scale": torch.full((2,), 2.0)}, r"activation_global_scale is not 1"),
+        (
+            "sof_crosscoder",
+            {},
+            {
+                "activation_mean": torch.zeros(2, 24),
+                "activation_std": torch.ones(2, 24),
+                "activation_global_scale": None,
+            },
+            r"has activation_mean alone, needs activation_global_scale too",
+        ),
+        ("sof_crosscoder", {}, {"k": torch.tensor(5)}, r"has k and no threshold, needs one"),
+        ("sof_crosscoder", {"encoder_layers": [0, 2]}, {}, r"reads layers \[0, 2\] of 2, the weights need 2"),
+        ("sof_crosscoder", {"latent_processor": "x"}, {}, r"latent_processor is set, needs null"),
     ],
 )
 def test_files_that_disagree_are_refused(
