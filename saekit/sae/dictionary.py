@@ -127,7 +127,12 @@ class Dictionary(SAE):
     def encode(self, x: Tensor) -> Tensor:
         """Returns dense feature activations [..., d_sae] of x [..., d_in]; negative ones only where the release has them."""
         outer = x.shape[:-1] if self._is_joined(x) else x.shape[:-2]
-        return self._encode(self.encoder_input(x)).reshape(*outer, self.d_sae)
+        u = self.encoder_input(x)
+        # In half precision a dense product is rounded before features are chosen, the kernels' after: only one can be right.
+        code = self._rows(u) if u.dtype in {torch.float16, torch.bfloat16} else None
+        if code is None:
+            return self._encode(u).reshape(*outer, self.d_sae)
+        return u.new_zeros(len(u), self.d_sae).scatter_add(1, code[1], code[0]).reshape(*outer, self.d_sae)
 
     def _is_joined(self, x: Tensor) -> bool:
         """Whether the last axis is the input's width, not that of one of its heads."""
@@ -139,11 +144,7 @@ class Dictionary(SAE):
         K is the most features that any token uses.
         """
         u = self.encoder_input(x)
-        if self.W_glu is None and self.score_scale is None:
-            code = _encode_by_kernel(self, u)
-            if code is not None:
-                return code
-        return dense_to_rows(self._encode(u))
+        return self._rows(u) or dense_to_rows(self._encode(u))
 
     def decode(self, feature_acts: Tensor, x: Tensor | None = None) -> Tensor:
         """Returns the reconstruction [..., d_out] of dense feature activations [..., d_sae].
@@ -159,7 +160,7 @@ class Dictionary(SAE):
 
     def decode_sparse(self, top_acts: Tensor, top_indices: Tensor, x: Tensor | None = None) -> Tensor:
         """Returns the reconstruction [N, d_out] of top_acts [N, K] at top_indices [N, K]; `x` as in `decode`."""
-        return _finished(self, super().decode_sparse(top_acts, top_indices), x)
+        return _finished(self, super().decode_sparse(top_acts, top_indices).to(self.W_dec.dtype), x)
 
     def forward(self, x: Tensor) -> SAEOutput:
         """Encodes and reconstructs x [N, d_in], skip connection and normalisation included."""
@@ -185,6 +186,13 @@ class Dictionary(SAE):
             kept["threshold"] = threshold.to(self.b_enc).expand(self.d_sae).clone()
         cfg = self.cfg.model_copy(update={"activation": activation})
         return type(self)(cfg, kept, source=self.source)
+
+    def _rows(self, u: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What `encode_sparse` returns, where a kernel computes it."""
+        if self.W_glu is not None or self.score_scale is not None:
+            return None
+        code = _encode_by_kernel(self, u)
+        return None if code is None else (code[0].to(u.dtype), code[1])
 
     def _encode(self, u: Tensor) -> Tensor:
         if isinstance(self.cfg.activation, MatchingPursuit):
@@ -213,7 +221,9 @@ def _normed(sae: Dictionary, x: Tensor) -> _Normed:
         case "none":
             return _Normed(flat, None, None)
         case "layer_norm":
-            mean, std = flat.mean(dim=1, keepdim=True), flat.std(dim=1, keepdim=True)
+            mean = flat.mean(dim=1, keepdim=True)
+            # Not `std`, which warns where there is no token.
+            std = ((flat - mean).square().sum(dim=1, keepdim=True) / (sae.d_in - 1)).sqrt()
             return _Normed((flat - mean) / (std + NORM_EPS), std, mean)
         case "constant_norm":
             scale = flat.norm(dim=1, keepdim=True) / sae.d_in**0.5

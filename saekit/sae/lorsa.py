@@ -129,7 +129,11 @@ class LorsaDictionary(SequenceSAE):
         u = self.sequences(x)
         query = self._by_group(u, self.W_query, self.b_query, self.q_gain)
         key = self._by_group(u, self.W_key, self.b_key, self.k_gain)
-        value = (u @ self.W_enc + self.b_enc).view(*u.shape[:2], self.cfg.num_heads, -1).transpose(1, 2)
+        value = (
+            (u @ self.W_enc + self.b_enc)
+            .view(*u.shape[:2], self.cfg.num_heads, self.d_sae // self.cfg.num_heads)
+            .transpose(1, 2)
+        )
         scale = 1 / self.cfg.score_divisor
         moved = scaled_dot_product_attention(query, key, value, scale=scale, is_causal=True)  # [B, H, T, F / H]
         return moved.transpose(1, 2).reshape(-1, self.d_sae)

@@ -112,7 +112,7 @@ class TemporalDictionary(SequenceSAE):
 
     def decode_sparse(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
         """Returns what `decode` does, [N, d_in], of top_acts [N, K] at top_indices [N, K]."""
-        return super().decode_sparse(top_acts, top_indices) / self.cfg.input_scale
+        return super().decode_sparse(top_acts, top_indices).to(self.W_dec.dtype) / self.cfg.input_scale
 
     def forward(self, x: Tensor) -> SAEOutput:
         """Encodes and reconstructs x [B, T, d_in] or [T, d_in]; x_hat has x's shape, novel and predicted part together."""
@@ -156,7 +156,9 @@ def _novel(cfg: TemporalConfig, pre_acts: Tensor) -> Tensor:
 
 
 def _by_head(part: Tensor, num_heads: int) -> Tensor:
-    return part.view(*part.shape[:2], num_heads, -1).transpose(1, 2)  # [B, H, T, width of a head]
+    return part.view(*part.shape[:2], num_heads, part.shape[2] // num_heads).transpose(
+        1, 2
+    )  # [B, H, T, width of a head]
 
 
 def _shapes(cfg: TemporalConfig) -> dict[str, list[int]]:
