@@ -43,7 +43,8 @@ def dictionaries(names: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
     for name in sorted(names):
         path = PurePosixPath(name)
         folder = "" if str(path.parent) == "." else str(path.parent)
-        if path.suffix not in _SUFFIXES or any(part.startswith(".") for part in path.parts):
+        # A listing from elsewhere may name places outside its folder.
+        if path.suffix not in _SUFFIXES or path.is_absolute() or any(part.startswith(".") for part in path.parts):
             continue
         if path.name in _FOLDER_FILES or _LAYER_FILES.fullmatch(path.name):
             found.setdefault(folder, []).append(name)

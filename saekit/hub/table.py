@@ -18,6 +18,7 @@ from saekit.hub.formats import (
     temporal,
 )
 from saekit.hub.release import Release
+from saekit.hub.strict import printable
 from saekit.sae.base import SAE
 
 __all__ = ["FORMATS", "Format", "recognise"]
@@ -89,7 +90,7 @@ def recognise(release: Release, forced: str | None = None) -> str:
     for name, entry in FORMATS.items():
         if entry.is_match(release):
             return name
-    tensors = ", ".join(f"{n} {list(h.shape)}" for n, h in sorted(release.weights.headers.items())[:8])
+    tensors = printable((f"{name} {list(header.shape)}" for name, header in release.weights.headers.items()), 8)
     raise FormatError(
         f"{release.ref!r}: no known format has {tensors or 'no tensors'}, needs one of {', '.join(FORMATS)}; say format="
     )

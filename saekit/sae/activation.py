@@ -190,9 +190,10 @@ def pursue(spec: MatchingPursuit, centred: Tensor, W_dec: Tensor) -> Tensor:
         before = acts[rows, best]
         acts.index_put_((rows, best), before + value)
         residual = residual - value[:, None] * chosen
-        done = torch.zeros_like(rows, dtype=torch.bool)
+        # Nothing to gain now is nothing to gain ever.
+        done = value == 0
         if spec.stop_on_duplicate_support:
-            done |= (before != 0) | (value == 0)
+            done |= before != 0
         if spec.residual_threshold > 0:
             done |= residual.norm(dim=1) < spec.residual_threshold
         residual, rows = residual[~done], rows[~done]

@@ -25,6 +25,8 @@ __all__ = [
 _RECORDS = ("code_normalization_id", "activation_global_scale", "activation_mean", "activation_std", "target_rms", "k")
 _ALPHAS: Mapping[str, object] = {"code_normalization_alpha_sae": 1.0, "code_normalization_alpha_cc": 0.1}
 _SCALE_EPS = 1e-8
+# More layers than any model has, and few enough to allocate.
+_MOST_LAYERS = 1000
 
 
 def is_model_diff_crosscoder(release: Release) -> bool:
@@ -114,9 +116,12 @@ def read_finetuning_crosscoder(release: Release) -> SAE:
 def _placed(release: Release, encoder: Tensor) -> Tensor:
     """The encoder over all layers: those that `encoder_layers` leaves out are not read."""
     chosen = release.config.get("encoder_layers")
-    num = release.get("num_layers", int) if chosen is not None or "num_layers" in release.config else len(encoder)
-    layers = list(range(num)) if chosen is None else release.get("encoder_layers", list)
-    if len(layers) != len(encoder) or sorted(set(layers)) != sorted(layers) or not set(layers) <= set(range(num)):
+    if chosen is None:
+        release.check("num_layers", len(encoder))
+        return encoder
+    num, layers = release.get("num_layers", int), release.get("encoder_layers", list)
+    fits = len(layers) == len(encoder) and all(layer in range(num) and layers.count(layer) == 1 for layer in layers)
+    if num > _MOST_LAYERS or not fits:
         raise FormatError(f"{release.ref!r}: config: reads layers {layers} of {num}, the weights need {len(encoder)}")
     placed = encoder.new_zeros(num, *encoder.shape[1:])
     placed[layers] = encoder

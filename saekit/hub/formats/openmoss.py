@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saekit.errors import FormatError
-from saekit.hub.canonical import Canonical, threshold_over
+from saekit.hub.canonical import Canonical, checked_scale, threshold_over
 from saekit.hub.hooks import tl_site
 from saekit.hub.release import Release
 from saekit.sae.activation import Activation, BatchTopK, JumpReLU, ReLU, TopK
@@ -17,6 +17,7 @@ from saekit.sae.site import Site
 __all__ = [
     "check_width",
     "decoder_bias",
+    "exponentiated",
     "hook_scale",
     "is_llama_scope",
     "is_llama_scope_r1",
@@ -168,6 +169,18 @@ def check_width(release: Release, d_in: int, d_sae: int) -> None:
             )
 
 
+def exponentiated(release: Release, name: str, *shape: int) -> Tensor:
+    """Returns thresholds of which the file holds the logarithm.
+
+    Raises:
+        FormatError: one is more than float32 holds.
+    """
+    threshold = torch.exp(release.weights.take(name, *shape))
+    if not bool(torch.isfinite(threshold).all()):
+        raise FormatError(f"{release.weights.where}: {name} is up to {threshold.log().max()}, needs finite thresholds")
+    return threshold
+
+
 def decoder_bias(release: Release, name: str, *shape: int) -> Tensor:
     """Returns the bias of the decoder; zeros where the config says that there is none.
 
@@ -198,7 +211,7 @@ def _normalised(release: Release, config: Mapping[str, object], canonical: Canon
             activation = ReLU()
         case "jumprelu":
             activation = JumpReLU(negative="keep")
-            compared = torch.exp(weights.take(threshold, d_sae))
+            compared = exponentiated(release, threshold, d_sae)
             canonical.extra["threshold"] = threshold_over(compared, norms) if by_norm else compared
         case "topk" | "batchtopk":
             k = release.get("top_k", int, config=config)
@@ -242,7 +255,7 @@ def _linear(release: Release, config: Mapping[str, object]) -> Canonical:
 def _scale(release: Release, norm: float, width: int) -> float:
     if norm <= 0:
         raise FormatError(f"{release.ref!r}: mean activation norm is {norm}, needs more than 0")
-    return math.sqrt(width) / norm
+    return checked_scale(math.sqrt(width) / norm)
 
 
 def _needs(release: Release, config: Mapping[str, object], key: str, value: object) -> None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from saekit.errors import FormatError
 from saekit.hub.canonical import threshold_over
-from saekit.hub.formats.openmoss import check_width, decoder_bias, hook_scale, norm_names, openmoss_site
+from saekit.hub.formats.openmoss import check_width, decoder_bias, exponentiated, hook_scale, norm_names, openmoss_site
 from saekit.hub.release import Release
 from saekit.sae.activation import Activation, BatchTopK, JumpReLU, LayerTopK, ReLU, TopK
 from saekit.sae.base import SAE
@@ -107,8 +107,8 @@ def _activation(release: Release, tensors: dict[str, Tensor], norms: Tensor) -> 
             return ReLU()
         case "jumprelu":
             shared = len(weights.shape(_THRESHOLD, len(weights.headers[_THRESHOLD].shape))) == 1
-            log_threshold = weights.take(_THRESHOLD, *((d_sae,) if shared else (sources, d_sae)))
-            threshold = torch.exp(log_threshold).expand(sources, d_sae).clone()
+            stored = exponentiated(release, _THRESHOLD, *((d_sae,) if shared else (sources, d_sae)))
+            threshold = stored.expand(sources, d_sae).clone()
             tensors["threshold"] = threshold_over(threshold, norms) if by_norm else threshold
             return JumpReLU(negative="keep")
     if by_norm:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from saekit.errors import FormatError
 from saekit.hub.canonical import threshold_over
-from saekit.hub.formats.openmoss import check_width, decoder_bias, hook_scale, norm_names, openmoss_site
+from saekit.hub.formats.openmoss import check_width, decoder_bias, exponentiated, hook_scale, norm_names, openmoss_site
 from saekit.hub.release import Release
 from saekit.sae.activation import JumpReLU, ReLU, TopK
 from saekit.sae.base import SAE
@@ -86,7 +86,7 @@ def _activation(release: Release, tensors: dict[str, Tensor], norms: Tensor) -> 
         case "relu":
             return ReLU()
         case "jumprelu":
-            threshold = torch.exp(release.weights.take(_THRESHOLD, len(norms)))
+            threshold = exponentiated(release, _THRESHOLD, len(norms))
             tensors["threshold"] = threshold_over(threshold, norms) if by_norm else threshold
             return JumpReLU(negative="keep")
         case "topk":

@@ -61,14 +61,14 @@ def test_malicious_array_of_objects_is_refused_and_not_run(tmp_path: Path) -> No
     trace = tmp_path / "trace"
     arrays: dict[str, Any] = {"W_enc": np.array([_Runs(trace)], dtype=object)}
     np.savez(tmp_path / "params.npz", **arrays)
-    with pytest.raises(FormatError, match=r"W_enc\.npy holds object, needs numbers"):
+    with pytest.raises(FormatError, match=r"'W_enc\.npy' holds object, needs numbers"):
         load_sae(tmp_path)
     assert not trace.exists()
 
 
 def test_compressed_array_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "params.npz", W_enc=np.zeros((1000, 1000), dtype=np.float32))
-    with pytest.raises(FormatError, match=r"W_enc\.npy grows from \d+ to 4000128 bytes, needs real weights"):
+    with pytest.raises(FormatError, match=r"'W_enc\.npy' grows from \d+ to 4000128 bytes, needs real weights"):
         load_sae(tmp_path)
 
 
@@ -80,7 +80,7 @@ def test_compressed_pickle_is_refused(tmp_path: Path) -> None:
     ):
         for info in old.infolist():
             new.writestr(info.filename, old.read(info))
-    with pytest.raises(FormatError, match=r"data\.pkl is compressed, needs a file as torch\.save writes it"):
+    with pytest.raises(FormatError, match=r"data\.pkl' is compressed, needs a file as torch\.save writes it"):
         load_sae(tmp_path / "a.pt")
 
 
