@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
-__all__ = ["config_names", "dictionaries"]
+__all__ = ["config_names", "dictionaries", "unreadable"]
 
 # What the formats call their configs; other JSON files beside them are records of something else.
 _CONFIG = re.compile(
@@ -54,6 +54,17 @@ def dictionaries(names: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
         elif not _OTHER.search(path.name):
             found.setdefault(name, []).append(name)
     return {name: tuple(files) for name, files in found.items()}
+
+
+def unreadable(names: Iterable[str]) -> str | None:
+    """Returns what is known to hold dictionaries among file names and is not read, and why; None where nothing is."""
+    for name in names:
+        for part in PurePosixPath(name).parts:
+            if part.endswith(".dcp"):
+                return f"{part!r} is a checkpoint of torch.distributed, which is a pickle; save it as safetensors"
+            if part.endswith((".pkl", ".pkl.gz", ".pickle")):
+                return f"{part!r} is a raw pickle, which runs what it names; convert it where it cannot do harm"
+    return None
 
 
 def config_names(names: Iterable[str], files: Iterable[str]) -> list[str]:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from saekit.errors import ConfigError, FormatError
-from saekit.hub.discover import config_names, dictionaries
+from saekit.hub.discover import config_names, dictionaries, unreadable
 from saekit.hub.headers import reason
 from saekit.hub.place import Place, locate, shown
 from saekit.hub.release import Release, read_mapping
@@ -112,9 +112,10 @@ def _the_one(place: Place) -> str:
     if "" in found:
         return ""
     if not found:
+        known = unreadable(place.names)
         raise FormatError(
             f"sae {place.ref!r}: no {CFG_NAME} and no weights of a dictionary, needs the output folder of a training run"
-            " or a release"
+            f" or a release{f'; {known}' if known else ''}"
         )
     if len(found) > 1:
         kind = "SAEs" if any(name in place.names for name in found) else "SAE folders"

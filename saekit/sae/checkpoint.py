@@ -120,7 +120,7 @@ def load_sae_folder(path: str | Path, *, device: str | torch.device = "cpu") -> 
     tensors = _read_tensors(folder / WEIGHTS_NAME)
     # Before anything of the size that the config claims is made.
     encoder = tensors.get("W_enc")
-    if encoder is not None and list(encoder.shape) != [cfg.d_in, cfg.d_sae]:
+    if cfg.d_in and encoder is not None and list(encoder.shape) != [cfg.d_in, cfg.d_sae]:
         where = f"{str(folder / WEIGHTS_NAME)!r}"
         raise FormatError(f"{where}: W_enc is {list(encoder.shape)}, needs {[cfg.d_in, cfg.d_sae]}")
     try:

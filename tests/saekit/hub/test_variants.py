@@ -242,3 +242,56 @@ def test_glu_of_old_llama_scope_multiplies_the_pre_activations(changed: Changed)
     p = (scale * x @ stored["encoder.weight"].T + stored["encoder.bias"]) * gate
     q = p * stored["decoder.weight"].norm(dim=0) / scale
     assert close(load_sae(folder).encode(x), torch.where(q > 0.35, q, 0.0))
+
+
+def test_llamascopiums_own_pickle_is_read(tmp_path: Path) -> None:
+    fixture = FIXTURES / "llamascopium_sae_jumprelu"
+    shutil.copy(fixture / "config.json", tmp_path)
+    content = {"sae": load_file(fixture / "sae_weights.safetensors"), "version": "2.0.0"}
+    torch.save(content, tmp_path / "sae_weights.pt")
+    sae, x = load_sae(tmp_path), draw(9, 32)
+    assert torch.equal(sae.encode(x), load_sae(fixture).encode(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "sae_weights.dcp/__0_0.distcp",
+            r"'sae_weights\.dcp' is a checkpoint of torch\.distributed, which is a pickle",
+        ),
+        ("sae.pkl.gz", r"'sae\.pkl\.gz' is a raw pickle, which runs what it names"),
+    ],
+)
+def test_file_that_is_never_read_is_named(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(FormatError, match=message):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("fixture", ["dictlearn_standard", "dictlearn_gated"])
+def test_old_run_whose_config_names_no_class_is_known_by_its_tensors(fixture: str, changed: Changed) -> None:
+    plain, folder = load_sae(FIXTURES / fixture), changed(fixture)
+    (path,) = folder.rglob("config.json")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    del values["trainer"]["dict_class"]
+    path.write_text(json.dumps(values), encoding="utf-8")
+    sae, x = load_sae(folder), draw(9, plain.d_in)
+    assert torch.equal(sae.encode(x), plain.encode(x))
+
+
+@pytest.mark.parametrize("fixture", ["gemmascope2_clt_affine", "gemmascope2_crosscoder"])
+def test_layers_of_gemma_scope_2_without_config_are_known_by_their_path(
+    fixture: str, changed: Changed, tmp_path: Path
+) -> None:
+    folder = changed(fixture)
+    named = load_sae(folder)
+    next(folder.rglob("config.json")).unlink()
+    home = tmp_path / "gemma-scope-2-1b-pt"
+    folder.rename(home)
+    kind = "clt" if "clt" in fixture else "crosscoder"
+    (dictionary,) = (home / kind).iterdir()
+    sae = load_sae(dictionary)
+    assert sae.hook_point == named.hook_point
+    assert sae.cfg == named.cfg
