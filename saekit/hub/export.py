@@ -12,7 +12,7 @@ from saekit.errors import ConfigError
 from saekit.hub.canonical import Canonical
 from saekit.hub.hooks import tl_name
 from saekit.manifest import atomic_write, write_json
-from saekit.sae.activation import Activation, Gated, GroupMax, JumpReLU, ReLU, TopK
+from saekit.sae.activation import Activation, Gated, GroupMax, JumpReLU, MatchingPursuit, ReLU, TopK
 from saekit.sae.base import SAE
 from saekit.sae.dictionary import Dictionary
 from saekit.sae.gated import GatedSAE
@@ -101,6 +101,10 @@ def _write_saelens(sae: Dictionary, folder: Path) -> None:
         case Gated():
             base = "gated"
             tensors |= {"b_gate": tensors.pop("b_enc"), "b_mag": parts["b_mag"], "r_mag": parts["r_mag"]}
+        case MatchingPursuit():
+            base = "matching_pursuit"
+            tensors = parts.stored({"W_dec", "b_dec"})
+            config |= activation.model_dump(exclude={"kind"})
         case _:
             raise _inexpressible("saelens", f"activation {activation.to_dict()}")
     if is_transcoder:
@@ -116,7 +120,8 @@ def _write_saelens(sae: Dictionary, folder: Path) -> None:
         raise _inexpressible("saelens", "an input norm that is not undone")
     config |= {
         "architecture": base,
-        "apply_b_dec_to_input": False,
+        # Matching pursuit has its one bias at both ends; elsewhere it is folded into b_enc.
+        "apply_b_dec_to_input": isinstance(activation, MatchingPursuit),
         "normalize_activations": norms[sae.cfg.norm],
         "reshape_activations": "none",
         "metadata": {"sae_lens_version": "6.0.0", "sae_lens_training_version": None, **_saelens_hooks(sae)},

@@ -8,10 +8,12 @@ from typing import IO
 from torch import Tensor
 
 from saekit.errors import FormatError
-from saekit.hub.containers import Container, state_container
+from saekit.hub.array_headers import npz_headers, safetensors_headers
 from saekit.hub.download import HubRef, Listing
-from saekit.hub.headers import TensorHeader, npz_headers, safetensors_headers, state_outline
+from saekit.hub.headers import Container, TensorHeader
 from saekit.hub.patience import first_line, patiently, refusal
+from saekit.hub.pickle_outline import state_outline
+from saekit.hub.pickles import state_container
 from saekit.hub.place import Place
 from saekit.hub.transfer import open_stream, pointer_path
 
@@ -115,7 +117,7 @@ def open_outline(place: Place, path: Path) -> Container:
             case ".npz":
                 return _Outline(npz_headers(file, where, with_small=True))
             case ".pt" | ".pth":
-                return state_container(path, state_outline(file, where))
+                return state_container(path, state_outline(file, where), is_outline=True)
             case _:
                 raise FormatError(f"{where}: a {path.suffix} file, needs .safetensors, .npz, .pt or .pth")
 

@@ -54,7 +54,9 @@ def pull(
     files = [file for name in names for file in found[name]]
     folder = place.folder_of(files, progress=progress)
     if sha256 is not None:
-        check_hashes(place.name_of(names[0]), {file: file_sha256(folder / file) for file in files}, sha256)
+        configs = config_names(place.names, files)
+        weights, others = ({name: file_sha256(folder / name) for name in group} for group in (files, configs))
+        check_hashes(place.name_of(names[0]), weights, others, sha256)
     if to is not None:
         _copy(place, folder, [*files, *config_names(place.names, files)], Path(to))
         folder = Path(to)

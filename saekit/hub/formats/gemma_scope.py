@@ -118,27 +118,14 @@ def read_gemma_scope_2_layers(release: Release) -> SAE:
     tensors["b_dec"] = torch.stack([w.take("b_dec", d_out) for w in opened])
     if has_skip:
         tensors["W_skip"] = torch.stack([w.take("affine_skip_connection", d_in, d_out) for w in opened])
-    targets = []
     for layer, weights in enumerate(opened):
         reach = weights.shape("w_dec", 3)[1]
         if reach not in {num, num - layer}:
             raise FormatError(f"{weights.where}: w_dec reaches {reach} layers, needs {num} or {num - layer}")
-        targets.append((num - reach, reach))
         tensors[f"decoders.{layer}"] = weights.take("w_dec", d_sae, reach, d_out)
         weights.finish()
     sites, sites_out = _layer_sites(release, num)
-    cfg = MultiLayerConfig(
-        d_in=d_in,
-        d_sae=d_sae,
-        d_out=d_out,
-        num_layers_in=num,
-        num_layers_out=num,
-        encoder="own",
-        targets=tuple(targets),
-        activation=JumpReLU(),
-        sites=sites,
-        sites_out=sites_out,
-    )
+    cfg = MultiLayerConfig.of(tensors, encoder="own", activation=JumpReLU(), sites=sites, sites_out=sites_out)
     return MultiLayerDictionary(cfg, tensors, source={"units": _UNITS})
 
 
@@ -192,17 +179,33 @@ def _sites_2(release: Release) -> tuple[Site | None, Site | None]:
 
 
 def _layer_sites(release: Release, num: int) -> tuple[tuple[Site, ...] | None, tuple[Site, ...] | None]:
-    model = release.config.get("model_name")
+    model, names = (
+        release.config.get("model_name"),
+        [release.config.get(f"hf_hook_point_{end}") for end in ("in", "out")],
+    )
+    if names == [None, None]:
+        model, names = release.ref, list(_layer_names(release.ref))
     found = []
-    for key in ("hf_hook_point_in", "hf_hook_point_out"):
-        name = release.config.get(key)
+    for name in names:
         braces = re.search(r"\{([^}]*)\}", name) if isinstance(name, str) else None
         if braces is None or not isinstance(name, str):
             return None, None
         layers = [str(n) for n in range(num)] if braces.group(1) == "all" else braces.group(1).split(",")
         if len(layers) != num:
-            raise FormatError(f"{release.ref!r}: config: {key} names {len(layers)} layers, the weights need {num}")
+            raise FormatError(f"{release.ref!r}: {name} names {len(layers)} layers, the weights need {num}")
         names = [name.replace(braces.group(0), layer.strip()) for layer in layers]
         sites = [hf_site(n, model if isinstance(model, str) else None) for n in names]
         found.append(tuple(site for site in sites if site is not None))
     return found[0], found[1]
+
+
+def _layer_names(ref: str) -> tuple[str | None, str | None]:
+    """The module paths that a folder means where no config says them."""
+    crosscoder = re.search(r"crosscoder/layer_(\d+(?:_\d+)*)_width_", ref)
+    if crosscoder is not None:
+        layers = f"model.layers.{{{crosscoder.group(1).replace('_', ',')}}}.output"
+        return layers, layers
+    if re.search(r"(^|[/:])clt/", ref):
+        name_in, name_out = _SITES_2["transcoder"]
+        return f"model.layers.{{all}}{name_in}", f"model.layers.{{all}}{name_out}"
+    return None, None

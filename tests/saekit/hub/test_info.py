@@ -16,8 +16,8 @@ import torch
 from saekit.errors import FormatError
 from saekit.hub import load_sae
 from saekit.hub.discover import dictionaries
-from saekit.hub.headers import state_outline
 from saekit.hub.info import dictionary_info
+from saekit.hub.pickle_outline import state_outline
 from saekit.hub.place import locate
 from saekit.sae import MultiLayerDictionary, TopKConfig, TopKSAE, TranscoderConfig
 from saekit.sae.checkpoint import build_sae
@@ -217,7 +217,7 @@ class _Evil:
 
 def test_pickle_that_would_run_code_is_refused_by_name(tmp_path: Path) -> None:
     torch.save({"W_enc": torch.ones(3), "evil": _Evil()}, tmp_path / "sae.pt")
-    with pytest.raises(FormatError, match=r"pickled __builtin__\.eval, needs tensors, numbers and texts only"):
+    with pytest.raises(FormatError, match=r"pickled builtins\.eval, needs tensors, numbers and texts only"):
         dictionary_info(tmp_path / "sae.pt")
     assert not Path("/tmp/saekit_was_here").exists()
 
