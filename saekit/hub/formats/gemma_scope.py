@@ -179,22 +179,20 @@ def _sites_2(release: Release) -> tuple[Site | None, Site | None]:
 
 
 def _layer_sites(release: Release, num: int) -> tuple[tuple[Site, ...] | None, tuple[Site, ...] | None]:
-    model, names = (
-        release.config.get("model_name"),
-        [release.config.get(f"hf_hook_point_{end}") for end in ("in", "out")],
-    )
-    if names == [None, None]:
-        model, names = release.ref, list(_layer_names(release.ref))
+    model: object = release.config.get("model_name")
+    ends: tuple[object, object] = release.config.get("hf_hook_point_in"), release.config.get("hf_hook_point_out")
+    if ends == (None, None):
+        model, ends = release.ref, _layer_names(release.ref)
     found = []
-    for name in names:
-        braces = re.search(r"\{([^}]*)\}", name) if isinstance(name, str) else None
-        if braces is None or not isinstance(name, str):
+    for end in ends:
+        braces = re.search(r"\{([^}]*)\}", end) if isinstance(end, str) else None
+        if braces is None or not isinstance(end, str):
             return None, None
         layers = [str(n) for n in range(num)] if braces.group(1) == "all" else braces.group(1).split(",")
         if len(layers) != num:
-            raise FormatError(f"{release.ref!r}: {name} names {len(layers)} layers, the weights need {num}")
-        names = [name.replace(braces.group(0), layer.strip()) for layer in layers]
-        sites = [hf_site(n, model if isinstance(model, str) else None) for n in names]
+            raise FormatError(f"{release.ref!r}: {end!r} names {len(layers)} layers, the weights need {num}")
+        names = [end.replace(braces.group(0), layer.strip()) for layer in layers]
+        sites = [hf_site(name, model if isinstance(model, str) else None) for name in names]
         found.append(tuple(site for site in sites if site is not None))
     return found[0], found[1]
 
