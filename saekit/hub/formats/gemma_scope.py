@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 import torch
@@ -65,7 +65,7 @@ def read_gemma_scope(release: Release) -> SAE:
         canonical.scale_output(scale)
         return canonical.build(JumpReLU(), units=_UNITS, site=Site(path="model.layers.0", side="input"))
     site, site_out = _sites_1(release)
-    return canonical.build(JumpReLU(), units=_UNITS, site=site, site_out=site_out)
+    return canonical.build(JumpReLU(), units=_UNITS, site=site, site_out=site_out, options=_heads(site))
 
 
 def is_gemma_scope_2(release: Release) -> bool:
@@ -87,7 +87,7 @@ def read_gemma_scope_2(release: Release) -> SAE:
     if skip is not None:
         canonical.extra["W_skip"] = skip
     site, site_out = _sites_2(release)
-    return canonical.build(JumpReLU(), units=_UNITS, site=site, site_out=site_out)
+    return canonical.build(JumpReLU(), units=_UNITS, site=site, site_out=site_out, options=_heads(site))
 
 
 def is_gemma_scope_2_layers(release: Release) -> bool:
@@ -151,6 +151,11 @@ def _sites_1(release: Release) -> tuple[Site | None, Site | None]:
     block = f"blocks.{layer.group(1)}."
     site_out = tl_site(block + name_out, "gemma-2-2b") if name_out else None
     return tl_site(block + name_in, "gemma-2-2b"), site_out
+
+
+def _heads(site: Site | None) -> Mapping[str, object]:
+    """TransformerLens keeps the heads apart in what the attention's output projection reads."""
+    return {"joins_heads": site is not None and site.path.endswith("self_attn.o_proj") and site.side == "input"}
 
 
 def _check_config(release: Release, width: int, *, has_skip: bool, kinds: Sequence[str]) -> None:
