@@ -124,7 +124,7 @@ class Canonical:
         units: str,
         site: Site | None,
         site_out: Site | None = None,
-        norm: Mapping[str, object] | None = None,
+        options: Mapping[str, object] | None = None,
     ) -> Dictionary:
         """Returns the dictionary.
 
@@ -133,7 +133,7 @@ class Canonical:
             units: what the activations are measured in, for the record.
             site: where the input is read.
             site_out: where the reconstruction belongs, if elsewhere.
-            norm: `norm` and `undo_norm` of the config, where tokens are normalised.
+            options: further fields of the config: `norm`, `undo_norm`, `joins_heads`.
         """
         cfg = DictionaryConfig.model_validate(
             {
@@ -143,7 +143,7 @@ class Canonical:
                 "activation": activation,
                 "site": site,
                 "site_out": site_out,
-                **(norm or {}),
+                **(options or {}),
             }
         )
         tensors = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}

@@ -63,5 +63,6 @@ class Container(Protocol):
 
 
 def reason(error: BaseException) -> str:
-    """Returns an error's first line, or its kind where it has none."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    """Returns an error's first line, or its kind where it has none; what a terminal would act on is escaped."""
+    line = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return line if line.isprintable() else line.encode("unicode_escape").decode("ascii")

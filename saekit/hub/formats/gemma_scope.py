@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 import torch
@@ -65,7 +65,7 @@ def read_gemma_scope(release: Release) -> SAE:
         canonical.scale_output(scale)
         return canonical.build(JumpReLU(), units=_UNITS, site=Site(path="model.layers.0", side="input"))
     site, site_out = _sites_1(release)
-    return canonical.build(JumpReLU(), units=_UNITS, site=site, site_out=site_out)
+    return canonical.build(JumpReLU(), units=_UNITS, site=site, site_out=site_out, options=_heads(site))
 
 
 def is_gemma_scope_2(release: Release) -> bool:
@@ -87,7 +87,7 @@ def read_gemma_scope_2(release: Release) -> SAE:
     if skip is not None:
         canonical.extra["W_skip"] = skip
     site, site_out = _sites_2(release)
-    return canonical.build(JumpReLU(), units=_UNITS, site=site, site_out=site_out)
+    return canonical.build(JumpReLU(), units=_UNITS, site=site, site_out=site_out, options=_heads(site))
 
 
 def is_gemma_scope_2_layers(release: Release) -> bool:
@@ -153,6 +153,11 @@ def _sites_1(release: Release) -> tuple[Site | None, Site | None]:
     return tl_site(block + name_in, "gemma-2-2b"), site_out
 
 
+def _heads(site: Site | None) -> Mapping[str, object]:
+    """TransformerLens keeps the heads apart in what the attention's output projection reads."""
+    return {"joins_heads": site is not None and site.path.endswith("self_attn.o_proj") and site.side == "input"}
+
+
 def _check_config(release: Release, width: int, *, has_skip: bool, kinds: Sequence[str]) -> None:
     config = release.config
     release.check("width", width)
@@ -179,22 +184,20 @@ def _sites_2(release: Release) -> tuple[Site | None, Site | None]:
 
 
 def _layer_sites(release: Release, num: int) -> tuple[tuple[Site, ...] | None, tuple[Site, ...] | None]:
-    model, names = (
-        release.config.get("model_name"),
-        [release.config.get(f"hf_hook_point_{end}") for end in ("in", "out")],
-    )
-    if names == [None, None]:
-        model, names = release.ref, list(_layer_names(release.ref))
+    model: object = release.config.get("model_name")
+    ends: tuple[object, object] = release.config.get("hf_hook_point_in"), release.config.get("hf_hook_point_out")
+    if ends == (None, None):
+        model, ends = release.ref, _layer_names(release.ref)
     found = []
-    for name in names:
-        braces = re.search(r"\{([^}]*)\}", name) if isinstance(name, str) else None
-        if braces is None or not isinstance(name, str):
+    for end in ends:
+        braces = re.search(r"\{([^}]*)\}", end) if isinstance(end, str) else None
+        if braces is None or not isinstance(end, str):
             return None, None
         layers = [str(n) for n in range(num)] if braces.group(1) == "all" else braces.group(1).split(",")
         if len(layers) != num:
-            raise FormatError(f"{release.ref!r}: {name} names {len(layers)} layers, the weights need {num}")
-        names = [name.replace(braces.group(0), layer.strip()) for layer in layers]
-        sites = [hf_site(n, model if isinstance(model, str) else None) for n in names]
+            raise FormatError(f"{release.ref!r}: {end!r} names {len(layers)} layers, the weights need {num}")
+        names = [end.replace(braces.group(0), layer.strip()) for layer in layers]
+        sites = [hf_site(name, model if isinstance(model, str) else None) for name in names]
         found.append(tuple(site for site in sites if site is not None))
     return found[0], found[1]
 

@@ -231,7 +231,7 @@ def _normalised(release: Release, config: Mapping[str, object], canonical: Canon
     weights.finish(*norm_names(release))
     site, site_out = _sites(config, release.ref)
     units = "pre-activations of the normalised input"
-    return canonical.build(activation, units=units, site=site, site_out=site_out, norm=norm)
+    return canonical.build(activation, units=units, site=site, site_out=site_out, options=norm)
 
 
 def _linear(release: Release, config: Mapping[str, object]) -> Canonical:

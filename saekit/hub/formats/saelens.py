@@ -156,7 +156,7 @@ def _placed(release: Release, spec: _Spec, canonical: Canonical, activation: Act
     norm = {"norm": _NORMS[asked], "undo_norm": not spec.is_transcoder} if asked in _NORMS else {}
     joins_heads = spec.config.get("reshape_activations", _default_shape(spec.config)) == "hook_z"
     return canonical.build(
-        activation, units=units, site=site, site_out=site_out, norm=norm | {"joins_heads": joins_heads}
+        activation, units=units, site=site, site_out=site_out, options=norm | {"joins_heads": joins_heads}
     )
 
 

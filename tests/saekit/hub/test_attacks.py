@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from saekit.errors import FormatError
 from saekit.hub import load_sae
 from saekit.hub.discover import dictionaries
+from saekit.hub.release import read_mapping
 from saekit.hub.strict import parse_yaml
 from saekit.sae import TopKConfig, TopKSAE
 
@@ -90,6 +91,14 @@ def test_pickle_is_refused_by_what_it_names_before_it_is_read(
 
 def weights() -> dict[str, Any]:
     return {name: torch.ones(shape) for name, shape in WEIGHTS.items()}
+
+
+def test_pickle_whose_error_holds_control_characters_is_one_line(tmp_path: Path) -> None:
+    refused(pickled(tmp_path, b"\x80\x02}U\x05\x1b[2Ja\x1b"), r"a\.pt': .*needs an unbroken file of torch\.save")
+    (tmp_path / "b.yaml").write_text("\x1b[2J", encoding="utf-8")
+    with pytest.raises(ValueError, match="cannot be read") as caught:
+        read_mapping(tmp_path / "b.yaml")
+    assert str(caught.value).isprintable()
 
 
 def test_pickled_values_that_have_no_end_are_refused(tmp_path: Path) -> None:

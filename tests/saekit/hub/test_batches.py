@@ -59,13 +59,16 @@ def test_half_precision_input_is_read_in_the_dictionarys_precision(dtype: torch.
     assert torch.equal(sae.encode(x), sae.encode(x.float()))
 
 
-def test_heads_are_joined_where_the_release_reads_them_apart() -> None:
-    sae = load_sae(FIXTURES / "saelens_v6_standard_hook_z")
+@pytest.mark.parametrize("fixture", ["saelens_v6_standard_hook_z", "connor_attn", "gemmascope2_attn_out"])
+def test_heads_are_joined_where_the_release_reads_them_apart(fixture: str) -> None:
+    sae = load_sae(FIXTURES / fixture)
     apart = torch.randn(2, 3, 4, sae.d_in // 4)
     assert torch.equal(sae.encode(apart), sae.encode(apart.flatten(2)))
     assert torch.equal(sae(apart).x_hat, sae(apart.flatten(2)).x_hat)
     with pytest.raises(ValueError, match=r"x has shape \[2, 3, 5, 8\], needs"):
         sae.encode(torch.randn(2, 3, 5, 8))
-    plain = load_sae(FIXTURES / "saelens_v6_standard")
+
+
+def test_heads_apart_are_refused_where_there_are_none() -> None:
     with pytest.raises(ValueError, match=r"x has shape \[3, 4, 8\], needs"):
-        plain.encode(torch.randn(3, 4, 8))
+        load_sae(FIXTURES / "saelens_v6_standard").encode(torch.randn(3, 4, 8))
