@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from saekit.errors import ConfigError
+from saekit.hub.headers import is_true
 from saekit.sae.activation import Activation
 from saekit.sae.dictionary import Dictionary, DictionaryConfig
 from saekit.sae.site import Site
@@ -102,7 +103,7 @@ class Canonical:
         Raises:
             ConfigError: a factor is not finite.
         """
-        if isinstance(factor, Tensor) and not bool(torch.isfinite(factor).all()):
+        if isinstance(factor, Tensor) and not is_true(torch.isfinite(factor).all()):
             raise ConfigError("decoder rows whose norms overflow, needs smaller weights")
         self.W_enc.mul_(factor)
         self.b_enc = self.b_enc * factor

@@ -118,7 +118,8 @@ class Weights:
 
     def has_nan(self, name: str) -> bool:
         """Whether a tensor holds NaN, by which some formats say that it is not used."""
-        return bool(torch.isnan(self._home[name].tensor(name)).any())
+        tensor = self._home[name].tensor(name)
+        return not tensor.is_meta and bool(torch.isnan(tensor).any())
 
     def finish(self, *ignored: str) -> None:
         """Checks that every tensor was taken: one that nobody reads might change the function.

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from saekit.errors import ConfigError, FormatError
 from saekit.hub.discover import config_names, dictionaries, unreadable
-from saekit.hub.headers import reason
+from saekit.hub.headers import is_true, reason
 from saekit.hub.place import Place, locate, shown
 from saekit.hub.release import Release, read_mapping
 from saekit.hub.strict import parse_json
@@ -206,7 +206,7 @@ def _check_finite(ref: str, sae: SAE) -> None:
     """Checks what the folds have made; the large matrices were finite when they were read, and their scales are."""
     for name, parameter in sae.named_parameters():
         is_vector = not name.startswith(("W_", "decoders", "attention"))
-        if is_vector and not bool(torch.isfinite(parameter).all()):
+        if is_vector and not is_true(torch.isfinite(parameter).all()):
             raise FormatError(
                 f"{ref!r}: {name} has NaN or Inf after its scales, needs others in the config or the weights"
             )
@@ -215,7 +215,9 @@ def _check_finite(ref: str, sae: SAE) -> None:
 def _check_links(place: Place, folder: Path, names: Sequence[str]) -> None:
     """Refuses links that lead out of the folder: whoever made it would choose what of the reader's disk is read and kept."""
     home = folder.resolve()
-    allowed = [home, Path(place.ref).resolve().parent] if place.is_file and place.hub is None else [home]
+    allowed = [home]
+    if place.is_file and place.hub is None:
+        allowed.append((folder / place.names[0]).resolve().parent)
     # The hub's cache holds a revision as links into its own blobs.
     allowed += [above.parent.parent / "blobs" for above in (home, *home.parents) if above.parent.name == "snapshots"]
     for name in names:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from saekit.errors import FormatError
 from saekit.hub.canonical import Canonical, checked_scale, threshold_over
+from saekit.hub.headers import is_true
 from saekit.hub.hooks import tl_site
 from saekit.hub.release import Release
 from saekit.sae.activation import Activation, BatchTopK, JumpReLU, ReLU, TopK
@@ -176,7 +177,7 @@ def exponentiated(release: Release, name: str, *shape: int) -> Tensor:
         FormatError: one is more than float32 holds.
     """
     threshold = torch.exp(release.weights.take(name, *shape))
-    if not bool(torch.isfinite(threshold).all()):
+    if not is_true(torch.isfinite(threshold).all()):
         raise FormatError(f"{release.weights.where}: {name} is up to {threshold.log().max()}, needs finite thresholds")
     return threshold
 
