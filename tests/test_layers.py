@@ -28,6 +28,7 @@ ROOMS: dict[str, set[str]] = {
 ONLY_IN = {
     "zarr": "saekit/activations/",
     "accelerate": "saekit/training/",
+    "bitsandbytes": "saekit/training/low_bit.py",
     "openai": "saekit/labelling/client.py",
     "transformers": "saekit/models/",
     "datasets": "saekit/models/",

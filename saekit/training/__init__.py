@@ -1,7 +1,7 @@
 """Training of sparse autoencoders from activations."""
 
-from saekit.training.config import SparsityConfig, TrainConfig
+from saekit.training.config import ResampleConfig, SparsityConfig, TrainConfig
 from saekit.training.metrics import read_metrics
 from saekit.training.trainer import Trainer
 
-__all__ = ["SparsityConfig", "TrainConfig", "Trainer", "read_metrics"]
+__all__ = ["ResampleConfig", "SparsityConfig", "TrainConfig", "Trainer", "read_metrics"]

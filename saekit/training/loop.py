@@ -105,7 +105,10 @@ class TrainingLoop:
 
     def _record(self, figures: StepFigures) -> None:
         run = self.run
-        self.means.add({"loss": figures.loss, "fvu": figures.fvu, "auxk": figures.auxiliary, "l0": figures.l0})
+        means = {"loss": figures.loss, "fvu": figures.fvu, "auxk": figures.auxiliary, "l0": figures.l0}
+        self.means.add(means | {"gradient_norm": figures.gradient_norm})
+        if figures.resampled:
+            self._write("resample", {"resampled": float(figures.resampled)})
         is_last = run.step == run.config.num_steps
         if run.step % self.log_steps == 0 or is_last:
             now, (then, step) = time.perf_counter(), self._since

@@ -167,13 +167,18 @@ class Objective(nn.Module, ABC):
         """Returns what the optimizer moves, by name."""
         return {"W_enc": self.sae.W_enc, "b_enc": self.sae.b_enc, "W_dec": self.sae.W_dec, "b_dec": self.sae.b_dec}
 
-    def settle(self) -> None:
-        """Brings the SAE in line with the trained parameters, whose decoder rows are made unit; twice is as once."""
-        self.sae.normalize_decoder()
+    def settle(self, *, has_unit_rows: bool = False) -> None:
+        """Brings the SAE in line with the trained parameters, whose decoder rows are made unit where they are to be.
 
-    def after_step(self) -> None:
-        """Settles, and notes what the step saw."""
-        self.settle()
+        Args:
+            has_unit_rows: whether they are already, as the optimizer's own pass leaves them.
+        """
+        if self.has_projected_decoder and not has_unit_rows:
+            self.sae.normalize_decoder()
+
+    def after_step(self, *, has_unit_rows: bool = False) -> None:
+        """Settles, and notes what the step saw; see `settle`."""
+        self.settle(has_unit_rows=has_unit_rows)
 
     def finish(self) -> None:
         """Turns the last weights into those that are saved, where training leaves something open."""
@@ -258,9 +263,9 @@ class BatchTopKObjective(Objective):
         super().prepare(parts, dead)
 
     @torch.no_grad()
-    def after_step(self) -> None:
+    def after_step(self, *, has_unit_rows: bool = False) -> None:
         """Settles, and moves the threshold towards the smallest entry kept in this batch."""
-        super().after_step()
+        super().after_step(has_unit_rows=has_unit_rows)
         self.num_seen += 1
         # A plain mean at first, so that the threshold's start does not matter; then a running one that follows the weights.
         weight = max(1.0 / float(self.num_seen), 1.0 / THRESHOLD_MEMORY_STEPS)

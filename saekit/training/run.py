@@ -20,7 +20,18 @@ from saekit.training.fused_adam import FusedAdam
 from saekit.training.micro import backward_in_parts
 from saekit.training.optim import GradientClip, build_optimizer, project_decoder_gradient, set_learning_rates
 from saekit.training.penalty import PenalizedObjective
+from saekit.training.resample import (
+    MAX_SAMPLE_TOKENS,
+    Draw,
+    clear_optimizer,
+    draw_inputs,
+    is_due,
+    largest,
+    renew_features,
+    silent_features,
+)
 from saekit.training.schedule import default_lr, lr_factor
+from saekit.training.schedule_free import ScheduleFreeSignum
 from saekit.training.sparsity import L0Control
 
 if TYPE_CHECKING:
@@ -41,6 +52,8 @@ class StepFigures:
     lr: float
     coefficient: float
     gradient_norm: float
+    resampled: int
+    """Features that were drawn anew after the step."""
     stop_asked: bool
 
 
@@ -119,22 +132,25 @@ class TrainRun:
             self.optimizer.gradient_scale = self.clip.scale(gradient_norm)
         self.clip.update(gradient_norm)
         self.optimizer.step()
-        self.objective.after_step()
+        self.objective.after_step(has_unit_rows=isinstance(self.optimizer, FusedAdam | ScheduleFreeSignum))
         self.average.update()
         self.dead.update(summed[5:] > 0, self.config.batch_size)
         self.step += 1
         l0 = num_active / self.config.batch_size
         if self.control:
             self.control.update(l0, self._wanted_l0())
+        dead_fraction = float(self.dead.mask.double().mean())
+        resampled = self._resample() if is_due(self.config, self.step) else 0
         return StepFigures(
             loss=loss / processes,
             fvu=fvu / processes,
             auxiliary=auxiliary / processes,
             l0=l0,
-            dead_fraction=float(self.dead.mask.double().mean()),
+            dead_fraction=dead_fraction,
             lr=self.peak_lr * factor,
             coefficient=coefficient,
             gradient_norm=gradient_norm,
+            resampled=resampled,
             stop_asked=stops > 0,
         )
 
@@ -160,6 +176,33 @@ class TrainRun:
         self.average.load_state_dict(state["average"])
         if self.control:
             self.control.load_state_dict(state["control"])
+
+    def _resample(self) -> int:
+        """Draws silent features anew, the same ones from the same inputs on every process; returns how many."""
+        config, accelerator = self.config, self.accelerator
+        assert config.resample is not None
+        features = silent_features(self.dead, config)
+        if not len(features):
+            return 0
+        tokens = config.resample.sample_tokens or min(MAX_SAMPLE_TOKENS, max(1, config.num_tokens // 10))
+        keys, draw = draw_inputs(
+            self.sae,
+            self.source,
+            self.normalization,
+            len(features),
+            num_batches=math.ceil(tokens / config.batch_size),
+            seed=config.seed + self.step,
+            place=(accelerator.process_index, accelerator.num_processes),
+        )
+        if accelerator.num_processes > 1:
+            keys, draw = largest(accelerator.gather(keys), Draw(*map(accelerator.gather, draw)), len(features))
+        features = features[: int(torch.isfinite(keys).sum())]
+        draw = Draw(*(rows[: len(features)] for rows in draw))
+        renew_features(self.objective, features, draw, encoder_norm=config.resample.encoder_norm)
+        clear_optimizer(self.optimizer, features)
+        self.average.restart(features)
+        self.dead.silent_tokens[features] = 0
+        return len(features)
 
     def _sum(self, value: Tensor) -> Tensor:
         total: Tensor = self.accelerator.reduce(value, reduction="sum")

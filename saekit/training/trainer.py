@@ -24,6 +24,7 @@ from saekit.training.config import TrainConfig
 from saekit.training.finish import finish_weights
 from saekit.training.heldout import TokenView, read_evenly
 from saekit.training.loop import TrainingLoop
+from saekit.training.low_bit import check_low_bit
 from saekit.training.run import TrainRun
 from saekit.training.start import (
     SAMPLE_TOKENS,
@@ -69,6 +70,7 @@ class Trainer:
 
         Raises:
             ConfigError: widths differ, or an SAE whose sparsity comes from a penalty has no target L0.
+            MissingDependencyError: the optimizer needs a package that is not installed.
         """
         self.sae = sae
         self.config = config
@@ -81,6 +83,8 @@ class Trainer:
                     f"{what} data: activations are {data.d_in} wide, needs the SAE's {name} = {batch_width(sae)}"
                 )
         check_trainable(sae)
+        if config.optimizer == "adamw8bit":
+            check_low_bit()
 
     def fit(self, out: str | Path, *, progress: Progress = NO_PROGRESS) -> SAE:
         """Trains into the folder `out`; the same call again goes on where a run ended, or loads a finished one.

@@ -173,7 +173,7 @@ def _trained_point_is_saved(patch: pytest.MonkeyPatch) -> None:
 
 def _average_has_short_rows(patch: pytest.MonkeyPatch) -> None:
     right = ScheduleFreeSignum.averages
-    patch.setattr(Objective, "settle", lambda self: None)
+    patch.setattr(Objective, "settle", lambda self, **options: None)
     patch.setattr(
         ScheduleFreeSignum, "averages", lambda self: {name: 0.99 * value for name, value in right(self).items()}
     )
@@ -228,9 +228,9 @@ def _accumulated_without_shares(patch: pytest.MonkeyPatch) -> None:
 def _thresholds_in_bfloat16(patch: pytest.MonkeyPatch) -> None:
     right = JumpReLUObjective.settle
 
-    def wrong(self: JumpReLUObjective) -> None:
+    def wrong(self: JumpReLUObjective, **options: bool) -> None:
         self.log_threshold.data.copy_(self.log_threshold.data.bfloat16())
-        right(self)
+        right(self, **options)
 
     patch.setattr(JumpReLUObjective, "settle", wrong)
 

@@ -38,13 +38,16 @@ CONFIGS: dict[str, SAEConfig] = {
     "relu": ReLUConfig(d_in=16, d_sae=32, target_l0=2, p_end=0.5),
     "gated": GatedConfig(d_in=16, d_sae=32, target_l0=2),
 }
-EXACT = {"topk", "matryoshka"}
+CONFIGS["resampled"] = TopKConfig(d_in=16, d_sae=64, k=1)
+EXACT = {"topk", "matryoshka", "resampled"}
+RESAMPLE = {"every_tokens": 8 * 128, "silent_tokens": 4 * 128, "sample_tokens": 1024, "encoder_norm": 1.0}
 
 
 def train(planted: ModuleType, kind: str, out: Path, *, rank: int = 0, world_size: int = 1) -> None:
     source = planted.PlantedSource(batch_size=128, rank=rank, world_size=world_size)
     view = planted.PlantedView(source, num_batches=4)
-    Trainer(build_sae(CONFIGS[kind]), source, CONFIG, test=view).fit(out)
+    config = TrainConfig.parse(CONFIG.to_dict() | ({"resample": RESAMPLE} if kind == "resampled" else {}))
+    Trainer(build_sae(CONFIGS[kind]), source, config, test=view).fit(out)
 
 
 SCRIPT = """
@@ -105,10 +108,11 @@ def test_two_processes_equal_one(planted: ModuleType, two_processes: Path, tmp_p
     assert len(rows) == len(expected)
     # Thresholds start at the mean of both processes' quantiles, which is not the quantile of both.
     tolerance = 1e-4 if kind in EXACT else 0.05
+    assert ("resample" in {row["split"] for row in rows}) == (kind == "resampled")
     for row, other in zip(rows, expected, strict=True):
         for key in ("tokens", "split"):
             assert row[key] == other[key]
-        for key in ("fvu", "l0", "dead_fraction"):
+        for key in row.keys() & {"fvu", "l0", "dead_fraction", "gradient_norm", "resampled"}:
             assert row[key] == pytest.approx(other[key], rel=tolerance, abs=0.0 if kind in EXACT else 0.1), row
     if kind in EXACT:
         found, single = load_sae_folder(two_processes / kind), load_sae_folder(tmp_path)
