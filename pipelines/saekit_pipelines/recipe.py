@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import Field
 
@@ -13,6 +13,7 @@ from saekit.evaluation import EvaluationConfig
 from saekit.labelling import LabelConfig
 from saekit.sae import AnySAEConfig, TranscoderConfig
 from saekit.training import TrainConfig
+from saekit_pipelines.sweep import expand_sweeps
 
 __all__ = ["Recipe", "ReportConfig", "SplitConfig", "TrainRun", "load_recipe"]
 
@@ -104,13 +105,20 @@ class Recipe(Config):
         return run.target_hook_point
 
 
+_SWEPT_FIELDS = {
+    "sae": frozenset(name for cfg in get_args(get_args(AnySAEConfig)[0]) for name in cfg.model_fields),
+    "training": frozenset(TrainConfig.model_fields),
+}
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Returns the recipe at `path` with `key=value` overrides applied.
+    """Returns the recipe at `path` with `key=value` overrides applied and sweeps spelled out.
 
     Raises:
         ConfigError: one line that names the key, what was found and what is needed.
     """
-    recipe = Recipe.parse(apply_overrides(read_toml(path), overrides), where=f"recipe {str(path)!r}")
+    values = expand_sweeps(apply_overrides(read_toml(path), overrides), fields=_SWEPT_FIELDS)
+    recipe = Recipe.parse(values, where=f"recipe {str(path)!r}")
     for name, run in recipe.train.items():
         recipe.hook_point(name)
         recipe.target_hook_point(name)

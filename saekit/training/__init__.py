@@ -2,6 +2,7 @@
 
 from saekit.training.config import ResampleConfig, SparsityConfig, TrainConfig
 from saekit.training.metrics import read_metrics
+from saekit.training.together import train_together
 from saekit.training.trainer import Trainer
 
-__all__ = ["ResampleConfig", "SparsityConfig", "TrainConfig", "Trainer", "read_metrics"]
+__all__ = ["ResampleConfig", "SparsityConfig", "TrainConfig", "Trainer", "read_metrics", "train_together"]

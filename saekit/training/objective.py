@@ -71,6 +71,7 @@ class Objective(nn.Module, ABC):
 
     Attributes:
         progress: part of training that is done, 0 to 1; schedules inside the loss follow it.
+        reconstruction_weight: of the reconstruction term, 1; another where a model's loss is what is asked for.
     """
 
     has_projected_decoder = True
@@ -86,6 +87,7 @@ class Objective(nn.Module, ABC):
         self.sum_over_processes = sum_over_processes
         self.k_aux = config.k_aux or default_k_aux(sae.d_out)
         self.progress = 0.0
+        self.reconstruction_weight = 1.0
         self._residual_variance: Tensor | None = None
 
     @abstractmethod
@@ -100,16 +102,21 @@ class Objective(nn.Module, ABC):
             dead: indices of the dead features [n_dead] int64, the same on every process.
             coefficient: weight of the sparsity penalty.
         """
+        return self.forward_with_error(x, dead, coefficient)[0]
+
+    def forward_with_error(self, x: Tensor, dead: Tensor, coefficient: float = 0.0) -> tuple[StepResult, Tensor]:
+        """Returns what `forward` does, and target less reconstruction [N, d_out] with its graph."""
         inputs, target = split_pairs(self.sae, x)
         encoder_input = self.sae.encoder_input(inputs)
         code = self.encode(encoder_input)
         reconstruction, fvu, error = self.reconstruct(inputs, target, code)
         auxiliary, weighted = self.dead_loss(encoder_input, error, dead, code)
-        loss = reconstruction + weighted + self.penalty(encoder_input, target, code, coefficient)
+        weight = self.reconstruction_weight
+        loss = reconstruction * weight + weighted + self.penalty(encoder_input, target, code, coefficient)
         active = code.values > 0
         fired = torch.zeros(self.sae.d_sae, dtype=torch.bool, device=x.device)
         fired[code.indices[active]] = True
-        return StepResult(loss, fvu.detach(), auxiliary, active.sum(), fired)
+        return StepResult(loss, fvu.detach(), auxiliary, active.sum(), fired), error
 
     def reconstruct(self, inputs: Tensor, target: Tensor, code: Code) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the reconstruction term with its graph, the FVU of all features, and target less reconstruction [N, d_out]."""

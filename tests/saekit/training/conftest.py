@@ -1,11 +1,15 @@
-"""A planted dictionary, reachable as a module by every test here."""
+"""A planted dictionary, reachable as a module by every test here, and a small cache of a random model."""
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from saekit.activations import ActivationStore, CacheConfig, cache_activations
+from saekit.models import load_model
 
 
 def _load() -> ModuleType:
@@ -22,3 +26,22 @@ def _load() -> ModuleType:
 def planted() -> ModuleType:
     """tests/saekit/training/planted.py."""
     return _load()
+
+
+@pytest.fixture(scope="session")
+def store(
+    tiny_model_dir: Callable[[str], Path], documents_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> ActivationStore:
+    """640 tokens in rows of 16 at the second layer of a tiny Llama."""
+    config = CacheConfig.parse(
+        {
+            "model": {"name": str(tiny_model_dir("llama"))},
+            "text": {"kind": "files", "paths": [str(documents_file)]},
+            "tokens": {"context_len": 16},
+            "hook_points": ["model.layers.1"],
+            "num_tokens": 640,
+            "dtype": "float32",
+        }
+    )
+    out = tmp_path_factory.mktemp("store")
+    return cache_activations(config, out, lm=load_model(config.model))
