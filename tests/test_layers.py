@@ -18,7 +18,7 @@ ROOMS: dict[str, set[str]] = {
     "models": set(),
     "sae": set(),
     "activations": {"models"},
-    "training": {"sae", "activations"},
+    "training": {"models", "sae", "activations"},
     "hub": {"sae"},
     "labelling": {"models", "activations", "sae"},
     "evaluation": {"models", "activations", "sae"},

@@ -82,9 +82,7 @@ def _guarded(command: Callable[P, None]) -> Callable[P, None]:
 
 @app.command(epilog="Example:  saekit run pipelines/recipes/gpt2_resid8_topk.toml --dry-run")
 @_guarded
-def run(
-    recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False, together: Together = False
-) -> None:
+def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False, together: Together = False) -> None:
     """Run every stage of a recipe: cache, train, label, evaluate, report."""
     from saekit_pipelines.stages import Pipeline
 
@@ -112,9 +110,7 @@ def cache(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = Fal
 
 @app.command(epilog="Example:  accelerate launch -m saekit_pipelines train RECIPE.toml --sae topk")
 @_guarded
-def train(
-    recipe: RecipePath, overrides: Overrides = None, sae: SaeName = None, together: Together = False
-) -> None:
+def train(recipe: RecipePath, overrides: Overrides = None, sae: SaeName = None, together: Together = False) -> None:
     """Train the recipe's SAEs on the cached activations."""
     from saekit_pipelines.stages import Pipeline
 

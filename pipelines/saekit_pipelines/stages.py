@@ -133,12 +133,13 @@ class Pipeline:
                 same, bit for bit.
         """
         names = self._names(only)
-        if together and len(names) > 1:
+        alone = [name for name in names if not together or self.recipe.train[name].start_from is not None]
+        shared = [name for name in names if name not in alone]
+        if shared:
             started = time.monotonic()
-            train_together({self.stage_folder("train", n): self._trainer(n) for n in names}, progress=self.progress)
-            self.progress.say(f"train: {len(names)} SAEs done in {time.monotonic() - started:,.1f} s")
-            return
-        for name in names:
+            train_together({self.stage_folder("train", n): self._trainer(n) for n in shared}, progress=self.progress)
+            self.progress.say(f"train: {len(shared)} SAEs done in {time.monotonic() - started:,.1f} s")
+        for name in alone:
             folder = self.stage_folder("train", name)
             with self._timed(f"train {name}", folder):
                 self._trainer(name).fit(folder, progress=NamedProgress(self.progress, name))
@@ -146,8 +147,12 @@ class Pipeline:
     def _trainer(self, name: str) -> Trainer:
         config = self.recipe.train[name]
         train, test = self.views(name)
-        sae = build_sae(sized(config.sae, train.store), seed=config.training.seed, hook_point=train.store.hook_point)
-        return Trainer(sae, train, config.training, test=test)
+        cfg = sized(config.sae, train.store)
+        sae = build_sae(cfg, seed=config.training.seed, hook_point=train.store.hook_point)
+        if config.start_from is not None:
+            sae.load_state_dict(self.sae(config.start_from).state_dict())
+        lm = self.lm if config.training.objective is not None else None
+        return Trainer(sae, train, config.training, test=test, lm=lm)
 
     def label(self, only: str | None = None) -> None:
         """Labels and scores the features of the trained SAEs."""

@@ -37,7 +37,9 @@ def expand_sweeps(values: Mapping[str, Any], *, fields: Mapping[str, frozenset[s
         made = _combinations(name, run, fields) if isinstance(run, dict) and SWEEP_KEY in run else {name: run}
         for swept, table in made.items():
             if swept in runs:
-                raise ConfigError(f"train.{name}.{SWEEP_KEY}: gives a second SAE called {swept!r}, needs different names")
+                raise ConfigError(
+                    f"train.{name}.{SWEEP_KEY}: gives a second SAE called {swept!r}, needs different names"
+                )
             runs[swept] = table
     return {**values, "train": runs}
 

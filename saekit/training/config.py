@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from saekit.config import Config
 
-__all__ = ["ResampleConfig", "SparsityConfig", "TrainConfig"]
+__all__ = ["EndToEndConfig", "ResampleConfig", "SparsityConfig", "TrainConfig"]
 
 
 class ResampleConfig(Config):
@@ -24,6 +24,27 @@ class ResampleConfig(Config):
     num_tokens, at most 819,200."""
     encoder_norm: float = Field(default=0.2, gt=0)
     """Norm of a new feature's encoder row in multiples of the mean norm of the live ones'."""
+
+
+class EndToEndConfig(Config):
+    """Training on what the language model makes of reconstructions, in place of or beside the reconstructions themselves."""
+
+    kind: Literal["e2e", "e2e_downstream", "kl_finetune"]
+    """`e2e`: the model's loss alone; `e2e_downstream`: and how well the later layers' outputs are those without the SAE;
+    `kl_finetune`: and the reconstruction, for the last few percent of the tokens of an SAE that is trained already."""
+    kl_weight: float | None = Field(default=None, ge=0)
+    """Weight of the KL divergence, in nats a token, from the model's predictions to those with the SAE; None = 1, and for
+    `kl_finetune` what makes it as large as the reconstruction's term on the first tokens."""
+    ce_weight: float = Field(default=0.0, ge=0)
+    """Weight of the cross-entropy of the next tokens, in nats a token."""
+    downstream_weight: float = Field(default=1.0, gt=0)
+    """Weight of the later layers' mean fraction of variance unexplained; `e2e_downstream` only."""
+
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> Self:
+        if self.kl_weight == 0 and self.ce_weight == 0:
+            raise ValueError("kl_weight and ce_weight are 0, needs one of them")
+        return self
 
 
 class SparsityConfig(Config):
@@ -101,6 +122,9 @@ class TrainConfig(Config):
     """Control of L0."""
     resample: ResampleConfig | None = None
     """Resampling of silent features; None = none, they are left to the loss."""
+    objective: EndToEndConfig | None = None
+    """A loss that goes through the language model; None = reconstruction. Whole token rows are read then, `batch_size` and
+    `micro_batch_size` count all of their positions, and the SAE takes the place of the normal training tokens in them."""
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:

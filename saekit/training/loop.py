@@ -116,7 +116,7 @@ class TrainingLoop:
     def _record(self, figures: StepFigures) -> None:
         run = self.run
         means = {"loss": figures.loss, "fvu": figures.fvu, "auxk": figures.auxiliary, "l0": figures.l0}
-        self.means.add(means | {"gradient_norm": figures.gradient_norm} | figures.terms)
+        self.means.add(means | {"gradient_norm": figures.gradient_norm, **figures.terms})
         if figures.resampled:
             self._write("resample", {"resampled": float(figures.resampled)})
         is_last = run.step == run.config.num_steps

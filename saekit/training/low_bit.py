@@ -112,4 +112,3 @@ class LowBitAdamW(torch.optim.Optimizer):
             # Quantised values are places in a table, which holds 0 exactly.
             zero = 0.0 if codes is None else int(codes.abs().argmin())
             moment.view(len(self._views[parameter]), -1)[features] = zero
-

@@ -19,7 +19,16 @@ from saekit.training.low_bit import LowBitAdamW
 from saekit.training.objective import Objective
 from saekit.training.schedule_free import ScheduleFreeSignum
 
-__all__ = ["MAX_SAMPLE_TOKENS", "Draw", "clear_optimizer", "draw_inputs", "is_due", "largest", "renew_features", "silent_features"]
+__all__ = [
+    "MAX_SAMPLE_TOKENS",
+    "Draw",
+    "clear_optimizer",
+    "draw_inputs",
+    "is_due",
+    "largest",
+    "renew_features",
+    "silent_features",
+]
 
 MAX_SAMPLE_TOKENS = 819_200
 PART_TOKENS = 2048
@@ -88,7 +97,7 @@ def draw_inputs(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         uniform = torch.rand(len(x) * world_size, dtype=torch.float64, generator=generator)
         own = uniform[rank * len(x) : (rank + 1) * len(x)].to(device)
-        for part, chance in zip(x.split(PART_TOKENS), own.split(PART_TOKENS), strict=True):
+        for part, chance in zip(torch.split(x, PART_TOKENS), torch.split(own, PART_TOKENS), strict=True):
             inputs, target = split_pairs(sae, part)
             loss = (target - sae(inputs).x_hat).double().square().sum(1)
             weight = loss.square().clamp_min(torch.finfo(torch.float64).tiny)
@@ -157,4 +166,4 @@ def clear_optimizer(optimizer: torch.optim.Optimizer, features: Tensor) -> None:
 
 
 def _unit(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    return torch.nn.functional.normalize(rows, dim=1)

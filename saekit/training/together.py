@@ -56,9 +56,9 @@ def train_together(trainers: Mapping[str | Path, Trainer], *, progress: Progress
 
 
 def _order_of(trainer: Trainer) -> object:
-    """What trainings have to have in common to take the same batches; nothing equals the order of a source of one's own."""
+    """What trainings have to have in common to take the same batches; whole rows and sources of one's own are not shared."""
     view = trainer.train
-    if not isinstance(view, StoreView):
+    if not isinstance(view, StoreView) or trainer.config.objective is not None:
         return trainer
     targets = view.store.targets.hook_point if isinstance(view.store, PairedStore) else None
     data = (view.store.sha256, view.store.hook_point, targets, view.fingerprint)
@@ -91,7 +91,7 @@ class _Group:
 
     def _open(self, stack: contextlib.ExitStack) -> SharedBatches | None:
         first = next(iter(self.trainers.values()))
-        if not isinstance(first.train, StoreView):
+        if not isinstance(first.train, StoreView) or first.config.objective is not None:
             return None
         batches = first.open_source(self.accelerator, stack)
         assert isinstance(batches, ShuffledBatches)

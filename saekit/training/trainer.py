@@ -15,6 +15,8 @@ from saekit.activations.source import ActivationSource
 from saekit.activations.view import StoreView
 from saekit.errors import ConfigError, NonFiniteError
 from saekit.manifest import StageState, begin_stage, finish_stage, locked
+from saekit.models.hooks import resolve
+from saekit.models.load import LanguageModel
 from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae.base import SAE
 from saekit.sae.checkpoint import load_sae_folder
@@ -22,10 +24,12 @@ from saekit.sae.fold import Normalization, PairNormalization
 from saekit.sae.transcoder import Transcoder, batch_width
 from saekit.training.build import check_trainable
 from saekit.training.config import TrainConfig
+from saekit.training.end_to_end import EndToEndRun
 from saekit.training.finish import finish_weights
 from saekit.training.heldout import TokenView, read_evenly
 from saekit.training.loop import TrainingLoop
 from saekit.training.low_bit import check_low_bit
+from saekit.training.rows import TokenRowBatches
 from saekit.training.run import TrainRun
 from saekit.training.start import (
     SAMPLE_TOKENS,
@@ -61,6 +65,7 @@ class Trainer:
         config: TrainConfig,
         *,
         test: TokenView | None = None,
+        lm: LanguageModel | None = None,
     ) -> None:
         """Reads no activations yet.
 
@@ -69,9 +74,12 @@ class Trainer:
             train: tokens to train on. A source of one's own gives this process's share of each batch. A transcoder takes pairs,
                 those of a `PairedStore` or [N, d_in + d_out] of one's own.
             test: held-out tokens for the figures while training, pairs for a transcoder; None = none.
+            lm: the language model that the store was made with, for an objective that goes through it.
 
         Raises:
-            ConfigError: widths differ, or an SAE whose sparsity comes from a penalty has no target L0.
+            ConfigError: widths differ, an SAE whose sparsity comes from a penalty has no target L0, or an objective that goes
+                through the model lacks the model or cannot have this SAE or these data.
+            StoreError: the store was made with another model.
             MissingDependencyError: the optimizer needs a package that is not installed.
         """
         self.sae = sae
@@ -87,6 +95,9 @@ class Trainer:
         check_trainable(sae)
         if config.optimizer == "adamw8bit":
             check_low_bit()
+        self._lm = lm
+        if config.objective is not None:
+            self._check_end_to_end(config.objective.kind)
 
     def fit(self, out: str | Path, *, progress: Progress = NO_PROGRESS) -> SAE:
         """Trains into the folder `out`; the same call again goes on where a run ended, or loads a finished one.
@@ -161,6 +172,19 @@ class Trainer:
             self._say_if_l0_is_missed(facts.get("l0"), loop.progress)
         accelerator.wait_for_everyone()
 
+    def _check_end_to_end(self, kind: str) -> None:
+        where = f"training: objective {kind!r}"
+        if self._lm is None:
+            raise ConfigError(f"{where}: no language model, needs the one that the cache was made with; pass lm=")
+        if isinstance(self.sae, Transcoder):
+            raise ConfigError(f"{where}: found a transcoder, needs an SAE that reconstructs what it reads")
+        if not isinstance(self.train, StoreView):
+            raise ConfigError(
+                f"{where}: found a {type(self.train).__name__}, needs a view of a store with its token rows"
+            )
+        self.train.store.check_model(self._lm)
+        resolve(self._lm, self.train.store.hook_point)
+
     @contextlib.contextmanager
     def locating(self) -> Iterator[None]:
         """Inside the block, an error about NaN or Inf names the token of the store that is to blame, where one is."""
@@ -209,6 +233,14 @@ class Trainer:
             )
         if not isinstance(self.train, StoreView):
             return self.train
+        if self.config.objective is not None:
+            return TokenRowBatches(
+                self.train,
+                batch_size=self.config.batch_size,
+                seed=self.config.seed,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+            )
         return stack.enter_context(
             ShuffledBatches(
                 self.train,
@@ -238,6 +270,12 @@ class Trainer:
         else:
             sae.reset_parameters(self.config.seed)
             fit_start(sae, normalization.apply(sample), self.config.sparsity, sum_over_processes)
+        if isinstance(source, TokenRowBatches):
+            assert self._lm is not None
+            assert isinstance(normalization, Normalization)
+            return EndToEndRun(
+                sae, source, self.config, normalization=normalization, accelerator=accelerator, lm=self._lm
+            )
         return TrainRun(sae, source, self.config, normalization=normalization, accelerator=accelerator)
 
     def _say_if_l0_is_missed(self, l0: object, progress: Progress) -> None:

@@ -170,7 +170,9 @@ def _biases_stay(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "defect", [_moments_stay, _averages_stay, _written_into_a_copy, _counters_stay, _biases_stay], ids=lambda f: f.__name__
+    "defect",
+    [_moments_stay, _averages_stay, _written_into_a_copy, _counters_stay, _biases_stay],
+    ids=lambda f: f.__name__,
 )
 def test_defect_of_resampling_would_be_seen(
     planted: ModuleType, defect: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch

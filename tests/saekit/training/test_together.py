@@ -164,11 +164,16 @@ def test_one_that_fails_does_not_stop_the_others(
 
     def poison(self: FusedAdam, closure: None = None) -> None:
         step(self, closure)
-        if self.param_groups[1]["params"][0].numel() == 48 and self.state[self.param_groups[1]["params"][0]]["step"] == 5:
+        if (
+            self.param_groups[1]["params"][0].numel() == 48
+            and self.state[self.param_groups[1]["params"][0]]["step"] == 5
+        ):
             self.param_groups[1]["params"][0].data.fill_(math.nan)
 
     monkeypatch.setattr(FusedAdam, "step", poison)
-    with pytest.raises(NonFiniteError, match=r"1 of 3 trainings failed, the others are finished: .*batchtopk: ") as caught:
+    with pytest.raises(
+        NonFiniteError, match=r"1 of 3 trainings failed, the others are finished: .*batchtopk: "
+    ) as caught:
         train_together({tmp_path / name: make(store, name) for name in CONFIGS})
     assert "\n" not in str(caught.value)
     for name in ("topk", "jumprelu"):

@@ -86,7 +86,11 @@ def test_metrics_have_a_row_for_every_log_point(planted: ModuleType, tmp_path: P
     assert [row["tokens"] for row in rows if row["split"] == "test"] == [2560, 5120, 7680, 10_240]
     for row in rows:
         keys = {"split", "step", "tokens", "fvu", "l0", "dead_fraction"}
-        extra = {"loss", "auxk", "lr", "gradient_norm", "l0_coefficient", "tokens_per_second"} if row["split"] == "train" else set()
+        extra = (
+            {"loss", "auxk", "lr", "gradient_norm", "l0_coefficient", "tokens_per_second"}
+            if row["split"] == "train"
+            else set()
+        )
         assert set(row) == keys | extra
 
 
