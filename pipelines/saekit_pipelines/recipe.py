@@ -115,13 +115,19 @@ class Recipe(Config):
         run = self.train[name]
         where, init = f"train.{name}.start_from", run.training.init
         if (run.start_from is None) != (init == "tied"):
-            needs = "needs 'given' for start_from" if run.start_from is not None else "needs start_from, the SAE to go on from"
+            needs = (
+                "needs 'given' for start_from"
+                if run.start_from is not None
+                else "needs start_from, the SAE to go on from"
+            )
             raise ConfigError(f"train.{name}.training.init: found {init!r}, {needs}")
         if run.start_from is None:
             return
         before = list(self.train)[: list(self.train).index(name)]
         if run.start_from not in before:
-            raise ConfigError(f"{where}: found {run.start_from!r}, needs an SAE before it: {', '.join(before) or 'none is'}")
+            raise ConfigError(
+                f"{where}: found {run.start_from!r}, needs an SAE before it: {', '.join(before) or 'none is'}"
+            )
         start = self.train[run.start_from]
         if start.sae != run.sae or self.hook_point(run.start_from) != self.hook_point(name):
             raise ConfigError(f"{where}: {run.start_from!r} has another sae table or hook point, needs the same ones")

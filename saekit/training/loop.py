@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saekit.progress import Progress
-from saekit.training.heldout import evaluate_heldout
+from saekit.training.heldout import heldout_figures
 from saekit.training.interrupt import StopRequest
 from saekit.training.metrics import MetricsLog, RunningMeans
 from saekit.training.run import StepFigures, TrainRun
@@ -134,8 +134,8 @@ class TrainingLoop:
         if self.held_out is not None and (run.step % self.eval_steps == 0 or is_last):
             before = time.perf_counter()
             with run.average.taken():
-                found = evaluate_heldout(run.sae, self.held_out, run.normalization)
-            self._write("test", found._asdict())
+                found = heldout_figures(run.sae, self.held_out, run.normalization)
+            self._write("test", found)
             # Time spent here is not training time.
             self._since = (self._since[0] + time.perf_counter() - before, self._since[1])
 

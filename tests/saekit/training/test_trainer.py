@@ -11,8 +11,9 @@ import torch
 
 from saekit.errors import ConfigError, NonFiniteError, ResourceError
 from saekit.manifest import read_manifest
-from saekit.sae import JumpReLUConfig, SAEConfig, TopKConfig, build_sae, load_sae_folder
+from saekit.sae import BatchTopKConfig, JumpReLUConfig, SAEConfig, TopKConfig, build_sae, load_sae_folder
 from saekit.training import TrainConfig, Trainer, read_metrics
+from saekit.training.heldout import heldout_figures
 
 TOPK = TopKConfig(d_in=16, d_sae=32, k=2)
 JUMPRELU = JumpReLUConfig(d_in=16, d_sae=32, target_l0=2)
@@ -215,3 +216,21 @@ def test_default_config_runs(planted: ModuleType, tmp_path: Path) -> None:
     source = planted.PlantedSource(batch_size=4096)
     sae = Trainer(build_sae(TOPK), source, TrainConfig(num_tokens=12_288)).fit(tmp_path)
     assert bool(torch.isfinite(sae.W_dec).all())
+
+
+def test_batchtopk_has_its_l0_and_fvu_under_both_rules(planted: ModuleType, tmp_path: Path) -> None:
+    source = planted.PlantedSource()
+    cfg = BatchTopKConfig(d_in=16, d_sae=32, k=2)
+    sae = Trainer(build_sae(cfg), source, short(), test=planted.PlantedView(source)).fit(tmp_path)
+    row = [row for row in read_metrics(tmp_path) if row["split"] == "test"][-1]
+    assert row["l0_training"] == 2.0
+    assert row["l0"] == pytest.approx(2.0, rel=0.15)
+    assert row["l0"] != 2.0
+    assert row["fvu_training"] == pytest.approx(row["fvu"], rel=0.2)
+    for name in ("l0_training", "fvu_training", "l0", "fvu"):
+        assert sae.source[name] == pytest.approx(row[name], rel=1e-3), name
+    # With another threshold inference has another L0, and training the same one.
+    sae.get_parameter("threshold").data.mul_(2)
+    figures = heldout_figures(sae, planted.PlantedView(source).x)
+    assert figures["l0_training"] == 2.0
+    assert figures["l0"] < 1.9
