@@ -1,5 +1,6 @@
 """Defects of whole trainings that other trainers shipped, each put in here to see that a named check turns red."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from saekit.errors import FormatError
 from saekit.sae import (
     SAE,
     BatchTopKConfig,
@@ -19,9 +21,12 @@ from saekit.sae import (
     build_sae,
     load_sae_folder,
 )
-from saekit.training import TrainConfig
+from saekit.training import TrainConfig, Trainer
+from saekit.training import loop as loop_module
 from saekit.training import micro as micro_module
 from saekit.training import run as run_module
+from saekit.training import state as state_module
+from saekit.training import trainer as trainer_module
 from saekit.training.average import WeightAverage
 from saekit.training.dead import DeadFeatures
 from saekit.training.objective import BatchTopKObjective, Objective, StepResult
@@ -139,6 +144,48 @@ def check_threshold_gives_the_training_l0(planted: ModuleType, folder: Path) -> 
     assert float((run.sae.encode(x) > 0).sum(1).double().mean()) == pytest.approx(3.0, rel=0.1)
 
 
+def check_resume_does_no_step_twice(planted: ModuleType, folder: Path) -> None:
+    """A run that was stopped goes on from its checkpoint: starting anew would end at the same bits and hide it."""
+    steps: list[int] = []
+    step, save = TrainRun.train_step, loop_module.TrainingLoop.save
+
+    def note(self: TrainRun, **options: bool) -> object:
+        steps.append(self.step)
+        return step(self, **options)
+
+    def save_then_fail(self: loop_module.TrainingLoop) -> None:
+        save(self)
+        raise RuntimeError("power cut")
+
+    config = TrainConfig(num_tokens=96 * 6, batch_size=96, checkpoint_every_tokens=96 * 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "SAMPLE_TOKENS", 512)
+        patch.setattr(TrainRun, "train_step", note)
+        with patch.context() as inner, pytest.raises(RuntimeError, match="power cut"):
+            inner.setattr(loop_module.TrainingLoop, "save", save_then_fail)
+            Trainer(build_sae(TOPK), planted.PlantedSource(batch_size=96), config).fit(folder)
+        Trainer(build_sae(TOPK), planted.PlantedSource(batch_size=96), config).fit(folder)
+    assert steps == [0, 1, 2, 3, 4, 5]
+
+
+class _Payload:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def check_checkpoints_run_no_code(planted: ModuleType, folder: Path) -> None:
+    """A checkpoint is data: objects in it are refused in one line, not made."""
+    torch.save({"step": _Payload(folder / "was-run")}, folder / "run.pt")
+    with contextlib.suppress(FormatError):
+        state_module.load_checkpoint(folder, "run")
+    assert not (folder / "was-run").exists()
+
+
 CHECKS: list[Check] = [
     check_saved_weights_are_the_averaged_ones,
     check_dead_tokens_are_global,
@@ -146,6 +193,8 @@ CHECKS: list[Check] = [
     check_parts_are_used,
     check_thresholds_move_in_float32,
     check_threshold_gives_the_training_l0,
+    check_resume_does_no_step_twice,
+    check_checkpoints_run_no_code,
 ]
 
 
@@ -239,6 +288,15 @@ def _threshold_not_tracked(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BatchTopKObjective, "after_step", Objective.after_step)
 
 
+def _checkpoint_ignored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(loop_module, "latest_checkpoint", lambda out: None)
+
+
+def _checkpoints_unpickled(patch: pytest.MonkeyPatch) -> None:
+    right = torch.load
+    patch.setattr(torch, "load", lambda path, **options: right(path, **(options | {"weights_only": False})))
+
+
 DEFECTS: list[tuple[Patch, Check]] = [
     (_optimizer_resumes_from_the_average, check_saved_weights_are_the_averaged_ones),
     (_trained_point_is_saved, check_saved_weights_are_the_averaged_ones),
@@ -251,6 +309,8 @@ DEFECTS: list[tuple[Patch, Check]] = [
     (_accumulated_without_shares, check_parts_are_used),
     (_thresholds_in_bfloat16, check_thresholds_move_in_float32),
     (_threshold_not_tracked, check_threshold_gives_the_training_l0),
+    (_checkpoint_ignored, check_resume_does_no_step_twice),
+    (_checkpoints_unpickled, check_checkpoints_run_no_code),
 ]
 
 

@@ -337,6 +337,31 @@ def test_weight_of_the_kl_makes_it_as_large_as_the_reconstruction(padded: Activa
     assert make_run(padded, lm, fixed).kl_weight == 0.3
 
 
+def test_gradients_of_two_processes_have_the_mean_of_one(
+    padded: ActivationStore, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows have different numbers of tokens: each process weighs its own by the tokens of both."""
+    nothing = torch.empty(0, dtype=torch.int64)
+    config = options(objective={"kind": "kl_finetune", "kl_weight": 1.0, "ce_weight": 0.5})
+    whole, *shares = (make_run(padded, lm, config) for _ in range(3))
+    rows = whole.source.next_rows()
+    whole.source.load_state_dict(shares[0].source.state_dict())
+    expected = whole.add_gradients(nothing, 0.0)
+    counts = (float(rows.is_replaced.sum()) / 2, float(rows.is_counted.sum()) / 2)
+    found = []
+    for rank, run in enumerate(shares):
+        run.source = TokenRowBatches(run.source.view, batch_size=96, seed=config.seed, rank=rank, world_size=2)
+        monkeypatch.setattr(run, "_counts", lambda rows: counts)
+        found.append(run.add_gradients(nothing, 0.0))
+    assert len(found[0].raw) != len(found[1].raw)
+    for name in ("kl", "ce"):
+        torch.testing.assert_close((found[0].terms[name] + found[1].terms[name]) / 2, expected.terms[name])
+    torch.testing.assert_close((found[0].result.loss + found[1].result.loss) / 2, expected.result.loss)
+    for name, parameter in whole.parameters.items():
+        mean = sum(run.parameters[name].grad for run in shares) / 2  # type: ignore[misc]  # there are some
+        torch.testing.assert_close(mean, parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
 def test_later_layers_are_those_behind_the_hook_point(lm: LanguageModel) -> None:
     assert later_layers(lm, "model.layers.1") == ["model.layers.2"]
     assert later_layers(lm, "model.layers.1.mlp") == ["model.layers.1", "model.layers.2"]

@@ -1,6 +1,7 @@
 """Two processes that share every batch train the same SAE as one."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from saekit.sae import (
     load_sae_folder,
 )
 from saekit.training import TrainConfig, Trainer, read_metrics
+from saekit.training.state import latest_checkpoint, load_checkpoint
 
 CONFIG = TrainConfig(
     num_tokens=40 * 128,
@@ -50,6 +52,15 @@ def train(planted: ModuleType, kind: str, out: Path, *, rank: int = 0, world_siz
     Trainer(build_sae(CONFIGS[kind]), source, config, test=view).fit(out)
 
 
+def train_until_one_is_killed(planted: ModuleType, out: Path, *, rank: int) -> None:
+    """The second process is killed in its 21st step, five steps after a checkpoint."""
+    source = planted.PlantedSource(batch_size=128, rank=rank, world_size=2)
+    if rank == 1:
+        # The start reads 16,384 tokens of each process first, and comes back.
+        source.kill_at, source.armed_after = 20, 16_384 // 64
+    Trainer(build_sae(CONFIGS["topk"]), source, CONFIG).fit(out)
+
+
 SCRIPT = """
 import importlib.util, sys, torch
 torch.set_num_threads(1)
@@ -61,7 +72,7 @@ module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 for kind in module.CONFIGS:
     module.train(planted, kind, Path({out!r}) / kind, rank={rank}, world_size=2)
-torch.distributed.destroy_process_group()
+module.train_until_one_is_killed(planted, Path({out!r}) / "killed", rank={rank})
 """
 
 
@@ -92,12 +103,13 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         running.append(
             subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, text=True)
         )
-    for process in running:
+    for rank, process in enumerate(running):
         try:
             _, errors = process.communicate(timeout=300)
         finally:
             process.kill()
-        assert process.returncode == 0, errors
+        # The first process loses the second one, and says so.
+        assert process.returncode == (-signal.SIGKILL if rank else 1), errors
     return out
 
 
@@ -123,6 +135,22 @@ def test_two_processes_equal_one(planted: ModuleType, two_processes: Path, tmp_p
 def test_checkpoint_has_a_part_of_each_process(two_processes: Path) -> None:
     (checkpoint,) = (two_processes / "topk" / "checkpoints").iterdir()
     assert sorted(path.name for path in checkpoint.iterdir()) == ["process_0.pt", "process_1.pt", "run.pt"]
+
+
+def test_a_process_that_is_killed_leaves_a_checkpoint_that_one_process_goes_on_from(
+    planted: ModuleType, two_processes: Path, tmp_path: Path
+) -> None:
+    folder = two_processes / "killed"
+    checkpoint = latest_checkpoint(folder)
+    assert checkpoint is not None
+    assert checkpoint.name == "step_00000015"
+    assert load_checkpoint(checkpoint, "run")["run"]["step"] == 15
+    assert load_checkpoint(checkpoint, "process_1")["source"] == {"position": 15}
+    for out in (folder, tmp_path):
+        Trainer(build_sae(CONFIGS["topk"]), planted.PlantedSource(batch_size=128), CONFIG).fit(out)
+    found, single = load_sae_folder(folder), load_sae_folder(tmp_path)
+    for name, value in found.named_parameters():
+        torch.testing.assert_close(value, single.get_parameter(name), atol=2e-4, rtol=1e-3)
 
 
 def test_batch_that_cannot_be_shared_is_refused(

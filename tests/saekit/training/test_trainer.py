@@ -16,6 +16,7 @@ from saekit.training import TrainConfig, Trainer, read_metrics
 from saekit.training.heldout import heldout_figures
 
 TOPK = TopKConfig(d_in=16, d_sae=32, k=2)
+BATCHTOPK = BatchTopKConfig(d_in=16, d_sae=32, k=2)
 JUMPRELU = JumpReLUConfig(d_in=16, d_sae=32, target_l0=2)
 
 
@@ -24,7 +25,7 @@ def short(**changes: object) -> TrainConfig:
     return TrainConfig.parse(values | changes)
 
 
-@pytest.mark.parametrize("cfg", [TOPK, JUMPRELU], ids=["topk", "jumprelu"])
+@pytest.mark.parametrize("cfg", [TOPK, BATCHTOPK, JUMPRELU], ids=["topk", "batchtopk", "jumprelu"])
 def test_planted_dictionary_is_recovered(planted: ModuleType, cfg: SAEConfig, tmp_path: Path) -> None:
     source = planted.PlantedSource()
     sae = build_sae(cfg)
@@ -220,8 +221,7 @@ def test_default_config_runs(planted: ModuleType, tmp_path: Path) -> None:
 
 def test_batchtopk_has_its_l0_and_fvu_under_both_rules(planted: ModuleType, tmp_path: Path) -> None:
     source = planted.PlantedSource()
-    cfg = BatchTopKConfig(d_in=16, d_sae=32, k=2)
-    sae = Trainer(build_sae(cfg), source, short(), test=planted.PlantedView(source)).fit(tmp_path)
+    sae = Trainer(build_sae(BATCHTOPK), source, short(), test=planted.PlantedView(source)).fit(tmp_path)
     row = [row for row in read_metrics(tmp_path) if row["split"] == "test"][-1]
     assert row["l0_training"] == 2.0
     assert row["l0"] == pytest.approx(2.0, rel=0.15)
