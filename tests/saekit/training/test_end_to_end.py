@@ -80,7 +80,7 @@ def padded(lm: LanguageModel, documents_file: Path, tmp_path_factory: pytest.Tem
 
 
 def options(kind: str = "e2e", **changes: object) -> TrainConfig:
-    values: dict[str, object] = {"num_tokens": 96 * 40, "batch_size": 96, "lr": 3e-3, "objective": {"kind": kind}}
+    values: dict[str, object] = {"num_tokens": 96 * 30, "batch_size": 96, "lr": 3e-3, "objective": {"kind": kind}}
     return TrainConfig.parse(values | changes)
 
 
@@ -114,7 +114,8 @@ def dense_terms(run: EndToEndRun, x_hat: Callable[[Tensor], Tensor]) -> tuple[Te
     def forward(name: str, change: Callable[[Tensor], Tensor] | None) -> Tensor:
         handles = [layers[2].register_forward_hook(lambda _, __, out: outputs[name].append(out))]
         if change is not None:
-            handles.append(layers[1].register_forward_hook(lambda _, __, out: change(out)))
+            place = lm.model.get_submodule(run.model.hook_point)
+            handles.append(place.register_forward_hook(lambda _, __, out: change(out)))
         try:
             found: Tensor = lm.model(
                 input_ids=rows.tokens, attention_mask=(~rows.is_padding).long(), use_cache=False
@@ -177,6 +178,17 @@ def test_gradient_is_that_of_a_plain_forward_with_a_hook(
             torch.testing.assert_close(parameter.grad, gradient, rtol=2e-3, atol=1e-5, msg=name)
         else:
             assert gradient is None or not gradient.any(), name
+
+
+def test_any_place_of_the_model_can_be_spliced(padded: ActivationStore, lm: LanguageModel) -> None:
+    """An MLP's output has no layers before it that could be left out."""
+    run = make_run(ActivationStore.open(padded.path, "model.layers.1.mlp"), lm, options())
+    kl, _, _ = dense_terms(run, lambda x: run.sae(x).x_hat)
+    expected = torch.autograd.grad(kl, [run.sae.W_enc, run.sae.W_dec])
+    found = run.add_gradients(torch.empty(0, dtype=torch.int64), 0.0)
+    torch.testing.assert_close(found.result.loss, kl.detach(), rtol=1e-4, atol=1e-5)
+    for parameter, gradient in zip((run.sae.W_enc, run.sae.W_dec), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=2e-3, atol=1e-5)
 
 
 def perfect_sae() -> SAE:
@@ -302,7 +314,7 @@ def test_training_lowers_the_kl_and_a_killed_one_ends_at_the_same_bytes(
     padded: ActivationStore, lm: LanguageModel, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train, test = padded.split(0.3)
-    config = options(kind, checkpoint_every_tokens=96 * 12, eval_tokens=128)
+    config = options(kind, checkpoint_every_tokens=96 * 20, eval_tokens=128)
 
     def fit(out: Path) -> None:
         Trainer(build_sae(KINDS["topk"], seed=3), train, config, test=test, lm=lm).fit(out)
