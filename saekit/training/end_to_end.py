@@ -5,11 +5,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from saekit.activations.source import ActivationSource
+from saekit.activations.view import StoreView
 from saekit.errors import ConfigError
+from saekit.models.hooks import resolve
 from saekit.models.load import LanguageModel
 from saekit.models.run_from import later_layers
 from saekit.sae.base import SAE
 from saekit.sae.fold import Normalization
+from saekit.sae.transcoder import Transcoder
 from saekit.training.config import EndToEndConfig, TrainConfig
 from saekit.training.micro import joined
 from saekit.training.objective import StepResult
@@ -20,11 +24,32 @@ from saekit.training.spliced import SplicedModel, model_terms
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["EndToEndRun"]
+__all__ = ["EndToEndRun", "check_end_to_end"]
 
 MEASURED_POSITIONS = 4096
 """Positions that the later layers' variances and the first weight of the KL are measured on."""
 TERMS = ("kl", "ce", "downstream")
+
+
+def check_end_to_end(
+    sae: SAE, train: StoreView | ActivationSource, objective: EndToEndConfig, lm: LanguageModel | None
+) -> None:
+    """Checks that the SAE can be trained through the model on these data.
+
+    Raises:
+        ConfigError: no model, a transcoder, or data without token rows.
+        StoreError: the data are of another model.
+        HookPointError: the model has no such module.
+    """
+    where = f"training: objective {objective.kind!r}"
+    if lm is None:
+        raise ConfigError(f"{where}: no language model, needs the one that the cache was made with; pass lm=")
+    if isinstance(sae, Transcoder):
+        raise ConfigError(f"{where}: found a transcoder, needs an SAE that reconstructs what it reads")
+    if not isinstance(train, StoreView):
+        raise ConfigError(f"{where}: found a {type(train).__name__}, needs a view of a store with its token rows")
+    train.store.check_model(lm)
+    resolve(lm, train.store.hook_point)
 
 
 class EndToEndRun(TrainRun):

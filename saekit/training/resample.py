@@ -3,7 +3,8 @@
 Source: Bricken et al. 2023, "Towards monosemanticity", appendix "Autoencoder training - neuron resampling".
 """
 
-from typing import NamedTuple
+import math
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,16 +20,10 @@ from saekit.training.low_bit import LowBitAdamW
 from saekit.training.objective import Objective
 from saekit.training.schedule_free import ScheduleFreeSignum
 
-__all__ = [
-    "MAX_SAMPLE_TOKENS",
-    "Draw",
-    "clear_optimizer",
-    "draw_inputs",
-    "is_due",
-    "largest",
-    "renew_features",
-    "silent_features",
-]
+if TYPE_CHECKING:
+    from saekit.training.run import TrainRun
+
+__all__ = ["Draw", "clear_optimizer", "draw_inputs", "is_due", "largest", "renew_features", "resample_features"]
 
 MAX_SAMPLE_TOKENS = 819_200
 PART_TOKENS = 2048
@@ -49,6 +44,35 @@ def is_due(config: TrainConfig, step: int) -> bool:
         return False
     every = config.every_steps(config.resample.every_tokens, parts=8)
     return step % every == 0 and step <= config.resample.until_fraction * config.num_steps
+
+
+@torch.no_grad()
+def resample_features(run: "TrainRun") -> int:
+    """Draws silent features anew, the same ones from the same inputs on every process; returns how many."""
+    config, accelerator = run.config, run.accelerator
+    assert config.resample is not None
+    features = silent_features(run.dead, config)
+    if not len(features):
+        return 0
+    tokens = config.resample.sample_tokens or min(MAX_SAMPLE_TOKENS, max(1, config.num_tokens // 10))
+    keys, draw = draw_inputs(
+        run.sae,
+        run.source,
+        run.normalization,
+        len(features),
+        num_batches=math.ceil(tokens / config.batch_size),
+        seed=config.seed + run.step,
+        place=(accelerator.process_index, accelerator.num_processes),
+    )
+    if accelerator.num_processes > 1:
+        keys, draw = largest(accelerator.gather(keys), Draw(*map(accelerator.gather, draw)), len(features))
+    features = features[: int(torch.isfinite(keys).sum())]
+    draw = Draw(*(rows[: len(features)] for rows in draw))
+    renew_features(run.objective, features, draw, encoder_norm=config.resample.encoder_norm)
+    clear_optimizer(run.optimizer, features)
+    run.average.restart(features)
+    run.dead.silent_tokens[features] = 0
+    return len(features)
 
 
 def silent_features(dead: DeadFeatures, config: TrainConfig) -> Tensor:

@@ -21,16 +21,7 @@ from saekit.training.micro import backward_in_parts
 from saekit.training.objective import StepResult
 from saekit.training.optim import GradientClip, build_optimizer, project_decoder_gradient, set_learning_rates
 from saekit.training.penalty import PenalizedObjective
-from saekit.training.resample import (
-    MAX_SAMPLE_TOKENS,
-    Draw,
-    clear_optimizer,
-    draw_inputs,
-    is_due,
-    largest,
-    renew_features,
-    silent_features,
-)
+from saekit.training.resample import is_due, resample_features
 from saekit.training.schedule import default_lr, lr_factor
 from saekit.training.schedule_free import ScheduleFreeSignum
 from saekit.training.sparsity import L0Control
@@ -154,7 +145,7 @@ class TrainRun:
         if self.control:
             self.control.update(l0, self._wanted_l0())
         dead_fraction = float(self.dead.mask.double().mean())
-        resampled = self._resample() if is_due(self.config, self.step) else 0
+        resampled = resample_features(self) if is_due(self.config, self.step) else 0
         return StepFigures(
             loss=loss,
             fvu=fvu,
@@ -203,33 +194,6 @@ class TrainRun:
         self.average.load_state_dict(state["average"])
         if self.control:
             self.control.load_state_dict(state["control"])
-
-    def _resample(self) -> int:
-        """Draws silent features anew, the same ones from the same inputs on every process; returns how many."""
-        config, accelerator = self.config, self.accelerator
-        assert config.resample is not None
-        features = silent_features(self.dead, config)
-        if not len(features):
-            return 0
-        tokens = config.resample.sample_tokens or min(MAX_SAMPLE_TOKENS, max(1, config.num_tokens // 10))
-        keys, draw = draw_inputs(
-            self.sae,
-            self.source,
-            self.normalization,
-            len(features),
-            num_batches=math.ceil(tokens / config.batch_size),
-            seed=config.seed + self.step,
-            place=(accelerator.process_index, accelerator.num_processes),
-        )
-        if accelerator.num_processes > 1:
-            keys, draw = largest(accelerator.gather(keys), Draw(*map(accelerator.gather, draw)), len(features))
-        features = features[: int(torch.isfinite(keys).sum())]
-        draw = Draw(*(rows[: len(features)] for rows in draw))
-        renew_features(self.objective, features, draw, encoder_norm=config.resample.encoder_norm)
-        clear_optimizer(self.optimizer, features)
-        self.average.restart(features)
-        self.dead.silent_tokens[features] = 0
-        return len(features)
 
     def _sum(self, value: Tensor) -> Tensor:
         total: Tensor = self.accelerator.reduce(value, reduction="sum")

@@ -15,7 +15,6 @@ from saekit.activations.source import ActivationSource
 from saekit.activations.view import StoreView
 from saekit.errors import ConfigError, NonFiniteError
 from saekit.manifest import StageState, begin_stage, finish_stage, locked
-from saekit.models.hooks import resolve
 from saekit.models.load import LanguageModel
 from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae.base import SAE
@@ -24,7 +23,7 @@ from saekit.sae.fold import Normalization, PairNormalization
 from saekit.sae.transcoder import Transcoder, batch_width
 from saekit.training.build import check_trainable
 from saekit.training.config import TrainConfig
-from saekit.training.end_to_end import EndToEndRun
+from saekit.training.end_to_end import EndToEndRun, check_end_to_end
 from saekit.training.finish import finish_weights
 from saekit.training.heldout import TokenView, read_evenly
 from saekit.training.loop import TrainingLoop
@@ -97,7 +96,7 @@ class Trainer:
             check_low_bit()
         self._lm = lm
         if config.objective is not None:
-            self._check_end_to_end(config.objective.kind)
+            check_end_to_end(sae, train, config.objective, lm)
 
     def fit(self, out: str | Path, *, progress: Progress = NO_PROGRESS) -> SAE:
         """Trains into the folder `out`; the same call again goes on where a run ended, or loads a finished one.
@@ -171,19 +170,6 @@ class Trainer:
             finish_stage(out, {"tokens": run.tokens, "steps": run.step, **facts})
             self._say_if_l0_is_missed(facts.get("l0"), loop.progress)
         accelerator.wait_for_everyone()
-
-    def _check_end_to_end(self, kind: str) -> None:
-        where = f"training: objective {kind!r}"
-        if self._lm is None:
-            raise ConfigError(f"{where}: no language model, needs the one that the cache was made with; pass lm=")
-        if isinstance(self.sae, Transcoder):
-            raise ConfigError(f"{where}: found a transcoder, needs an SAE that reconstructs what it reads")
-        if not isinstance(self.train, StoreView):
-            raise ConfigError(
-                f"{where}: found a {type(self.train).__name__}, needs a view of a store with its token rows"
-            )
-        self.train.store.check_model(self._lm)
-        resolve(self._lm, self.train.store.hook_point)
 
     @contextlib.contextmanager
     def locating(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""A planted dictionary, reachable as a module by every test here, and a small cache of a random model."""
+"""A planted dictionary, reachable as a module by every test here, and small caches of random models."""
 
 import importlib.util
 import sys
@@ -7,9 +7,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from saekit.activations import ActivationStore, CacheConfig, cache_activations
-from saekit.models import load_model
+from saekit.models import LanguageModel, load_model
 
 
 def _load() -> ModuleType:
@@ -45,3 +46,32 @@ def store(
     )
     out = tmp_path_factory.mktemp("store")
     return cache_activations(config, out, lm=load_model(config.model))
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_model_dir: Callable[[str], Path]) -> LanguageModel:
+    """A tiny Llama, its weights scaled up so that what it reads changes what it predicts."""
+    lm = load_model(str(tiny_model_dir("llama")))
+    with torch.no_grad():
+        for parameter in lm.model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6.0)
+    return lm
+
+
+@pytest.fixture(scope="module")
+def padded(lm: LanguageModel, documents_file: Path, tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    """Rows of one document each, padded, at the middle layer and at its MLP."""
+    config = CacheConfig.parse(
+        {
+            "model": {"name": lm.name},
+            "text": {"kind": "files", "paths": [str(documents_file)]},
+            "tokens": {"context_len": 24, "packing": "per_document"},
+            "hook_points": ["model.layers.1", "model.layers.1.mlp"],
+            "num_tokens": 600,
+            "dtype": "float32",
+        }
+    )
+    folder = tmp_path_factory.mktemp("padded")
+    cache_activations(config, folder, lm=lm)
+    return ActivationStore.open(folder, "model.layers.1")

@@ -4,14 +4,13 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from saekit.activations import ActivationStore, CacheConfig, PairedStore, StoreView, cache_activations
+from saekit.activations import ActivationStore, PairedStore
 from saekit.errors import ConfigError, StoreError
-from saekit.models import LanguageModel, later_layers, load_model
+from saekit.models import LanguageModel
 from saekit.sae import (
     SAE,
     BatchTopKConfig,
@@ -48,35 +47,6 @@ def _short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is measured before the first step is measured on one batch."""
     monkeypatch.setattr(end_to_end_module, "MEASURED_POSITIONS", 1)
     monkeypatch.setattr(trainer_module, "SAMPLE_TOKENS", 512)
-
-
-@pytest.fixture(scope="module")
-def lm(tiny_model_dir: Callable[[str], Path]) -> LanguageModel:
-    """A tiny Llama, its weights scaled up so that what it reads changes what it predicts."""
-    lm = load_model(str(tiny_model_dir("llama")))
-    with torch.no_grad():
-        for parameter in lm.model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(6.0)
-    return lm
-
-
-@pytest.fixture(scope="module")
-def padded(lm: LanguageModel, documents_file: Path, tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
-    """Rows of one document each, padded, at the middle layer and at its MLP."""
-    config = CacheConfig.parse(
-        {
-            "model": {"name": lm.name},
-            "text": {"kind": "files", "paths": [str(documents_file)]},
-            "tokens": {"context_len": 24, "packing": "per_document"},
-            "hook_points": ["model.layers.1", "model.layers.1.mlp"],
-            "num_tokens": 600,
-            "dtype": "float32",
-        }
-    )
-    folder = tmp_path_factory.mktemp("padded")
-    cache_activations(config, folder, lm=lm)
-    return ActivationStore.open(folder, "model.layers.1")
 
 
 def options(kind: str = "e2e", **changes: object) -> TrainConfig:
@@ -233,29 +203,6 @@ def test_cross_entropy_is_the_models_own_where_nothing_is_changed(padded: Activa
     assert float(found.result.loss) == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_positions_are_those_of_normal_training_tokens(padded: ActivationStore) -> None:
-    train, test = padded.split(0.3)
-    source = TokenRowBatches(train, batch_size=24 * 3, seed=0)
-    table = {row.tobytes(): number for number, row in enumerate(padded.tokens().astype(np.int64))}
-    saw_padding = False
-    for _ in range(4):
-        rows = source.next_rows()
-        for r, tokens in enumerate(rows.tokens.numpy()):
-            # Equal documents have equal rows, on one side of the split all of them.
-            number = table[tokens.tobytes()]
-            kinds, documents = padded.kinds()[number], padded.documents()[number]
-            np.testing.assert_array_equal(rows.is_replaced[r].numpy(), train.mask[number])
-            np.testing.assert_array_equal(rows.is_padding[r].numpy(), kinds == 1)
-            assert not (rows.is_replaced[r].numpy() & test.mask[number]).any()
-            for t in range(24):
-                counts = t + 1 < 24 and train.mask[number, t : t + 2].all() and documents[t] == documents[t + 1]
-                assert bool(rows.is_counted[r, t]) == bool(counts)
-            expected = padded.read_rows([number])[0].float()
-            torch.testing.assert_close(rows.hidden[r][rows.is_replaced[r]], expected[rows.is_replaced[r]])
-            saw_padding |= bool((kinds == 1).any())
-    assert saw_padding
-
-
 def test_special_and_padding_positions_keep_their_activations(padded: ActivationStore, lm: LanguageModel) -> None:
     run = make_run(padded, lm, options())
     rows = run.source.next_rows()
@@ -270,25 +217,6 @@ def test_special_and_padding_positions_keep_their_activations(padded: Activation
         handle.remove()
     torch.testing.assert_close(seen[0][rows.is_replaced], x)
     torch.testing.assert_close(seen[0][~rows.is_replaced], rows.hidden[~rows.is_replaced])
-
-
-def test_every_row_comes_once_an_epoch_and_ranks_share_batches(padded: ActivationStore) -> None:
-    train, _ = padded.split(0.3)
-    whole = TokenRowBatches(train, batch_size=24 * 4, seed=5)
-    parts = [TokenRowBatches(train, batch_size=24 * 4, seed=5, rank=rank, world_size=2) for rank in (0, 1)]
-    seen = []
-    for _ in range(len(train.rows()) // 4):
-        rows = whole.next_rows()
-        seen.append(rows.hidden)
-        assert torch.equal(torch.cat([part.next_rows().hidden for part in parts]), rows.hidden)
-    assert torch.cat(seen).shape[0] == len(train.rows()) // 4 * 4
-    state = whole.state_dict()
-    assert state["epoch"] == 1
-    again = TokenRowBatches(train, batch_size=24 * 4, seed=5)
-    again.load_state_dict(state)
-    assert torch.equal(again.next_batch(), whole.next_batch())
-    with pytest.raises(StoreError, match="saved with seed 5, needs 6 to go on"):
-        TokenRowBatches(train, batch_size=24 * 4, seed=6).load_state_dict(state)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -374,14 +302,6 @@ def test_gradients_of_two_processes_have_the_mean_of_one(
         torch.testing.assert_close(mean, parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
-def test_later_layers_are_those_behind_the_hook_point(lm: LanguageModel) -> None:
-    assert later_layers(lm, "model.layers.1") == ["model.layers.2"]
-    assert later_layers(lm, "model.layers.1.mlp") == ["model.layers.1", "model.layers.2"]
-    assert later_layers(lm, "model.layers.1:input") == ["model.layers.1", "model.layers.2"]
-    with pytest.raises(ValueError, match=r"hook point .model\.norm.: in no decoder layer"):
-        later_layers(lm, "model.norm")
-
-
 def test_bad_input_is_one_line(
     padded: ActivationStore, lm: LanguageModel, store: ActivationStore, tmp_path: Path
 ) -> None:
@@ -415,10 +335,6 @@ def test_bad_input_is_one_line(
         with pytest.raises(ConfigError, match=message) as caught:
             make()
         assert "\n" not in str(caught.value)
-    few = np.zeros_like(train.mask)
-    few[:2] = train.mask[:2]
-    with pytest.raises(StoreError, match="token rows to train on, one batch over all ranks needs 4"):
-        TokenRowBatches(StoreView(padded, few), batch_size=96, seed=0)
     with pytest.raises(StoreError, match="use the same model, revision and dtype"):
         Trainer(sae, store.split(0.3)[0], options(batch_size=64), lm=lm)
     assert EndToEndConfig(kind="e2e").kl_weight is None

@@ -69,14 +69,14 @@ def check_resampling(run: TrainRun) -> None:
     for _ in range(2):
         assert run.train_step().resampled == 0
     copies: dict[str, Tensor] = {}
-    draw_features = run_module.renew_features
+    draw_features = resample_module.renew_features
 
     def note(*args: object, **options: object) -> None:
         copies.update({name: value.detach().clone() for name, value in run.parameters.items()})
         draw_features(*args, **options)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "renew_features", note)
+        patch.setattr(resample_module, "renew_features", note)
         figures = run.train_step()
     assert figures.resampled >= len(SILENT)
     changed = (by_feature("W_enc", run.parameters["W_enc"].data) != copies["W_enc"].T).any(1)
@@ -133,7 +133,7 @@ def _nothing(*args: object, **options: object) -> None: ...
 
 
 def _moments_stay(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(run_module, "clear_optimizer", _nothing)
+    patch.setattr(resample_module, "clear_optimizer", _nothing)
 
 
 def _averages_stay(patch: pytest.MonkeyPatch) -> None:
@@ -146,19 +146,19 @@ def _written_into_a_copy(patch: pytest.MonkeyPatch) -> None:
 
 
 def _counters_stay(patch: pytest.MonkeyPatch) -> None:
-    right = TrainRun._resample
+    right = run_module.resample_features
 
-    def wrong(self: TrainRun) -> int:
-        before = self.dead.silent_tokens.clone()
-        count = right(self)
-        self.dead.silent_tokens.copy_(before)
+    def wrong(run: TrainRun) -> int:
+        before = run.dead.silent_tokens.clone()
+        count = right(run)
+        run.dead.silent_tokens.copy_(before)
         return count
 
-    patch.setattr(TrainRun, "_resample", wrong)
+    patch.setattr(run_module, "resample_features", wrong)
 
 
 def _biases_stay(patch: pytest.MonkeyPatch) -> None:
-    right = run_module.renew_features
+    right = resample_module.renew_features
 
     def wrong(objective: object, features: Tensor, draw: object, *, encoder_norm: float) -> None:
         sae = objective.sae  # type: ignore[attr-defined]
@@ -166,7 +166,7 @@ def _biases_stay(patch: pytest.MonkeyPatch) -> None:
         right(objective, features, draw, encoder_norm=encoder_norm)  # type: ignore[arg-type]
         sae.b_enc.data.copy_(before)
 
-    patch.setattr(run_module, "renew_features", wrong)
+    patch.setattr(resample_module, "renew_features", wrong)
 
 
 @pytest.mark.parametrize(
