@@ -34,7 +34,7 @@ class EndToEndConfig(Config):
     `kl_finetune`: and the reconstruction, for the last few percent of the tokens of an SAE that is trained already."""
     kl_weight: float | None = Field(default=None, ge=0)
     """Weight of the KL divergence, in nats a token, from the model's predictions to those with the SAE; None = 1, and for
-    `kl_finetune` what makes it as large as the reconstruction's term on the first tokens."""
+    `kl_finetune` what makes it as large as the reconstruction's term was in the step before."""
     ce_weight: float = Field(default=0.0, ge=0)
     """Weight of the cross-entropy of the next tokens, in nats a token."""
     downstream_weight: float = Field(default=1.0, gt=0)

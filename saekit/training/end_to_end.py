@@ -1,6 +1,7 @@
 """Training on the language model's own loss: the step whose gradients come through the layers behind the hook point."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from saekit.training.config import EndToEndConfig, TrainConfig
 from saekit.training.micro import joined
 from saekit.training.objective import StepResult
 from saekit.training.rows import RowBatch, TokenRowBatches
-from saekit.training.run import Gradients, TrainRun
+from saekit.training.run import Gradients, StepFigures, TrainRun
 from saekit.training.spliced import SplicedModel, model_terms
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ class EndToEndRun(TrainRun):
     sums are over the whole batch: the loss does not depend on how rows are spread over micro-batches and processes.
 
     Source: Braun et al. 2024, "Identifying functionally important features with end-to-end sparse dictionary learning",
-    section 2; Karvonen 2025, "Revisiting end-to-end sparse autoencoder training" (the fine-tuning; that the KL's weight is set
-    once, on the first tokens, is ours).
+    section 2; Karvonen 2025, arXiv 2503.17272 (the fine-tuning, and a KL that is scaled to the reconstruction all along; here by
+    the figures of the step before, so that parts of a batch need not know each other's).
     """
 
     source: TokenRowBatches
@@ -97,10 +98,25 @@ class EndToEndRun(TrainRun):
         self.objective.reconstruction_weight = 1.0 if self.kind.kind == "kl_finetune" else 0.0
         parts = self._first_rows()
         self._later_variances = self._measure_later(parts)
-        weight = self.kind.kl_weight
-        if weight is None:
-            weight = self._balanced_weight(parts) if self.kind.kind == "kl_finetune" else 1.0
-        self.kl_weight = weight
+        given = self.kind.kl_weight
+        self._is_balanced = given is None and self.kind.kind == "kl_finetune"
+        self.kl_weight = self._balanced_weight(parts) if self._is_balanced else 1.0 if given is None else given
+
+    def train_step(self, *, stop_asked: bool = False) -> StepFigures:
+        """See `TrainRun`; a weight of the KL that is not given follows the terms' sizes."""
+        figures = super().train_step(stop_asked=stop_asked)
+        if self._is_balanced and figures.terms["kl"] > 0:
+            self.kl_weight = figures.fvu / figures.terms["kl"]
+        return figures
+
+    def state_dict(self) -> dict[str, object]:
+        """Returns what is the same on every process, exactly."""
+        return super().state_dict() | {"kl_weight": self.kl_weight}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` returned."""
+        super().load_state_dict(state)
+        self.kl_weight = state["kl_weight"]
 
     def add_gradients(self, dead: Tensor, coefficient: float) -> Gradients:
         """See `TrainRun`; the mean over processes of what is added is the gradient of the batch's loss."""

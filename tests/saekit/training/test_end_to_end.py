@@ -268,13 +268,19 @@ def test_training_lowers_the_kl_and_a_killed_one_ends_at_the_same_bytes(
 
 def test_weight_of_the_kl_makes_it_as_large_as_the_reconstruction(padded: ActivationStore, lm: LanguageModel) -> None:
     run = make_run(padded, lm, options("kl_finetune"))
+    position = run.source.state_dict()
     found = run.add_gradients(torch.empty(0, dtype=torch.int64), 0.0)
     assert run.kl_weight * float(found.terms["kl"]) == pytest.approx(float(found.result.fvu), rel=1e-3)
     expected = run.kl_weight * float(found.terms["kl"]) + float(found.result.fvu)
     assert float(found.result.loss) == pytest.approx(expected, rel=1e-4)
-    assert make_run(padded, lm, options("e2e")).kl_weight == 1.0
-    fixed = options(objective={"kind": "kl_finetune", "kl_weight": 0.3})
-    assert make_run(padded, lm, fixed).kl_weight == 0.3
+    run.source.load_state_dict(position)
+    for _ in range(2):
+        figures = run.train_step()
+        assert run.kl_weight == figures.fvu / figures.terms["kl"]
+    for given, expected in (({"kind": "e2e"}, 1.0), ({"kind": "kl_finetune", "kl_weight": 0.3}, 0.3)):
+        fixed = make_run(padded, lm, options(objective=given))
+        fixed.train_step()
+        assert fixed.kl_weight == expected
 
 
 def test_gradients_of_two_processes_have_the_mean_of_one(
