@@ -49,6 +49,7 @@ PUBLIC = [
     "load_sae",
     "load_saes",
     "save_sae",
+    "train_together",
 ]
 
 

@@ -1,17 +1,22 @@
 """Figures of the SAE in training on tokens that it is not trained on."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from saekit_kernels import decode, encode_batch_topk
 from torch import Tensor
 
-from saekit.sae.base import SAE
+from saekit.sae.base import SAE, SAEOutput
+from saekit.sae.batchtopk import BatchTopKSAE
 from saekit.sae.fold import Normalization, PairNormalization
+from saekit.sae.rows import ActiveRows
 from saekit.sae.transcoder import split_pairs
 
-__all__ = ["HeldOutFigures", "TokenView", "evaluate_heldout", "read_evenly"]
+__all__ = ["HeldOutFigures", "TokenView", "evaluate_heldout", "heldout_figures", "read_evenly"]
 
 BLOCK_TOKENS = 256
 
@@ -48,6 +53,28 @@ def read_evenly(view: TokenView, num_tokens: int) -> Tensor:
     return view.read(np.concatenate(kept)) if kept else torch.empty(0, view.d_in)
 
 
+def heldout_figures(
+    sae: SAE, x: Tensor, normalization: Normalization | PairNormalization | None = None
+) -> dict[str, float]:
+    """Returns the figures of `evaluate_heldout` by name.
+
+    A BatchTopK SAE has two rules of what is active: `fvu_training` and `l0_training` are those of the training's, which keeps the
+    N * k largest entries of a batch; the others are those of the threshold that holds at inference.
+    """
+    figures = evaluate_heldout(sae, x, normalization)._asdict()
+    if not isinstance(sae, BatchTopKSAE):
+        return figures
+    found = evaluate_heldout(sae, x, normalization, forward=partial(_as_trained, sae))
+    return figures | {"fvu_training": found.fvu, "l0_training": found.l0}
+
+
+def _as_trained(sae: BatchTopKSAE, x: Tensor) -> SAEOutput:
+    """Encodes and reconstructs x [N, d_in] with the N * k largest entries of the batch."""
+    rows = ActiveRows(*encode_batch_topk(sae.encoder_input(x), sae.W_enc, sae.b_enc, sae.cfg.k))
+    x_hat = decode(rows.acts, rows.indices, sae.W_dec, sae.b_dec, offsets=rows.offsets)
+    return SAEOutput(x_hat, *rows.padded())
+
+
 @torch.no_grad()
 def evaluate_heldout(
     sae: SAE,
@@ -55,6 +82,7 @@ def evaluate_heldout(
     normalization: Normalization | PairNormalization | None = None,
     *,
     batch_size: int = 2048,
+    forward: Callable[[Tensor], SAEOutput] | None = None,
 ) -> HeldOutFigures:
     """Returns figures of an SAE with its inference nonlinearity on raw activations x [n, d_in].
 
@@ -63,6 +91,7 @@ def evaluate_heldout(
         x: held-out tokens; pairs for a transcoder, whose figures are those of what it predicts.
         normalization: applied to `x` first; changes none of the figures' meaning, as FVU does not depend on it.
         batch_size: tokens at a time.
+        forward: what encodes and reconstructs; None = the SAE itself.
 
     FVU is 1 - (explained variance): sum ||x - x_hat||^2 / sum ||x - mean of x||^2, sums over all tokens in float64.
     """
@@ -74,7 +103,7 @@ def evaluate_heldout(
         if normalization is not None:
             normal = normalization.apply(normal)
         inputs, target = split_pairs(sae, normal)
-        x_hat, top_acts, top_indices = sae(inputs)
+        x_hat, top_acts, top_indices = (forward or sae)(inputs)
         squared_error += float((target - x_hat).double().square().sum())
         squared += float(target.double().square().sum())
         total += target.double().sum(0)

@@ -71,6 +71,7 @@ class Objective(nn.Module, ABC):
 
     Attributes:
         progress: part of training that is done, 0 to 1; schedules inside the loss follow it.
+        reconstruction_weight: of the reconstruction term, 1; another where a model's loss is what is asked for.
     """
 
     has_projected_decoder = True
@@ -86,6 +87,7 @@ class Objective(nn.Module, ABC):
         self.sum_over_processes = sum_over_processes
         self.k_aux = config.k_aux or default_k_aux(sae.d_out)
         self.progress = 0.0
+        self.reconstruction_weight = 1.0
         self._residual_variance: Tensor | None = None
 
     @abstractmethod
@@ -100,16 +102,21 @@ class Objective(nn.Module, ABC):
             dead: indices of the dead features [n_dead] int64, the same on every process.
             coefficient: weight of the sparsity penalty.
         """
+        return self.forward_with_error(x, dead, coefficient)[0]
+
+    def forward_with_error(self, x: Tensor, dead: Tensor, coefficient: float = 0.0) -> tuple[StepResult, Tensor]:
+        """Returns what `forward` does, and target less reconstruction [N, d_out] with its graph."""
         inputs, target = split_pairs(self.sae, x)
         encoder_input = self.sae.encoder_input(inputs)
         code = self.encode(encoder_input)
         reconstruction, fvu, error = self.reconstruct(inputs, target, code)
         auxiliary, weighted = self.dead_loss(encoder_input, error, dead, code)
-        loss = reconstruction + weighted + self.penalty(encoder_input, target, code, coefficient)
+        weight = self.reconstruction_weight
+        loss = reconstruction * weight + weighted + self.penalty(encoder_input, target, code, coefficient)
         active = code.values > 0
         fired = torch.zeros(self.sae.d_sae, dtype=torch.bool, device=x.device)
         fired[code.indices[active]] = True
-        return StepResult(loss, fvu.detach(), auxiliary, active.sum(), fired)
+        return StepResult(loss, fvu.detach(), auxiliary, active.sum(), fired), error
 
     def reconstruct(self, inputs: Tensor, target: Tensor, code: Code) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the reconstruction term with its graph, the FVU of all features, and target less reconstruction [N, d_out]."""
@@ -129,7 +136,7 @@ class Objective(nn.Module, ABC):
         residual = error.detach()
         variance = self._residual_variance
         if variance is None:
-            variance = self._pooled_variance(_moments(residual), len(residual))
+            variance = _pooled_variance(_moments(residual), len(residual), self.sum_over_processes)
         # Rows of the compacted dead features: a dense product of their width is cheaper than gathering k_aux rows a token.
         weights = (self.sae.W_enc.T[dead], self.sae.b_enc[dead], self.sae.W_dec[dead])
         loss = auxk_loss(
@@ -155,25 +162,26 @@ class Objective(nn.Module, ABC):
             inputs, target = split_pairs(self.sae, part)
             _, _, error = self.reconstruct(inputs, target, self.encode(self.sae.encoder_input(inputs)))
             moments.append(_moments(error))
-        self._residual_variance = self._pooled_variance(torch.stack(moments).sum(0), sum(map(len, parts)))
-
-    def _pooled_variance(self, moments: Tensor, count: int) -> Tensor:
-        # One sum for all processes, so that the loss does not depend on how the batch is split over them.
-        total = self.sum_over_processes(torch.tensor(float(count), dtype=torch.float64, device=moments.device))
-        means = self.sum_over_processes(moments) / total
-        return means[-1] - means[:-1].square().sum()
+        self._residual_variance = _pooled_variance(
+            torch.stack(moments).sum(0), sum(map(len, parts)), self.sum_over_processes
+        )
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Returns what the optimizer moves, by name."""
         return {"W_enc": self.sae.W_enc, "b_enc": self.sae.b_enc, "W_dec": self.sae.W_dec, "b_dec": self.sae.b_dec}
 
-    def settle(self) -> None:
-        """Brings the SAE in line with the trained parameters, whose decoder rows are made unit; twice is as once."""
-        self.sae.normalize_decoder()
+    def settle(self, *, has_unit_rows: bool = False) -> None:
+        """Brings the SAE in line with the trained parameters, whose decoder rows are made unit where they are to be.
 
-    def after_step(self) -> None:
-        """Settles, and notes what the step saw."""
-        self.settle()
+        Args:
+            has_unit_rows: whether they are already, as the optimizer's own pass leaves them.
+        """
+        if self.has_projected_decoder and not has_unit_rows:
+            self.sae.normalize_decoder()
+
+    def after_step(self, *, has_unit_rows: bool = False) -> None:
+        """Settles, and notes what the step saw; see `settle`."""
+        self.settle(has_unit_rows=has_unit_rows)
 
     def finish(self) -> None:
         """Turns the last weights into those that are saved, where training leaves something open."""
@@ -182,6 +190,13 @@ class Objective(nn.Module, ABC):
 def _moments(error: Tensor) -> Tensor:
     """Sums over tokens of the residual [d_out] and, last, of its square norm, in float64."""
     return torch.cat([error.sum(0).double(), error.square().sum().double()[None]])
+
+
+def _pooled_variance(moments: Tensor, count: int, sum_over_processes: SumOverProcesses) -> Tensor:
+    # One sum for all processes, so that the loss does not depend on how the batch is split over them.
+    total = sum_over_processes(torch.tensor(float(count), dtype=torch.float64, device=moments.device))
+    means = sum_over_processes(moments) / total
+    return means[-1] - means[:-1].square().sum()
 
 
 class TopKObjective(Objective):
@@ -258,9 +273,9 @@ class BatchTopKObjective(Objective):
         super().prepare(parts, dead)
 
     @torch.no_grad()
-    def after_step(self) -> None:
+    def after_step(self, *, has_unit_rows: bool = False) -> None:
         """Settles, and moves the threshold towards the smallest entry kept in this batch."""
-        super().after_step()
+        super().after_step(has_unit_rows=has_unit_rows)
         self.num_seen += 1
         # A plain mean at first, so that the threshold's start does not matter; then a running one that follows the weights.
         weight = max(1.0 / float(self.num_seen), 1.0 / THRESHOLD_MEMORY_STEPS)

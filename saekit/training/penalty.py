@@ -124,9 +124,9 @@ class JumpReLUObjective(PenalizedObjective):
         return super().trained_parameters() | {"log_threshold": self.log_threshold}
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def settle(self, *, has_unit_rows: bool = False) -> None:
         """Makes decoder rows unit and sets the SAE's thresholds to the trained ones."""
-        super().settle()
+        super().settle(has_unit_rows=has_unit_rows)
         self.sae.threshold.copy_(self.log_threshold.exp())
 
 
@@ -177,14 +177,9 @@ class ReLUObjective(PenalizedObjective):
         """Returns the reconstruction's slope in an activation of the usual size, that of L0 equal shares of the variance."""
         return 1.0 / math.sqrt(self.wanted_l0(0.0) * self.total_variance)
 
-    def settle(self) -> None:
-        """Makes decoder rows unit, but where they are free."""
-        if not self.sae.cfg.is_norm_weighted:
-            super().settle()
-
-    def after_step(self) -> None:
+    def after_step(self, *, has_unit_rows: bool = False) -> None:
         """Settles, and measures the penalty."""
-        super().after_step()
+        super().after_step(has_unit_rows=has_unit_rows)
         if self.sae.cfg.p_end < 1.0:
             first, current = self.sum_over_processes(self._norms).tolist()
             if current > 0:
