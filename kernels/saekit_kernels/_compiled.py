@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from saekit_kernels import _build, _cpu, _cpu_dense, _cpu_optim, _memory
+from saekit_kernels._quantize import Kind
 from saekit_kernels.primitives import AdamStep
 from saekit_kernels.sparse_code import Entries, ReverseIndex
 
@@ -43,6 +44,13 @@ def threshold(x: Tensor, weight: Tensor, bias: Tensor, bound: Tensor) -> tuple[T
         indices.append(torch.empty(num_entries, dtype=torch.int64))
         _run("take_marked", z, bias, bits, starts, pre_acts[-1], indices[-1], *z.shape, num_words)
     return torch.cat(pre_acts), torch.cat(indices), offsets
+
+
+def candidates(x: Tensor, weight: Tensor, bias: Tensor, count: int, kind: Kind) -> tuple[Tensor, Tensor]:
+    """See `Primitives.candidates`. Bounds exist for one chunk of rows at a time."""
+    if not _is_float32(x, weight, bias):
+        return _cpu.candidates(x, weight, bias, count, kind)
+    return _cpu.candidates_by(_largest_columns, x, weight, bias, count, kind)
 
 
 def gather_sum(
@@ -118,6 +126,13 @@ def gradient_square(grad: Tensor, weight: Tensor | None) -> Tensor:
     rows = None if weight is None else weight.contiguous()
     _run("gradient_square", rows, grad.contiguous(), squares, grad.numel(), row)
     return squares.sum()
+
+
+def _largest_columns(z: Tensor, count: int) -> Tensor:
+    """Columns [B, count] of the largest of each row."""
+    columns = torch.empty(len(z), count, dtype=torch.int64)
+    _run("topk", z, z.new_zeros(z.shape[1]), z.new_empty(len(z), count), columns, *z.shape, count)
+    return columns
 
 
 def _row_length(tensor: Tensor, *, is_unit_norm: bool) -> int:

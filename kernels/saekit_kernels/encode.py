@@ -8,14 +8,16 @@ threshold, so a NaN or +inf pre-activation is selected, reaches the returned val
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from saekit_kernels._batch import batch_topk
-from saekit_kernels.backend import Backend, load_primitives, resolve_backend
+from saekit_kernels._candidates import topk as topk_of_candidates
+from saekit_kernels._quantize import Kind
+from saekit_kernels.backend import Backend, BackendError, load_primitives, resolve_backend
 from saekit_kernels.primitives import Primitives, compute_dtype, without_autocast
 from saekit_kernels.sparse_code import BatchTopKCode, ReverseIndex, ThresholdCode, TopKCode, reverse_index
 
@@ -28,10 +30,19 @@ if TYPE_CHECKING:
         reverse: ReverseIndex
 
 
+_SelectPairs = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 _Select = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, backend: Backend = "auto") -> TopKCode:
+def encode_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    *,
+    candidates: Kind | None = None,
+    backend: Backend = "auto",
+) -> TopKCode:
     """relu of the k largest entries of z = x @ W_enc + b_enc of each token, exactly.
 
     Selection is by value, largest first, and by lowest index among equals. Selected entries that are not positive
@@ -43,22 +54,33 @@ def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, backend: Bac
         W_enc: [D, F]; fastest as the transposed view of contiguous [F, D] memory.
         b_enc: [F].
         k: 1 to F.
+        candidates: "int8" or "fp8" (e4m3) scores all entries in that precision first, and only the best of them in full. The
+            result is the same: it is proven per token from bounds on what 8 bits lose, and tokens without proof go the plain
+            way. int8 has the tighter bound where no element of a row stands out. On a device the call waits for the number of
+            those tokens. None, the default, scores everything in full; nothing else is measured to be faster yet.
         backend: see `resolve_backend`.
 
     Returns:
         values [N, k] and indices [N, k] int64; differentiable with respect to x, W_enc and b_enc.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or k is out of range.
-        BackendError: a forced backend cannot run.
+        ValueError: shapes, dtypes or devices do not fit, k is out of range, or `candidates` is unknown.
+        BackendError: a forced backend cannot run, or the device has no products of 8-bit floats.
 
     Source: Gao et al. 2024, arXiv 2406.04093, section 2.3 (TopK activation).
     """
     _check_operands("encode_topk", x, W_enc, b_enc)
     _check_k("encode_topk", k, W_enc)
+    _check_candidates(candidates, x)
     primitives = load_primitives(resolve_backend(backend, x, W_enc, b_enc))
+
+    def select(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        if candidates is None:
+            return primitives.topk(x, weight, bias, k)
+        return topk_of_candidates(primitives, x, weight, bias, k, candidates)
+
     with without_autocast(x):
-        values, indices = _EncodeTopK.apply(x, W_enc, b_enc, k, primitives)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        values, indices = _EncodeTopK.apply(x, W_enc, b_enc, select, primitives)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return TopKCode(values, indices)
 
 
@@ -153,9 +175,9 @@ def encode_threshold(
 class _EncodeTopK(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: "_Context", x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, primitives: Primitives
+        ctx: "_Context", x: Tensor, W_enc: Tensor, b_enc: Tensor, select: "_SelectPairs", primitives: Primitives
     ) -> tuple[Tensor, Tensor]:
-        values, indices = primitives.topk(x, W_enc.T, b_enc, k)
+        values, indices = select(x, W_enc.T, b_enc)
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, W_enc, b_enc, values)
@@ -214,6 +236,14 @@ def _linear_gradients(
         grad_weight = primitives.scatter_sum(grad_z, reverse, x, dtype=W_enc.dtype).T if needs_weight else None
         grad_bias = primitives.feature_sum(grad_z, reverse, dtype=b_enc.dtype) if needs_bias else None
     return grad_x, grad_weight, grad_bias
+
+
+def _check_candidates(candidates: Kind | None, x: Tensor) -> None:
+    if candidates is not None and candidates not in get_args(Kind):
+        raise ValueError(f"encode_topk: candidates is {candidates!r}, needs None or one of {', '.join(get_args(Kind))}")
+    if candidates == "fp8" and x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 9):
+        found = torch.cuda.get_device_name(x.device)
+        raise BackendError(f"encode_topk: candidates is 'fp8' on {found}, needs sm_89 or later; take 'int8'")
 
 
 def _check_k(where: str, k: int, W_enc: Tensor) -> None:

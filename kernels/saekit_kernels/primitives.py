@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from saekit_kernels._quantize import Kind
 from saekit_kernels.sparse_code import Entries, ReverseIndex
 
 
@@ -59,6 +60,21 @@ class Primitives(Protocol):
         Returns:
             values [N, k] in the compute dtype and indices [N, k] int64, largest first, equal ones by rising index;
             NaN ranks above every number.
+        """
+
+    def candidates(self, x: Tensor, weight: Tensor, bias: Tensor, count: int, kind: Kind) -> tuple[Tensor, Tensor]:
+        """The entries of z = x @ weight.T + bias whose upper bounds, from 8-bit products, are largest in each row.
+
+        Args:
+            x: [N, D].
+            weight: [F, D].
+            bias: [F].
+            count: 1 to F.
+            kind: in which eight bits.
+
+        Returns:
+            columns [N, count] int64, rising in each row, and a number that no entry outside them exceeds [N]; +inf for
+            rows that cannot be scored.
         """
 
     def threshold(self, x: Tensor, weight: Tensor, bias: Tensor, bound: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -165,10 +165,10 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cpu, "_CHUNK_ROWS", 4)
     monkeypatch.setattr(_cpu, "_MIN_CHUNK_ROWS", 4)
     if importlib.util.find_spec("triton"):
-        from saekit_kernels import _encode_triton
+        from saekit_kernels import _product_triton
 
-        monkeypatch.setattr(_encode_triton, "_CHUNK_BYTES", 1)
-        monkeypatch.setattr(_encode_triton, "_CHUNK_ROWS_STEP", 4)
+        monkeypatch.setattr(_product_triton, "_CHUNK_BYTES", 1)
+        monkeypatch.setattr(_product_triton, "_CHUNK_ROWS_STEP", 4)
 
 
 @pytest.fixture
