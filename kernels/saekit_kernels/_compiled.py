@@ -6,7 +6,7 @@ Figures in comments: AMD EPYC (Zen 3, AVX2), one thread, torch 2.13, N = 2048, D
 import torch
 from torch import Tensor
 
-from saekit_kernels import _build, _cpu, _cpu_dense, _cpu_optim, _memory
+from saekit_kernels import _build, _cpu, _dense, _cpu_optim, _memory
 from saekit_kernels._quantize import Kind
 from saekit_kernels.primitives import AdamStep
 from saekit_kernels.sparse_code import Entries, ReverseIndex
@@ -58,7 +58,7 @@ def gather_sum(
 ) -> Tensor:
     """See `Primitives.gather_sum`."""
     operands = (values, weight) if bias is None else (values, weight, bias)
-    if not _is_float32(*operands) or _cpu_dense.is_dense(entries, len(weight)):
+    if not _is_float32(*operands) or _dense.is_dense(entries, len(weight)):
         return _cpu.gather_sum(values, entries, weight, bias=bias, dtype=dtype)
     values, weight = values.contiguous(), weight.contiguous()
     out = _memory.empty(entries.num_rows, weight.shape[1], dtype=torch.float32)
@@ -69,7 +69,7 @@ def gather_sum(
 
 def gather_dot(rows: Tensor, entries: Entries, weight: Tensor, *, dtype: torch.dtype) -> Tensor:
     """See `Primitives.gather_dot`."""
-    if not _is_float32(rows, weight) or _cpu_dense.is_dense(entries, len(weight)):
+    if not _is_float32(rows, weight) or _dense.is_dense(entries, len(weight)):
         return _cpu.gather_dot(rows, entries, weight, dtype=dtype)
     rows, weight = rows.contiguous(), weight.contiguous()
     out = rows.new_empty(entries.indices.numel())
@@ -79,7 +79,7 @@ def gather_dot(rows: Tensor, entries: Entries, weight: Tensor, *, dtype: torch.d
 
 def scatter_sum(values: Tensor, reverse: ReverseIndex, rows: Tensor, *, dtype: torch.dtype) -> Tensor:
     """See `Primitives.scatter_sum`."""
-    if not _is_float32(values, rows) or _cpu_dense.is_dense(reverse.entries, reverse.num_features):
+    if not _is_float32(values, rows) or _dense.is_dense(reverse.entries, reverse.num_features):
         return _cpu.scatter_sum(values, reverse, rows, dtype=dtype)
     values, rows = values.contiguous(), rows.contiguous()
     out = _memory.empty(reverse.num_features, rows.shape[1], dtype=torch.float32)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from saekit_kernels import _cpu_dense, _memory
+from saekit_kernels import _dense, _memory
 from saekit_kernels._cpu_optim import adam, gradient_square
 from saekit_kernels._quantize import Kind, Quantized, feature_bias, quantize, token_margin
 from saekit_kernels.primitives import compute_dtype
@@ -92,8 +92,8 @@ def gather_sum(
     """See `Primitives.gather_sum`."""
     values, weight = _same_dtype(values, weight)
     values = values.view(-1)
-    if _cpu_dense.is_dense(entries, len(weight)):
-        out = _cpu_dense.gather_sum(values, entries, weight)
+    if _dense.is_dense(entries, len(weight)):
+        out = _dense.gather_sum(values, entries, weight)
     else:
         out = _bag_sums(values, entries.indices, entries.row_offsets, weight)
     if bias is not None:
@@ -104,8 +104,8 @@ def gather_sum(
 def gather_dot(rows: Tensor, entries: Entries, weight: Tensor, *, dtype: torch.dtype) -> Tensor:
     """See `Primitives.gather_dot`."""
     rows, weight = _same_dtype(rows, weight)
-    if _cpu_dense.is_dense(entries, len(weight)):
-        return _cpu_dense.gather_dot(rows, entries, weight).to(dtype)
+    if _dense.is_dense(entries, len(weight)):
+        return _dense.gather_dot(rows, entries, weight).to(dtype)
     # The operator behind the gradient of embedding_bag's weights: 6 ms, gather + bmm 140 ms.
     dots: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         rows, weight, entries.indices, entries.row_offsets, entries.rows(), 0
@@ -117,8 +117,8 @@ def scatter_sum(values: Tensor, reverse: ReverseIndex, rows: Tensor, *, dtype: t
     """See `Primitives.scatter_sum`."""
     values, rows = _same_dtype(values, rows)
     values = values.view(-1)
-    if _cpu_dense.is_dense(reverse.entries, reverse.num_features):
-        return _cpu_dense.scatter_sum(values, reverse.entries, reverse.num_features, rows).to(dtype)
+    if _dense.is_dense(reverse.entries, reverse.num_features):
+        return _dense.scatter_sum(values, reverse.entries, reverse.num_features, rows).to(dtype)
     # A bag per feature over its tokens: 3 ms; index_add_ of the K contributions of every token: over 100 ms.
     return _bag_sums(values[reverse.order], reverse.rows, reverse.offsets, rows).to(dtype)
 

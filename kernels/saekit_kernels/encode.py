@@ -69,7 +69,7 @@ def encode_topk(
 
     Source: Gao et al. 2024, arXiv 2406.04093, section 2.3 (TopK activation).
     """
-    _check_operands("encode_topk", x, W_enc, b_enc)
+    check_operands("encode_topk", x, W_enc, b_enc)
     _check_k("encode_topk", k, W_enc)
     _check_candidates(candidates, x)
     primitives = load_primitives(resolve_backend(backend, x, W_enc, b_enc))
@@ -108,7 +108,7 @@ def encode_batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, backen
 
     Source: Bussmann et al. 2024, arXiv 2412.06410, section 3 (BatchTopK).
     """
-    _check_operands("encode_batch_topk", x, W_enc, b_enc)
+    check_operands("encode_batch_topk", x, W_enc, b_enc)
     _check_k("encode_batch_topk", k, W_enc)
     primitives = load_primitives(resolve_backend(backend, x, W_enc, b_enc))
 
@@ -153,7 +153,7 @@ def encode_threshold(
 
     Source: Rajamanoharan et al. 2024, arXiv 2407.14435, sections 3 and 4 (JumpReLU and its kernel estimates).
     """
-    _check_operands("encode_threshold", x, W_enc, b_enc)
+    check_operands("encode_threshold", x, W_enc, b_enc)
     if threshold.shape != b_enc.shape or not threshold.is_floating_point() or threshold.device != x.device:
         found = f"{threshold.dtype} {list(threshold.shape)} on {threshold.device}"
         raise ValueError(
@@ -182,7 +182,7 @@ class _EncodeTopK(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, W_enc, b_enc, values)
         ctx.primitives = primitives
-        ctx.reverse = reverse_index(indices, W_enc.shape[1])
+        ctx.reverse = reverse_index(indices, W_enc.shape[1], is_unique=True)
         return values, indices
 
     @staticmethod
@@ -209,7 +209,7 @@ class _EncodeRows(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, W_enc, b_enc)
         ctx.primitives = primitives
-        ctx.reverse = reverse_index(indices, W_enc.shape[1], offsets=offsets)
+        ctx.reverse = reverse_index(indices, W_enc.shape[1], offsets=offsets, is_unique=True)
         return pre_acts, indices, offsets
 
     @staticmethod
@@ -251,11 +251,12 @@ def _check_k(where: str, k: int, W_enc: Tensor) -> None:
         raise ValueError(f"{where}: k is {k}, needs 1 to d_sae = {W_enc.shape[1]}")
 
 
-def _check_operands(where: str, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
+def check_operands(where: str, x: Tensor, W_enc: Tensor, b_enc: Tensor, *, may_be_empty: bool = False) -> None:
+    """Refuses operands of a linear map that do not fit together."""
     if x.ndim != 2 or W_enc.ndim != 2 or b_enc.ndim != 1:
         shapes = f"x {list(x.shape)}, W_enc {list(W_enc.shape)}, b_enc {list(b_enc.shape)}"
         raise ValueError(f"{where}: {shapes}, needs x [N, D], W_enc [D, F], b_enc [F]")
-    if x.shape[1] != W_enc.shape[0] or W_enc.shape[1] != b_enc.shape[0] or 0 in W_enc.shape:
+    if x.shape[1] != W_enc.shape[0] or W_enc.shape[1] != b_enc.shape[0] or (0 in W_enc.shape and not may_be_empty):
         shapes = f"x {list(x.shape)}, W_enc {list(W_enc.shape)}, b_enc {list(b_enc.shape)}"
         raise ValueError(
             f"{where}: {shapes}, needs x [N, D], W_enc [D, F], b_enc [F] with equal D and F, none of them 0"

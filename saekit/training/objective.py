@@ -130,8 +130,8 @@ class Objective(nn.Module, ABC):
         variance = self._residual_variance
         if variance is None:
             variance = self._pooled_variance(_moments(residual), len(residual))
-        # Rows of the compacted dead features: a dense product of their width is cheaper than gathering k_aux rows a token.
-        weights = (self.sae.W_enc.T[dead], self.sae.b_enc[dead], self.sae.W_dec[dead])
+        W_enc, b_enc, W_dec = self.sae.W_enc.T, self.sae.b_enc, self.sae.W_dec
+        weights = (W_enc.index_select(0, dead), b_enc.index_select(0, dead), W_dec.index_select(0, dead))
         loss = auxk_loss(
             encoder_input, residual, weights, k_aux=self.k_aux, residual_variance=variance.to(residual.dtype)
         )
