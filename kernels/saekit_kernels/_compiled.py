@@ -110,9 +110,9 @@ def adam(
         _cpu_optim.adam(weight, grad, moments, step, scale=scale, shadow=shadow)
         return
     in_pass = shadow if shadow is not None and shadow.dtype == torch.bfloat16 else None
-    numbers = (float(scale), step.step_size, step.beta1, step.beta2, step.eps, step.root_correction)
+    corrected = float(step.step_size), step.beta1, step.beta2, step.eps, float(step.root_correction)
     row = _row_length(weight, is_unit_norm=step.is_unit_norm)
-    _run("adam", weight, grad.contiguous(), *moments, in_pass, weight.numel(), row, *numbers, int(step.is_unit_norm))
+    _run("adam", weight, grad.contiguous(), *moments, in_pass, weight.numel(), row, float(scale), *corrected, int(step.is_unit_norm))
     if shadow is not None and in_pass is None:
         shadow.copy_(weight)
 

@@ -107,8 +107,9 @@ class Objective(nn.Module, ABC):
         auxiliary, weighted = self.dead_loss(encoder_input, error, dead, code)
         loss = reconstruction + weighted + self.penalty(encoder_input, target, code, coefficient)
         active = code.values > 0
-        fired = torch.zeros(self.sae.d_sae, dtype=torch.bool, device=x.device)
-        fired[code.indices[active]] = True
+        # Silent entries are noted at a place of their own: to leave them out would wait for the device, for their number.
+        places = torch.where(active, code.indices, self.sae.d_sae).view(-1)
+        fired = torch.zeros(self.sae.d_sae + 1, dtype=torch.bool, device=x.device).scatter_(0, places, True)[:-1]
         return StepResult(loss, fvu.detach(), auxiliary, active.sum(), fired)
 
     def reconstruct(self, inputs: Tensor, target: Tensor, code: Code) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,7 +160,7 @@ class Objective(nn.Module, ABC):
 
     def _pooled_variance(self, moments: Tensor, count: int) -> Tensor:
         # One sum for all processes, so that the loss does not depend on how the batch is split over them.
-        total = self.sum_over_processes(torch.tensor(float(count), dtype=torch.float64, device=moments.device))
+        total = self.sum_over_processes(torch.full((), count, dtype=torch.float64, device=moments.device))
         means = self.sum_over_processes(moments) / total
         return means[-1] - means[:-1].square().sum()
 

@@ -101,17 +101,18 @@ class TrainRun:
         x = self.normalization.apply(raw)
         self.optimizer.zero_grad(set_to_none=True)
         self.objective.progress = self.step / self.config.num_steps
-        dead = self.dead.mask.nonzero().flatten()
-        result = backward_in_parts(self.objective, x, dead, coefficient, part_tokens=self.config.micro_batch_size)
+        result = backward_in_parts(self.objective, x, self.dead.indices, coefficient, part_tokens=self.config.micro_batch_size)
         self._average_gradients()
         norm = self._gradient_norm()
 
         figures = torch.stack([result.loss, result.fvu, result.auxiliary, result.num_active.to(norm)]).double()
-        stop = torch.tensor([float(stop_asked)], dtype=torch.float64, device=x.device)
+        stop = torch.full((1,), float(stop_asked), dtype=torch.float64, device=x.device)
         summed = self._sum(torch.cat([figures, stop, result.fired.double()]))
         processes = self.accelerator.num_processes
-        # One transfer for all figures of the step.
-        loss, fvu, auxiliary, num_active, stops, gradient_norm = torch.cat([summed[:5], norm.double()[None]]).tolist()
+        silent_tokens, num_dead = self.dead.after(summed[5:] > 0, self.config.batch_size)
+        # One transfer for all figures of the step, and the only time that it waits for the device.
+        told = torch.cat([summed[:5], torch.stack([norm.double(), num_dead.double()])])
+        loss, fvu, auxiliary, num_active, stops, gradient_norm, dead_count = told.tolist()
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             raise self._non_finite(raw)
 
@@ -121,7 +122,7 @@ class TrainRun:
         self.optimizer.step()
         self.objective.after_step()
         self.average.update()
-        self.dead.update(summed[5:] > 0, self.config.batch_size)
+        self.dead.take(silent_tokens, int(dead_count))
         self.step += 1
         l0 = num_active / self.config.batch_size
         if self.control:
@@ -131,7 +132,7 @@ class TrainRun:
             fvu=fvu / processes,
             auxiliary=auxiliary / processes,
             l0=l0,
-            dead_fraction=float(self.dead.mask.double().mean()),
+            dead_fraction=self.dead.num_dead / self.sae.d_sae,
             lr=self.peak_lr * factor,
             coefficient=coefficient,
             gradient_norm=gradient_norm,
@@ -156,7 +157,7 @@ class TrainRun:
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.clip.mean = state["gradient_norm"]
-        self.dead.silent_tokens.copy_(state["silent_tokens"])
+        self.dead.take(state["silent_tokens"])
         self.average.load_state_dict(state["average"])
         if self.control:
             self.control.load_state_dict(state["control"])

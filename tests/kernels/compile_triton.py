@@ -142,7 +142,7 @@ def _optim_cases() -> Iterator[Case]:
     types |= dict.fromkeys(("step_size", "beta1", "beta2", "eps", "root_correction"), "fp32")
     for length in (768, 4096, optim.MAX_ROW):
         block, num_warps = optim.launch(length)
-        constants = {"IS_UNIT_NORM": True, "HAS_SHADOW": True, "BLOCK": block}
+        constants = {"IS_UNIT_NORM": True, "HAS_SHADOW": True, "ARE_POINTERS": False, "BLOCK": block}
         yield Case(f"adam-{length}", optim.adam_kernel, types, constants, num_warps)
     constants = {"IS_UNIT_NORM": True, "BLOCK": block}
     yield Case(f"gradient_square-{length}", optim.gradient_square_kernel, types, constants, num_warps)
