@@ -6,7 +6,7 @@ Figures in comments: AMD EPYC (Zen 3, AVX2), one thread, torch 2.13, N = 2048, D
 import torch
 from torch import Tensor
 
-from saekit_kernels import _build, _cpu, _dense, _cpu_optim, _memory
+from saekit_kernels import _build, _cpu, _cpu_optim, _dense, _memory
 from saekit_kernels._quantize import Kind
 from saekit_kernels.primitives import AdamStep
 from saekit_kernels.sparse_code import Entries, ReverseIndex
@@ -112,7 +112,18 @@ def adam(
     in_pass = shadow if shadow is not None and shadow.dtype == torch.bfloat16 else None
     corrected = float(step.step_size), step.beta1, step.beta2, step.eps, float(step.root_correction)
     row = _row_length(weight, is_unit_norm=step.is_unit_norm)
-    _run("adam", weight, grad.contiguous(), *moments, in_pass, weight.numel(), row, float(scale), *corrected, int(step.is_unit_norm))
+    _run(
+        "adam",
+        weight,
+        grad.contiguous(),
+        *moments,
+        in_pass,
+        weight.numel(),
+        row,
+        float(scale),
+        *corrected,
+        int(step.is_unit_norm),
+    )
     if shadow is not None and in_pass is None:
         shadow.copy_(weight)
 

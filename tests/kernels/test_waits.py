@@ -1,12 +1,12 @@
 """A TopK step never waits for the device, and runs as one CUDA graph where there is a device."""
 
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import saekit_kernels as sk
 import torch
+from bench.step import Parameters, TopKStep
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,34 +31,8 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def make_step(problem: Any, k: int, backend: Any) -> Callable[[Tensor], Tensor]:
-    """A whole TopK step, with clipping and Adam, all of whose numbers are on the device."""
-    device = problem.x.device
-    parameters = problem[1:]
-    moments = [(torch.zeros_like(parameter), torch.zeros_like(parameter)) for parameter in parameters]
-    number = torch.zeros((), dtype=torch.int64, device=device)
-    lr = torch.full((), 1e-2, device=device)
-
-    def step(x: Tensor) -> Tensor:
-        code = sk.encode_topk(x, problem.W_enc_rows.T, problem.b_enc, k, backend=backend)
-        x_hat = sk.decode(code.values, code.indices, problem.W_dec, problem.b_dec, backend=backend)
-        loss = (x_hat - x).square().mean()
-        gradients = torch.autograd.grad(loss, parameters)
-        number.add_(1)
-        unit = [position == 2 for position in range(4)]
-        squares = [
-            sk.gradient_square(grad, parameter.detach() if is_unit else None, backend=backend)
-            for grad, parameter, is_unit in zip(gradients, parameters, unit, strict=True)
-        ]
-        scale = (1.0 / torch.stack(squares).sum().sqrt()).clamp(max=1.0)
-        for parameter, grad, (mean, square), is_unit in zip(parameters, gradients, moments, unit, strict=True):
-            update = sk.AdamStep(lr=lr, number=number, is_unit_norm=is_unit)
-            sk.adam_step(
-                parameter.detach(), grad, exp_avg=mean, exp_avg_sq=square, step=update, scale=scale, backend=backend
-            )
-        return loss.detach()
-
-    return step
+def make_step(problem: Any, k: int, **options: Any) -> TopKStep:
+    return TopKStep(Parameters(*problem[1:]), k, lr=1e-2, backend="triton", **options)
 
 
 @pytest.mark.parametrize("encoder", ["fused", "two-kernel"])
@@ -69,8 +43,8 @@ def test_topk_step_in_triton_waits_for_nothing(
     monkeypatch.setenv("SAEKIT_KERNELS_ENCODER", encoder)
     # Indices are checked on the CPU alone.
     monkeypatch.setattr(importlib.import_module("saekit_kernels.decode"), "_check_code", lambda *operands: None)
-    problem = make_problem(3, 6, 70).to(torch.float32, device)
-    step = make_step(problem, 2, "triton")
+    problem = make_problem(2, 6, 64).to(torch.float32, device)
+    step = make_step(problem, 2, dtype=torch.bfloat16)
     with Waits() as waits:
         step(problem.x.detach())
     assert waits.names == []
@@ -109,35 +83,20 @@ def test_adam_with_numbers_on_the_device_equals_adam(backend: Any, device: str, 
     torch.testing.assert_close(results[0], results[1], rtol=2e-6, atol=2e-7)
 
 
+def test_step_lowers_the_loss_and_keeps_unit_rows(make_problem: Any) -> None:
+    problem = make_problem(60, 8, 40).to(torch.float32)
+    masters = Parameters(*problem[1:])
+    masters.W_dec.data /= masters.W_dec.data.norm(dim=1, keepdim=True)
+    step = TopKStep(masters, 4, dtype=torch.bfloat16, lr=1e-2, backend="cpu")
+    losses = [float(step(problem.x.detach())) for _ in range(20)]
+    assert losses[-1] < 0.7 * losses[0]
+    torch.testing.assert_close(step.masters.W_dec.norm(dim=1), torch.ones(40))
+    assert int(step.number) == 20
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA device")
-def test_topk_step_as_a_cuda_graph_equals_eager_steps(make_problem: Any) -> None:
-    batches = [torch.randn(64, 24, device="cuda") for _ in range(4)]
-    eager, graphed = (make_problem(64, 24, 640).to(torch.float32, "cuda") for _ in range(2))
-    losses = [make_step_losses(eager, batches)]
-    step, static = make_step(graphed, 4, "triton"), batches[0].clone()
-    before = [parameter.detach().clone() for parameter in graphed[1:]]
-    # Compiles the kernels and times the encoders, in parameters that are put back.
-    warm_up = make_step(graphed, 4, "triton")
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        warm_up(static)
-    torch.cuda.synchronize()
-    for parameter, value in zip(graphed[1:], before, strict=True):
-        parameter.detach().copy_(value)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step(static)
-    found = []
-    for batch in batches:
-        static.copy_(batch)
-        graph.replay()
-        found.append(float(loss))
-    losses.append(found)
-    assert losses[0] == losses[1]
-    for one, other in zip(eager[1:], graphed[1:], strict=True):
-        assert torch.equal(one, other)
+def test_topk_step_as_a_cuda_graph_equals_eager_steps() -> None:
+    from bench import gpu
 
-
-def make_step_losses(problem: Any, batches: list[Tensor]) -> list[float]:
-    step = make_step(problem, 4, "triton")
-    return [float(step(batch)) for batch in batches]
+    gpu.check_waits()
+    gpu.check_graph()
