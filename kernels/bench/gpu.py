@@ -6,6 +6,7 @@ CUDA graph of the step against eager steps. The file is written after every part
 
 import argparse
 import datetime
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -68,7 +69,7 @@ def check_graph() -> None:
     (eager, x), (graphed, static) = make_step(CHECKED, torch.float32), make_step(CHECKED, torch.float32)
     graph, _ = captured(graphed, static)
     for _ in range(5):
-        graph.replay()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        graph.replay()
     for _ in range(8):
         eager(x)
     torch.cuda.synchronize()
@@ -168,10 +169,11 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     for name in options.shape or DEFAULT_SHAPES:
         shape = SHAPES[name]
-        for measure in (
-            lambda shape=shape: section(shape, "cuda", torch.bfloat16, options.rounds, time.perf_counter),
-            lambda shape=shape: whole_steps(shape, options.rounds),
-        ):
+        measures: list[Callable[[], list[str]]] = [
+            functools.partial(section, shape, "cuda", torch.bfloat16, options.rounds, time.perf_counter),
+            functools.partial(whole_steps, shape, options.rounds),
+        ]
+        for measure in measures:
             if time.monotonic() - started > options.seconds:
                 lines += [f"- {name}: a part was not started, {options.seconds:.0f} s were over", ""]
                 continue

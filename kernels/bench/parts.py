@@ -7,6 +7,7 @@ As in `bench.run`, results are checked first and the variants take turns.
 
 import argparse
 import datetime
+import functools
 import statistics
 import sys
 import time
@@ -70,9 +71,8 @@ def parts(shape: Shape, weights: Weights) -> dict[str, Callable[[], object]]:
         f"AuxK over {len(dead)} features, forward + backward": auxk,
     }
     for kind in KINDS:
-        timed[f"top-k encode, {kind} candidates"] = lambda kind=kind: sk.encode_topk(
-            x, W_enc_rows.T, b_enc, shape.k, candidates=kind
-        )
+        scored = functools.partial(sk.encode_topk, candidates=kind)
+        timed[f"top-k encode, {kind} candidates"] = functools.partial(scored, x, W_enc_rows.T, b_enc, shape.k)
     return timed
 
 

@@ -1,6 +1,6 @@
 """Backward of encode and decode: every gradient against dense autograd in float64, and what the backward may cost."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -238,6 +238,31 @@ def test_results_are_bit_equal_twice(
     first, second = run(), run()
     assert len(first) == 6
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.fixture
+def deterministic_algorithms() -> Iterator[None]:
+    """torch's own setting, under which an operator without a deterministic implementation raises."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("is_dense", [False, True], ids=["sparse", "dense-blocks"])
+def test_torch_s_deterministic_mode_changes_no_bit(
+    fast_backend: Any, device: str, is_dense: bool, make_problem: Any, request: pytest.FixtureRequest
+) -> None:
+    def run() -> list[Tensor]:
+        problem = make_problem(5, 8, 20).to(torch.float32, device)
+        loss = sparse_topk(problem, 8 if is_dense else 2, fast_backend).square().sum()
+        dead = problem.W_enc_rows[::2], problem.b_enc[::2], problem.W_dec[::2]
+        loss = loss + sk.auxk(problem.x, dead[0].T, dead[1], dead[2], 3, backend=fast_backend).square().sum()
+        loss.backward()
+        return [loss, *(grad for grad in problem.gradients() if grad is not None)]
+
+    plain = run()
+    request.getfixturevalue("deterministic_algorithms")
+    assert all(torch.equal(one, other) for one, other in zip(plain, run(), strict=True))
 
 
 def test_no_result_depends_on_uninitialised_memory(

@@ -93,7 +93,7 @@ def test_no_array_in_triton_is_of_all_tokens_by_all_features(
     device: str, op: str, make_problem: Any, operators: Any
 ) -> None:
     pytest.importorskip("triton")
-    num_tokens, d_sae = 9, 200
+    num_tokens, d_sae = 9, 96
     problem = make_problem(num_tokens, 4, d_sae).to(torch.float32, device)
     with operators() as seen:
         (OPS | {"topk-fused": encode_fused})[op](problem, "triton").square().sum().backward()
