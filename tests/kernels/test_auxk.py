@@ -16,10 +16,10 @@ def dense_auxk(problem: Any, k: int) -> Tensor:
 
 
 # Features and how many a token uses: gathers, dense blocks, all of them, none there.
-SIZES = {"sparse": (60, 3), "dense-blocks": (20, 9), "all-kept": (7, 7), "fewer-than-k": (5, 9), "one": (1, 1)}
+SIZES = {"sparse": (30, 3), "dense-blocks": (20, 9), "all-kept": (7, 7), "fewer-than-k": (5, 9), "one": (1, 1)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", SIZES)
 def test_auxk_equals_dense_autograd(
     backend: Any,
@@ -33,7 +33,7 @@ def test_auxk_equals_dense_autograd(
 ) -> None:
     monkeypatch.setattr(_dense, "BLOCK_ROWS", 4)
     num_features, k = SIZES[case]
-    drawn = make_problem(7, 9, num_features, dtype=dtype)
+    drawn = make_problem(5, 9, num_features, dtype=dtype)
     truth, mine = drawn.to(torch.float64), drawn.to(dtype, device)
     expected = dense_auxk(truth, k)
     found = sk.auxk(mine.x, mine.W_enc_rows.T, mine.b_enc, mine.W_dec, k, backend=backend)

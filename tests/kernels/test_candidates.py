@@ -60,7 +60,7 @@ CASES: dict[str, tuple[Callable[[], Operands], str]] = {
 
 # fp8 differs in its codes alone, and Triton by how it makes bounds, which takes a second a case.
 FP8_CASES = ["integers", "all-features-equal", "nan-token", "nan-weight"]
-TRITON_CASES = ["integers", "duplicated-features", "one-huge-element", "inf-token", "nan-weight", "all-negative"]
+TRITON_CASES = ["duplicated-features", "inf-token", "nan-weight"]
 ALL_CASES = [(name, case, "int8") for name in ("reference", "cpu", "compiled") for case in CASES]
 ALL_CASES += [("triton", case, "int8") for case in TRITON_CASES]
 ALL_CASES += [(name, case, "fp8") for name in ("reference", "cpu", "compiled") for case in FP8_CASES]
@@ -84,11 +84,11 @@ def test_result_is_the_plain_path_s(backend: Any, device: str, kind: Any, case: 
         assert is_proven.any() == (unproven == "some") or kind == "fp8"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_proven_entries_are_the_largest_in_float64(
     backend: Any, device: str, dtype: torch.dtype, make_problem: Any, assert_close: Any
 ) -> None:
-    truth = make_problem(4, 24, 130, dtype=dtype)
+    truth = make_problem(2, 24, 130, dtype=dtype)
     mine = truth.to(dtype, device)
     weight = mine.W_enc_rows.detach()
     values, indices, is_proven = _candidates.proven_topk(
@@ -113,8 +113,7 @@ def check_bound(backend: Any, device: str, kind: Any, *, num_tokens: int, scale:
     assert (outside <= bound.cpu().double()).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("scale", [1.0, 1e-30], ids=["usual", "tiny"])
+@pytest.mark.parametrize("kind,scale", [("int8", 1.0), ("fp8", 1.0), ("int8", 1e-30)], ids=["int8", "fp8", "int8-tiny"])
 def test_no_entry_outside_the_candidates_exceeds_the_bound(backend: Any, device: str, kind: Any, scale: float) -> None:
     check_bound(backend, device, kind, num_tokens=3, scale=scale)
 

@@ -253,7 +253,7 @@ def test_torch_s_deterministic_mode_changes_no_bit(
     fast_backend: Any, device: str, is_dense: bool, make_problem: Any, request: pytest.FixtureRequest
 ) -> None:
     def run() -> list[Tensor]:
-        problem = make_problem(5, 8, 20).to(torch.float32, device)
+        problem = make_problem(3, 8, 20).to(torch.float32, device)
         loss = sparse_topk(problem, 8 if is_dense else 2, fast_backend).square().sum()
         dead = problem.W_enc_rows[::2], problem.b_enc[::2], problem.W_dec[::2]
         loss = loss + sk.auxk(problem.x, dead[0].T, dead[1], dead[2], 3, backend=fast_backend).square().sum()

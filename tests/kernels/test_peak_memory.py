@@ -90,11 +90,14 @@ def test_reference_makes_one(op: str, make_problem: Any) -> None:
 # The profiler sees every step of the interpreter, so that in Triton single arrays are looked at, of fewer tokens.
 @pytest.mark.parametrize("op", ["topk", "topk-fused", "topk-int8", "threshold"])
 def test_no_array_in_triton_is_of_all_tokens_by_all_features(
-    device: str, op: str, make_problem: Any, operators: Any
+    device: str, op: str, make_problem: Any, operators: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
-    num_tokens, d_sae = 9, 96
-    problem = make_problem(num_tokens, 4, d_sae).to(torch.float32, device)
+    from saekit_kernels import _product_triton
+
+    monkeypatch.setattr(_product_triton, "_CHUNK_ROWS_STEP", 2)
+    num_tokens, d_sae = 7, 96
+    problem = make_problem(num_tokens, 2, d_sae).to(torch.float32, device)
     with operators() as seen:
         (OPS | {"topk-fused": encode_fused})[op](problem, "triton").square().sum().backward()
     assert seen.num_bytes < 4 * num_tokens * d_sae / 2
@@ -104,7 +107,7 @@ def test_no_array_in_triton_is_of_all_tokens_by_all_features(
 def test_auxk_of_many_features_a_token_is_dense_in_blocks_alone(
     backend: Any, device: str, make_problem: Any, operators: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    num_tokens, d_sae, k = 24, 100, 20
+    num_tokens, d_sae, k = 12, 100, 20
     if backend == "triton":
         from saekit_kernels import _decode_triton
 

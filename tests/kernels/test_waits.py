@@ -43,7 +43,7 @@ def test_topk_step_in_triton_waits_for_nothing(
     monkeypatch.setenv("SAEKIT_KERNELS_ENCODER", encoder)
     # Indices are checked on the CPU alone.
     monkeypatch.setattr(importlib.import_module("saekit_kernels.decode"), "_check_code", lambda *operands: None)
-    problem = make_problem(2, 6, 64).to(torch.float32, device)
+    problem = make_problem(2, 4, 33).to(torch.float32, device)
     step = make_step(problem, 2, dtype=torch.bfloat16)
     with Waits() as waits:
         step(problem.x.detach())
