@@ -114,8 +114,9 @@ class Objective(nn.Module, ABC):
         weight = self.reconstruction_weight
         loss = reconstruction * weight + weighted + self.penalty(encoder_input, target, code, coefficient)
         active = code.values > 0
-        fired = torch.zeros(self.sae.d_sae, dtype=torch.bool, device=x.device)
-        fired[code.indices[active]] = True
+        # Silent entries are noted at a place of their own: to leave them out would wait for the device, for their number.
+        places = torch.where(active, code.indices, self.sae.d_sae).view(-1)
+        fired = torch.zeros(self.sae.d_sae + 1, dtype=torch.bool, device=x.device).scatter_(0, places, True)[:-1]
         return StepResult(loss, fvu.detach(), auxiliary, active.sum(), fired), error
 
     def reconstruct(self, inputs: Tensor, target: Tensor, code: Code) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,8 +138,8 @@ class Objective(nn.Module, ABC):
         variance = self._residual_variance
         if variance is None:
             variance = _pooled_variance(_moments(residual), len(residual), self.sum_over_processes)
-        # Rows of the compacted dead features: a dense product of their width is cheaper than gathering k_aux rows a token.
-        weights = (self.sae.W_enc.T[dead], self.sae.b_enc[dead], self.sae.W_dec[dead])
+        W_enc, b_enc, W_dec = self.sae.W_enc.T, self.sae.b_enc, self.sae.W_dec
+        weights = (W_enc.index_select(0, dead), b_enc.index_select(0, dead), W_dec.index_select(0, dead))
         loss = auxk_loss(
             encoder_input, residual, weights, k_aux=self.k_aux, residual_variance=variance.to(residual.dtype)
         )

@@ -117,19 +117,19 @@ class TrainRun:
         coefficient = self.control.coefficient if self.control else 0.0
         self.optimizer.zero_grad(set_to_none=True)
         self.objective.progress = self.step / self.config.num_steps
-        dead = self.dead.mask.nonzero().flatten()
-        result, raw, terms = self.add_gradients(dead, coefficient)
+        result, raw, terms = self.add_gradients(self.dead.indices, coefficient)
         self._average_gradients()
         norm = self._gradient_norm()
 
         means = torch.stack([result.loss, result.fvu, result.auxiliary, *terms.values()]).double()
-        counts = torch.tensor([float(len(raw)), float(stop_asked)], dtype=torch.float64, device=norm.device)
-        own = torch.cat([counts, result.num_active.double()[None], means])
+        counts = [means.new_full((1,), float(count)) for count in (len(raw), stop_asked)]
+        own = torch.cat([*counts, result.num_active.double()[None], means])
         summed = self._sum(torch.cat([own, result.fired.double()]))
-        # One transfer for all figures of the step.
-        figures = torch.cat([norm.double()[None], summed[: len(own)]]).tolist()
-        gradient_norm, num_tokens, stops, num_active = figures[:4]
-        loss, fvu, auxiliary, *others = (value / self.accelerator.num_processes for value in figures[4:])
+        silent_tokens, num_dead = self.dead.after(summed[len(own) :] > 0, self.config.batch_size)
+        # One transfer for all figures of the step, and the only time that it waits for the device.
+        told = torch.cat([norm.double()[None], num_dead.double()[None], summed[: len(own)]]).tolist()
+        gradient_norm, dead_count, num_tokens, stops, num_active = told[:5]
+        loss, fvu, auxiliary, *others = (value / self.accelerator.num_processes for value in told[5:])
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             raise self._non_finite(raw)
 
@@ -139,12 +139,12 @@ class TrainRun:
         self.optimizer.step()
         self.objective.after_step(has_unit_rows=isinstance(self.optimizer, FusedAdam | ScheduleFreeSignum))
         self.average.update()
-        self.dead.update(summed[len(own) :] > 0, self.config.batch_size)
+        self.dead.take(silent_tokens, int(dead_count))
         self.step += 1
         l0 = num_active / num_tokens
         if self.control:
             self.control.update(l0, self._wanted_l0())
-        dead_fraction = float(self.dead.mask.double().mean())
+        dead_fraction = self.dead.num_dead / self.sae.d_sae
         resampled = resample_features(self) if is_due(self.config, self.step) else 0
         return StepFigures(
             loss=loss,
@@ -190,7 +190,7 @@ class TrainRun:
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.clip.mean = state["gradient_norm"]
-        self.dead.silent_tokens.copy_(state["silent_tokens"])
+        self.dead.take(state["silent_tokens"])
         self.average.load_state_dict(state["average"])
         if self.control:
             self.control.load_state_dict(state["control"])

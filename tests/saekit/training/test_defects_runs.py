@@ -236,8 +236,8 @@ def _decoder_normalised_along_the_other_axis(patch: pytest.MonkeyPatch) -> None:
 
 
 def _dead_tokens_of_one_part(patch: pytest.MonkeyPatch) -> None:
-    right = DeadFeatures.update
-    patch.setattr(DeadFeatures, "update", lambda self, fired, num_tokens: right(self, fired, num_tokens // 4))
+    right = DeadFeatures.after
+    patch.setattr(DeadFeatures, "after", lambda self, fired, num_tokens: right(self, fired, num_tokens // 4))
 
 
 def _features_of_the_last_part_only(patch: pytest.MonkeyPatch) -> None:

@@ -241,8 +241,8 @@ def test_dead_features_are_counted_in_tokens_of_all_processes(
 
 
 def test_counting_tokens_of_one_process_would_be_seen(planted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = DeadFeatures.update
-    monkeypatch.setattr(DeadFeatures, "update", lambda self, fired, num_tokens: right(self, fired, num_tokens // 4))
+    right = DeadFeatures.after
+    monkeypatch.setattr(DeadFeatures, "after", lambda self, fired, num_tokens: right(self, fired, num_tokens // 4))
     with pytest.raises(AssertionError):
         check_dead_after_global_tokens(planted, monkeypatch, 4)
 
@@ -250,10 +250,10 @@ def test_counting_tokens_of_one_process_would_be_seen(planted: ModuleType, monke
 def test_a_feature_that_fires_again_is_alive() -> None:
     dead = DeadFeatures(3, 100, torch.device("cpu"))
     never, second = torch.zeros(3, dtype=torch.bool), torch.tensor([False, True, False])
-    dead.update(never, 60)
-    dead.update(second, 60)
+    dead.take(dead.after(never, 60)[0])
+    dead.take(dead.after(second, 60)[0])
     assert dead.mask.tolist() == [True, False, True]
-    dead.update(second.logical_not(), 10)
+    dead.take(dead.after(second.logical_not(), 10)[0])
     assert dead.silent_tokens.tolist() == [0, 10, 0]
 
 
