@@ -10,14 +10,14 @@ from torch import Tensor
 
 from saekit.errors import ConfigError
 from saekit.hub.canonical import Canonical
-from saekit.hub.hooks import tl_name
 from saekit.manifest import atomic_write, write_json
 from saekit.sae.activation import Activation, Gated, GroupMax, JumpReLU, ReLU, TopK
 from saekit.sae.base import SAE
 from saekit.sae.dictionary import Dictionary
 from saekit.sae.gated import GatedSAE
+from saekit.sae.hook_names import tl_name
 from saekit.sae.relu import ReLUSAE
-from saekit.sae.site import Site
+from saekit.sae.site import parse_site
 from saekit.sae.threshold import ThresholdSAE
 from saekit.sae.topk import TopKSAE
 from saekit.sae.transcoder import Transcoder
@@ -59,9 +59,9 @@ def as_dictionary(sae: SAE) -> Dictionary:
     canonical = Canonical(**weights, extra=extra)
     if sae.cfg.apply_b_dec_to_input:
         canonical.subtract_from_input(canonical.b_dec)
-    site = None if sae.hook_point is None else _site(sae.hook_point)
+    site = None if sae.hook_point is None else parse_site(sae.hook_point)
     target = sae.source.get("target_hook_point")
-    site_out = _site(target) if isinstance(target, str) else None
+    site_out = parse_site(target) if isinstance(target, str) else None
     return canonical.build(activation, units="pre-activations of raw input", site=site, site_out=site_out)
 
 
@@ -244,11 +244,6 @@ def _is_transcoder(sae: Dictionary) -> bool:
 
 def _inexpressible(target: str, what: str) -> ConfigError:
     return ConfigError(f"export: {target} cannot express {what}, needs a dictionary without it")
-
-
-def _site(hook_point: str) -> Site:
-    path, _, side = hook_point.partition(":")
-    return Site.model_validate({"path": path, "side": side or "output"})
 
 
 def _saelens_hooks(sae: Dictionary) -> dict[str, object]:

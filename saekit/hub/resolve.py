@@ -21,7 +21,7 @@ from saekit.sae.base import SAE
 from saekit.sae.checkpoint import CFG_NAME, WEIGHTS_NAME, load_sae_folder
 from saekit.sae.dictionary import Dictionary
 from saekit.sae.released import RELEASED_KINDS, build_released
-from saekit.sae.site import Site
+from saekit.sae.site import Site, parse_site
 from saekit.sae.temporal import TemporalDictionary
 
 __all__ = ["load_sae", "load_saes"]
@@ -96,11 +96,7 @@ def load_saes(
 def _place_at(sae: SAE, hook_point: str) -> None:
     sae.hook_point = hook_point
     if isinstance(sae, Dictionary | TemporalDictionary):
-        path, _, side = hook_point.partition(":")
-        if not path or side not in {"", "input", "output"}:
-            raise ConfigError(f"hook point {hook_point!r}: needs a module path, ':input' or ':output' behind it")
-        site = Site(path=path, side="input" if side == "input" else "output")
-        sae.cfg = sae.cfg.model_copy(update={"site": site})
+        sae.cfg = sae.cfg.model_copy(update={"site": parse_site(hook_point)})
 
 
 def _the_one(place: Place) -> str:
@@ -167,18 +163,28 @@ def _read(release: Release, format: str | None) -> SAE:
         "repo": release.repo,
         "revision": release.revision,
         "units": sae.source["units"],
+        "prepend_bos": _prepends_bos(release),
         # Through JSON, so that the record can be saved; what JSON cannot hold stands there as text.
         "metadata": json.loads(json.dumps({**release.configs, **pickled}, default=str), parse_constant=str),
     }
     return sae
 
 
+def _prepends_bos(release: Release) -> bool | None:
+    """Whether the release's texts began with a BOS token; None where its files do not say."""
+    pickled = release.values.get("cfg")
+    for config in (*release.configs.values(), pickled):
+        if isinstance(config, dict):
+            for values in (config, config.get("metadata")):
+                if isinstance(values, dict) and isinstance(values.get("prepend_bos"), bool):
+                    return bool(values["prepend_bos"])
+    return None
+
+
 def _warn_of_transform(ref: str, sae: SAE) -> None:
     site = getattr(sae.cfg, "site", None) or next(iter(getattr(sae.cfg, "sites", None) or ()), None)
     if isinstance(site, Site) and site.transform != "none":
-        log.warning(
-            "%s: reads %s after the step %r; give it sae.cfg.site.values(hidden, module)", ref, site, site.transform
-        )
+        log.warning("%s: reads %s after the step %r; saekit.capture takes it", ref, site, site.transform)
 
 
 def _is_own(path: Path) -> bool:
