@@ -11,7 +11,7 @@ from torch import Tensor
 from saekit.errors import ConfigError
 from saekit.hub.canonical import Canonical
 from saekit.hub.export_circuit_tracer import write_cross_layer, write_layer
-from saekit.hub.export_terms import inexpressible, is_transcoder, model_name
+from saekit.hub.export_terms import inexpressible, is_transcoder
 from saekit.manifest import atomic_write, write_json
 from saekit.sae.activation import Activation, Gated, GroupMax, JumpReLU, ReLU, TopK
 from saekit.sae.base import SAE
@@ -19,6 +19,7 @@ from saekit.sae.dictionary import Dictionary
 from saekit.sae.gated import GatedSAE
 from saekit.sae.hook_names import tl_name
 from saekit.sae.multilayer import MultiLayerDictionary
+from saekit.sae.peer_surface import model_name
 from saekit.sae.relu import ReLUSAE
 from saekit.sae.site import parse_site
 from saekit.sae.threshold import ThresholdSAE

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from saekit.errors import ConfigError
 from saekit.hub.containers import open_container
-from saekit.hub.export_terms import inexpressible, is_transcoder, model_name
+from saekit.hub.export_terms import inexpressible, is_transcoder
 from saekit.hub.release import read_mapping
 from saekit.manifest import atomic_write
 from saekit.sae.activation import Activation, JumpReLU, ReLU
 from saekit.sae.dictionary import Dictionary
 from saekit.sae.hook_names import tl_name
 from saekit.sae.multilayer import MultiLayerDictionary
+from saekit.sae.peer_surface import model_name
 from saekit.sae.site import Site
 
 __all__ = ["check_set", "write_cross_layer", "write_layer"]

@@ -17,6 +17,7 @@ from saekit.sae.sparse import dense_to_rows, pad_rows
 __all__ = ["Dictionary", "DictionaryConfig"]
 
 NORM_EPS = 1e-5
+_NORMED = "_saekit_normed"
 
 
 class DictionaryConfig(SAEConfig):
@@ -123,7 +124,12 @@ class Dictionary(SAE):
 
     def encode(self, x: Tensor) -> Tensor:
         """Returns dense feature activations [..., d_sae] of x [..., d_in]; negative ones only where the release has them."""
-        return self._encode(self.encoder_input(x)).reshape(*x.shape[:-1], self.d_sae)
+        normed = _normed(self, x)
+        acts = self._encode(normed.u).reshape(*x.shape[:-1], self.d_sae)
+        if self.cfg.norm != "none":
+            # So that `decode` of this very tensor needs no `x`, as callers of other libraries' SAEs expect.
+            acts.__dict__[_NORMED] = normed
+        return acts
 
     def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (top_acts [N, K], top_indices [N, K] int64), the largest magnitude first; places not used hold 0 and 0.
@@ -144,9 +150,13 @@ class Dictionary(SAE):
             x: [..., d_in], the input they come from. Without it the skip connection is left out.
 
         Raises:
-            ConfigError: each token was normalised by its own statistics and `x` is not given.
+            ConfigError: each token was normalised by its own statistics, `x` is not given, and this is not the tensor that
+                `encode` returned.
         """
         y = feature_acts.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+        normed = feature_acts.__dict__.get(_NORMED) if x is None else None
+        if normed is not None:
+            return _undone(self, y.reshape(-1, self.d_out), normed).reshape(y.shape)
         return _finished(self, y.reshape(-1, self.d_out), x).reshape(y.shape)
 
     def decode_sparse(self, top_acts: Tensor, top_indices: Tensor, x: Tensor | None = None) -> Tensor:
@@ -239,13 +249,17 @@ def _finished(sae: Dictionary, y: Tensor, x: Tensor | None) -> Tensor:
                 f"dictionary: normalises each token ({sae.cfg.norm}), needs the input to undo it; use decode(acts, x)"
             )
         return y
-    normed = _normed(sae, x)
-    if undone and normed.scale is not None:
-        y = y * normed.scale
-    if undone and normed.shift is not None:
-        y = y + normed.shift
+    y = _undone(sae, y, _normed(sae, x))
     if sae.W_skip is not None:
         y = y + x.reshape(-1, sae.d_in).to(sae.W_skip.dtype) @ sae.W_skip
+    return y
+
+
+def _undone(sae: Dictionary, y: Tensor, normed: _Normed) -> Tensor:
+    if sae.cfg.undo_norm and normed.scale is not None:
+        y = y * normed.scale
+    if sae.cfg.undo_norm and normed.shift is not None:
+        y = y + normed.shift
     return y
 
 
