@@ -78,8 +78,10 @@ def test_config_that_two_dictionaries_were_made_of_is_not_shared() -> None:
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda sae: pickle.loads(pickle.dumps(sae))], ids=["deepcopy", "pickle"]
-)  # noqa: S301
+    "copied",
+    [copy.deepcopy, lambda sae: pickle.loads(pickle.dumps(sae))],  # noqa: S301
+    ids=["deepcopy", "pickle"],
+)
 def test_copies_keep_what_was_told(copied: object) -> None:
     again = copied(trained())
     assert again.cfg.hook_name == "blocks.3.hook_resid_post"
