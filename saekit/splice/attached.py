@@ -70,7 +70,8 @@ class SingleAttached(Attached):
     def see(self, layer: int, x: Tensor) -> None:
         """Encodes, and edits."""
         self._x, self._raw = x, self._sae.encode(x)
-        self._acts = self._raw if self._edit is None else _edited(self._raw, self._edit(self._raw))
+        # An edit may write in place; what it is compared with must stay.
+        self._acts = self._raw if self._edit is None else _edited(self._raw, self._edit(self._raw.clone()))
 
     def write(self, layer: int) -> tuple[Tensor, Tensor | None]:
         """Decodes what was read since the last call.
@@ -132,7 +133,7 @@ class LayersAttached(Attached):
         if self._has_own:
             raw = self._sae.encode_layer(x, layer)
             self._raw[layer] = raw
-            self._acts[layer] = raw if self._edit is None else _edited(raw, self._edit(raw, layer))
+            self._acts[layer] = raw if self._edit is None else _edited(raw, self._edit(raw.clone(), layer))
 
     def write(self, layer: int) -> tuple[Tensor, Tensor | None]:
         """Decodes into one layer from it and those before.

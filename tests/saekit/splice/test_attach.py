@@ -122,6 +122,13 @@ def test_edit_adds_exactly_its_own_effect(models: Models, tokens: Tensor) -> Non
         torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-5, atol=1e-5)
     assert (attached.feature_acts[..., 3] == 5).all()
     assert not attached.feature_acts[..., 7].any()
+
+    def in_place(feature_acts: Tensor) -> Tensor:
+        feature_acts[..., 3], feature_acts[..., 7] = 5.0, 0.0
+        return feature_acts
+
+    with sk.attach(model, sae, "replace_with_error", edit=in_place):
+        torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-5, atol=1e-5)
     with sk.attach(model, sae, "replace_with_error", edit=lambda acts: acts.clone()):
         assert torch.equal(logits(model, tokens), logits_without(model, tokens))
 
