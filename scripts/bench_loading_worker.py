@@ -1,6 +1,7 @@
 """One loader in a process of its own, for `bench_loading`: loads a folder once and says what it took, as one line of JSON."""
 
 import hashlib
+import importlib
 import json
 import sys
 import threading
@@ -24,9 +25,7 @@ def load(name: str, folder: Path) -> Any:
 
             return load_sae(folder)
         case "sae-lens":
-            from sae_lens import SAE
-
-            return SAE.load_from_disk(str(folder), device="cpu")
+            return importlib.import_module("sae_lens").SAE.load_from_disk(str(folder), device="cpu")
         case "read":
             buffer = bytearray(2**24)
             with (folder / "sae_weights.safetensors").open("rb") as file:
@@ -50,9 +49,7 @@ def version(name: str) -> str:
         torch.ones(2, 2).T.contiguous().double().aminmax()
         return saekit.__version__
     if name == "sae-lens":
-        import sae_lens
-
-        return str(sae_lens.__version__)
+        return str(importlib.import_module("sae_lens").__version__)
     return torch.__version__
 
 

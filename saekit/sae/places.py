@@ -1,11 +1,10 @@
 """Where a dictionary of any class reads and writes, as sites in the order of its layers."""
 
+from typing import Literal
+
 from saekit.errors import ConfigError
 from saekit.sae.base import SAE
-from saekit.sae.dictionary import Dictionary
-from saekit.sae.multilayer import MultiLayerDictionary
 from saekit.sae.site import Site, parse_site
-from saekit.sae.temporal import TemporalDictionary
 
 __all__ = ["sites_in", "sites_out"]
 
@@ -16,13 +15,7 @@ def sites_in(sae: SAE) -> tuple[Site, ...]:
     Raises:
         ConfigError: its release does not say.
     """
-    match sae:
-        case MultiLayerDictionary():
-            sites = sae.cfg.sites
-        case Dictionary() | TemporalDictionary():
-            sites = None if sae.cfg.site is None else (sae.cfg.site,)
-        case _:
-            sites = None
+    sites = _configured(sae, "site")
     if sites is None and sae.hook_point is not None:
         sites = tuple(parse_site(point) for point in sae.hook_point.split(","))
     if sites is None:
@@ -38,13 +31,17 @@ def sites_out(sae: SAE) -> tuple[Site, ...]:
     Raises:
         ConfigError: its release says neither.
     """
-    match sae:
-        case MultiLayerDictionary() if sae.cfg.sites_out is not None:
-            return sae.cfg.sites_out
-        case Dictionary() if sae.cfg.site_out is not None:
-            return (sae.cfg.site_out,)
+    sites = _configured(sae, "site_out")
     target = sae.source.get("target_hook_point")
-    return (parse_site(target),) if isinstance(target, str) else sites_in(sae)
+    if sites is None and isinstance(target, str):
+        sites = (parse_site(target),)
+    return sites_in(sae) if sites is None else sites
+
+
+def _configured(sae: SAE, name: Literal["site", "site_out"]) -> tuple[Site, ...] | None:
+    """What the config says: `site` of one, `sites` of several layers; those that we train have neither."""
+    one, several = getattr(sae.cfg, name, None), getattr(sae.cfg, name.replace("site", "sites"), None)
+    return (one,) if isinstance(one, Site) else several
 
 
 def _named(sae: SAE) -> str:

@@ -62,8 +62,8 @@ def attach(model: Model, sae: SAE, mode: Mode = "replace", *, edit: Edit | None 
     inputs = [locate(lm, site) for site in sites_in(sae)]
     outputs = [] if mode == "observe" else [locate(lm, site) for site in sites_out(sae)]
     attached: Attached
-    if isinstance(sae, MultiLayerDictionary):
-        attached = LayersAttached(sae, edit, writes=bool(outputs))
+    if isinstance(sae, MultiLayerDictionary) or len(inputs) > 1:
+        attached = LayersAttached(sae, edit, num_layers=len(inputs), writes=bool(outputs))
     else:
         attached = SingleAttached(sae, edit)
     device = sae.b_dec.device

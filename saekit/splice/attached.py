@@ -96,19 +96,19 @@ class SingleAttached(Attached):
 class LayersAttached(Attached):
     """A dictionary of several layers; those whose features read one layer each can write as the model runs."""
 
-    def __init__(self, sae: MultiLayerDictionary, edit: Edit | None, *, writes: bool) -> None:
+    def __init__(self, sae: SAE, edit: Edit | None, *, num_layers: int, writes: bool) -> None:
         """Makes the state of one block.
 
         Raises:
             ConfigError: it is to write and needs layers that come after those it writes to.
         """
-        self._sae, self._edit = sae, edit
-        self._has_own = sae.cfg.encoder == "own" and not isinstance(sae.cfg.activation, LayerTopK)
+        self._sae, self._edit, self._num_layers = sae, edit, num_layers
+        self._causal = sae if isinstance(sae, MultiLayerDictionary) and _has_own_features(sae) else None
         self._inputs: dict[int, Tensor] = {}
         self._raw: dict[int, Tensor] = {}
         self._acts: dict[int, Tensor] = {}
-        self._sources = _sources(sae) if writes and self._has_own else []
-        if writes and not self._has_own:
+        self._sources = _sources(self._causal) if writes and self._causal is not None else []
+        if writes and self._causal is None:
             raise ConfigError(
                 "attach: its features read or compete across layers that come after those it writes to, needs mode 'observe'"
             )
@@ -116,10 +116,10 @@ class LayersAttached(Attached):
     @property
     def feature_acts(self) -> Tensor:
         """As the base says."""
-        if len(self._inputs) < self._sae.cfg.num_layers_in:
-            found = f"{len(self._inputs)} of {self._sae.cfg.num_layers_in} places were read"
+        if len(self._inputs) < self._num_layers:
+            found = f"{len(self._inputs)} of {self._num_layers} places were read"
             raise HookPointError(f"attach: {found}, needs a forward of the model that reaches all of them")
-        if self._has_own:
+        if self._causal is not None:
             return torch.stack([self._acts[layer] for layer in sorted(self._acts)], dim=-2)
         return self._sae.encode(torch.stack([self._inputs[layer] for layer in sorted(self._inputs)], dim=-2))
 
@@ -130,8 +130,8 @@ class LayersAttached(Attached):
             for kept in (self._inputs, self._raw, self._acts):
                 kept.clear()
         self._inputs[layer] = x
-        if self._has_own:
-            raw = self._sae.encode_layer(x, layer)
+        if self._causal is not None:
+            raw = self._causal.encode_layer(x, layer)
             self._raw[layer] = raw
             self._acts[layer] = raw if self._edit is None else _edited(raw, self._edit(raw.clone(), layer))
 
@@ -141,6 +141,7 @@ class LayersAttached(Attached):
         Raises:
             HookPointError: the model reaches this output before an input that it depends on.
         """
+        assert self._causal is not None
         missing = [source for source in self._sources[layer] if source not in self._acts]
         if missing:
             raise HookPointError(
@@ -148,11 +149,15 @@ class LayersAttached(Attached):
             )
         x = self._inputs.get(layer)
         acts, raw = ({s: kept[s] for s in self._sources[layer]} for kept in (self._acts, self._raw))
-        x_hat = self._sae.decode_layer(acts, layer, x)
+        x_hat = self._causal.decode_layer(acts, layer, x)
         if self._edit is None:
             return x_hat, None
         with torch.no_grad():
-            return x_hat, self._sae.decode_layer(raw, layer, x)
+            return x_hat, self._causal.decode_layer(raw, layer, x)
+
+
+def _has_own_features(sae: MultiLayerDictionary) -> bool:
+    return sae.cfg.encoder == "own" and not isinstance(sae.cfg.activation, LayerTopK)
 
 
 def _edited(acts: Tensor, edited: Tensor) -> Tensor:

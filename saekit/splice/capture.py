@@ -83,7 +83,7 @@ def capture(
                 " is this the model that it was made for?"
             )
     device = what.b_dec.device
-    if isinstance(what, MultiLayerDictionary):
+    if isinstance(what, MultiLayerDictionary) or len(sites) > 1:
         return torch.stack([part.to(device) for part in found], dim=-2)
     return found[0].to(device)
 

@@ -86,8 +86,5 @@ def _candidates(path: str) -> list[str]:
 class _NoTokenizer:
     """Stands where a plain model has none."""
 
-    def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(name)
-
     def __call__(self, *_: object, **__: object) -> NoReturn:
         raise ModelError("model: text and no tokenizer, needs token ids, or a model from saekit.load_model")

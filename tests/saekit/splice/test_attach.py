@@ -335,6 +335,19 @@ def test_layers_that_write_back_can_only_be_observed(models: Models, tokens: Ten
     assert not hooks_left(model)
 
 
+def test_trained_dictionary_of_several_places_is_captured_and_observed(models: Models, tokens: Tensor) -> None:
+    model, points = models("llama", 3), ["model.layers.0", "model.layers.2.mlp:input"]
+    sae = TopKSAE(TopKConfig(d_in=32, d_sae=64, k=4), hook_point=",".join(points))
+    x = sk.capture(model, tokens, sae)
+    hidden = sk.capture(model, tokens, points)
+    assert torch.equal(x, torch.stack([hidden[point] for point in points], dim=2))
+    with sk.attach(model, sae, "observe") as attached:
+        logits(model, tokens)
+    assert torch.equal(attached.feature_acts, sae.encode(x))
+    with pytest.raises(ConfigError, match="needs mode 'observe'"):
+        sk.attach(model, sae).__enter__()
+
+
 def test_blocks_nest_at_other_places_and_at_the_same(models: Models, tokens: Tensor) -> None:
     model = models("llama", 3)
     first, second = dictionary(Site(path="model.layers.0")), dictionary(Site(path="model.layers.1"))
