@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from saekit.evaluation import EvaluationConfig, evaluate
     from saekit.hub import load_sae, load_saes, save_sae
     from saekit.labelling import LabelConfig, label_features
-    from saekit.models import LanguageModel, ModelConfig, capture, load_model
+    from saekit.models import LanguageModel, ModelConfig, load_model
     from saekit.report import build_report
     from saekit.sae import (
         SAE,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         Transcoder,
         TranscoderConfig,
     )
+    from saekit.splice import Attached, attach, capture
     from saekit.training import TrainConfig, Trainer, train_together
 
 __version__ = "0.1.0"
@@ -46,7 +47,7 @@ _HOMES = {
     "saekit.evaluation": ("EvaluationConfig", "evaluate"),
     "saekit.hub": ("load_sae", "load_saes", "save_sae"),
     "saekit.labelling": ("LabelConfig", "label_features"),
-    "saekit.models": ("LanguageModel", "ModelConfig", "capture", "load_model"),
+    "saekit.models": ("LanguageModel", "ModelConfig", "load_model"),
     "saekit.report": ("build_report",),
     "saekit.sae": (
         "SAE",
@@ -70,6 +71,7 @@ _HOMES = {
         "Dictionary",
         "MultiLayerDictionary",
     ),
+    "saekit.splice": ("Attached", "attach", "capture"),
     "saekit.training": ("TrainConfig", "Trainer", "train_together"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -77,6 +79,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "SAE",
     "ActivationStore",
+    "Attached",
     "BatchTopKConfig",
     "BatchTopKSAE",
     "CacheConfig",
@@ -106,6 +109,7 @@ __all__ = [
     "Trainer",
     "Transcoder",
     "TranscoderConfig",
+    "attach",
     "build_report",
     "cache_activations",
     "capture",

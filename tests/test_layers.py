@@ -20,6 +20,7 @@ ROOMS: dict[str, set[str]] = {
     "activations": {"models"},
     "training": {"models", "sae", "activations"},
     "hub": {"sae"},
+    "splice": {"models", "sae"},
     "labelling": {"models", "activations", "sae"},
     "evaluation": {"models", "activations", "sae"},
     "report": {"labelling", "evaluation", "activations"},

@@ -11,6 +11,7 @@ import saekit
 PUBLIC = [
     "SAE",
     "ActivationStore",
+    "Attached",
     "BatchTopKConfig",
     "BatchTopKSAE",
     "CacheConfig",
@@ -40,6 +41,7 @@ PUBLIC = [
     "Trainer",
     "Transcoder",
     "TranscoderConfig",
+    "attach",
     "build_report",
     "cache_activations",
     "capture",

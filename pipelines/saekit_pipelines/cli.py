@@ -178,15 +178,17 @@ def verify(
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Any reference to a dictionary.", show_default=False)],
     target: Annotated[Path, typer.Argument(metavar="DST", help="A new folder.", show_default=False)],
-    to: Annotated[str, typer.Option("--to", help="saekit, saelens, sparsify or dictionary_learning.")] = "saekit",
+    to: Annotated[
+        str, typer.Option("--to", help="saekit, saelens, sparsify, dictionary_learning or circuit-tracer.")
+    ] = "saekit",
 ) -> None:
-    """Write a dictionary in another library's format."""
+    """Write a dictionary in another library's format; for circuit-tracer, every layer of a set."""
     from saekit.errors import ConfigError
-    from saekit.hub import load_sae, save_sae
+    from saekit.hub import convert_sae
 
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise ConfigError(f"convert: {str(target)!r} is not empty, needs a new folder")
-    save_sae(load_sae(source), target, format=to)
+    convert_sae(source, target, format=to)
     typer.echo(f"{target}: {to}")
 
 

@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from saekit.hub.convert import convert_sae
     from saekit.hub.export import save_sae
     from saekit.hub.info import DictionaryInfo, dictionary_info
     from saekit.hub.publish import PushPlan, plan_push, push
@@ -18,6 +19,7 @@ _HOME_OF = {
     "DictionaryInfo": "info",
     "Entry": "registry",
     "PushPlan": "publish",
+    "convert_sae": "convert",
     "dictionary_info": "info",
     "known_entries": "registry",
     "load_sae": "resolve",
@@ -32,6 +34,7 @@ __all__ = [
     "DictionaryInfo",
     "Entry",
     "PushPlan",
+    "convert_sae",
     "dictionary_info",
     "known_entries",
     "load_sae",

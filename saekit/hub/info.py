@@ -12,7 +12,6 @@ from pydantic import TypeAdapter, ValidationError
 from saekit.errors import FormatError
 from saekit.hub.discover import config_names, dictionaries
 from saekit.hub.download import fetch
-from saekit.hub.export import model_name
 from saekit.hub.outline import file_sizes, open_outline
 from saekit.hub.patience import patiently
 from saekit.hub.place import Place, locate
@@ -22,6 +21,7 @@ from saekit.hub.table import recognise
 from saekit.progress import NO_PROGRESS
 from saekit.sae.base import SAE, SAEConfig
 from saekit.sae.checkpoint import CFG_NAME, AnySAEConfig
+from saekit.sae.peer_surface import model_name
 from saekit.sae.released import RELEASED_KINDS, build_released
 from saekit.sae.site import Site
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saekit.errors import FormatError
 from saekit.hub.containers import open_container
+from saekit.hub.copying import float32_copy
 from saekit.hub.headers import Container, TensorHeader, reason
 from saekit.hub.strict import parse_json, parse_yaml, printable
 
@@ -88,12 +89,8 @@ class Weights:
         if not header.is_floating_point:
             raise FormatError(f"{self.where}: {name} is {header.dtype}, needs floating point")
         self._taken.add(name)
-        tensor = self._home[name].tensor(name).to(torch.float32)
-        if tensor.is_meta:
-            # Only the header was read.
-            return tensor
-        low, high = tensor.aminmax()
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        tensor, is_finite = float32_copy(self._home[name].tensor(name))
+        if not is_finite:
             raise FormatError(f"{self.where}: {name} has NaN or Inf, needs finite weights")
         return tensor
 

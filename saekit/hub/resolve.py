@@ -24,7 +24,7 @@ from saekit.sae.checkpoint import CFG_NAME, WEIGHTS_NAME, load_sae_folder
 from saekit.sae.dictionary import Dictionary
 from saekit.sae.released import RELEASED_KINDS, build_released
 from saekit.sae.sequence import SequenceSAE
-from saekit.sae.site import Site
+from saekit.sae.site import Site, parse_site
 
 __all__ = ["check_hashes", "load_sae", "load_saes", "read_release", "the_one"]
 
@@ -100,11 +100,7 @@ def load_saes(
 def _place_at(sae: SAE, hook_point: str) -> None:
     sae.hook_point = hook_point
     if isinstance(sae, Dictionary | SequenceSAE):
-        path, _, side = hook_point.partition(":")
-        if not path or side not in {"", "input", "output"}:
-            raise ConfigError(f"hook point {hook_point!r}: needs a module path, ':input' or ':output' behind it")
-        site = Site(path=path, side="input" if side == "input" else "output")
-        sae.cfg = sae.cfg.model_copy(update={"site": site})
+        sae.cfg = sae.cfg.model_copy(update={"site": parse_site(hook_point)})
 
 
 def the_one(place: Place) -> str:
@@ -188,6 +184,7 @@ def read_release(release: Release, format: str | None = None) -> SAE:
         "repo": release.repo,
         "revision": release.revision,
         "units": sae.source["units"],
+        "prepend_bos": _prepends_bos(release),
         "metadata": _record(release.ref, {**release.configs, **pickled}),
     }
     _check_finite(release.ref, sae)
@@ -226,12 +223,21 @@ def _check_links(place: Place, folder: Path, names: Sequence[str]) -> None:
             raise FormatError(f"{str(folder / name)!r}: a link to {str(target)!r}, needs a file inside {str(folder)!r}")
 
 
+def _prepends_bos(release: Release) -> bool | None:
+    """Whether the release's texts began with a BOS token; None where its files do not say."""
+    pickled = release.values.get("cfg")
+    for config in (*release.configs.values(), pickled):
+        if isinstance(config, dict):
+            for values in (config, config.get("metadata")):
+                if isinstance(values, dict) and isinstance(values.get("prepend_bos"), bool):
+                    return bool(values["prepend_bos"])
+    return None
+
+
 def _warn_of_transform(ref: str, sae: SAE) -> None:
     site = getattr(sae.cfg, "site", None) or next(iter(getattr(sae.cfg, "sites", None) or ()), None)
     if isinstance(site, Site) and site.transform != "none":
-        log.warning(
-            "%s: reads %s after the step %r; give it sae.cfg.site.values(hidden, module)", ref, site, site.transform
-        )
+        log.warning("%s: reads %s after the step %r; saekit.capture takes it", ref, site, site.transform)
 
 
 def _is_own(path: Path) -> bool:

@@ -10,13 +10,13 @@ from pydantic import Field, field_validator
 from saekit_kernels import decode
 from torch import Tensor, nn
 
-from saekit.config import Config
 from saekit.errors import ConfigError
+from saekit.sae.peer_surface import PeerConfig, PeerSurface
 
 __all__ = ["SAE", "SAEConfig", "SAEOutput"]
 
 
-class SAEConfig(Config):
+class SAEConfig(PeerConfig):
     """What fixes the shape and the nonlinearity of an SAE; subclasses add theirs and narrow `kind`."""
 
     kind: str
@@ -61,7 +61,7 @@ class SAEOutput(NamedTuple):
     """Which features [N, K] int64; 0 in places that are not used."""
 
 
-class SAE(nn.Module, ABC):
+class SAE(PeerSurface, ABC):
     """Base of the sparse autoencoders: `x_hat = act((x - b_dec) @ W_enc + b_enc) @ W_dec + b_dec`.
 
     Every method takes raw activations of the model: input normalisation used in training is folded into the weights.

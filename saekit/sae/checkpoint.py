@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
+from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
@@ -159,7 +159,7 @@ def _read_header(path: Path) -> dict[str, object]:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        tensors: dict[str, Tensor] = load_safetensors(path.read_bytes())
+        tensors: dict[str, Tensor] = load_file(path)
     except FileNotFoundError as error:
         raise FormatError(f"{str(path.parent)!r}: no {WEIGHTS_NAME}, needs a folder that SAE.save wrote") from error
     except (OSError, SafetensorError) as error:

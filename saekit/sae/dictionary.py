@@ -17,6 +17,7 @@ from saekit.sae.sparse import dense_to_rows, pad_rows
 __all__ = ["Dictionary", "DictionaryConfig"]
 
 NORM_EPS = 1e-5
+_NORMED = "_saekit_normed"
 
 
 class DictionaryConfig(SAEConfig):
@@ -127,12 +128,19 @@ class Dictionary(SAE):
     def encode(self, x: Tensor) -> Tensor:
         """Returns dense feature activations [..., d_sae] of x [..., d_in]; negative ones only where the release has them."""
         outer = x.shape[:-1] if self._is_joined(x) else x.shape[:-2]
-        u = self.encoder_input(x)
+        normed = _normed(self, x)
+        acts = self._dense_code(normed.u).reshape(*outer, self.d_sae)
+        if self.cfg.norm != "none":
+            # So that `decode` of this very tensor needs no `x`, as callers of other libraries' SAEs expect.
+            acts.__dict__[_NORMED] = normed
+        return acts
+
+    def _dense_code(self, u: Tensor) -> Tensor:
         # In half precision a dense product is rounded before features are chosen, the kernels' after: only one can be right.
         code = self._rows(u) if u.dtype in {torch.float16, torch.bfloat16} else None
         if code is None:
-            return self._encode(u).reshape(*outer, self.d_sae)
-        return u.new_zeros(len(u), self.d_sae).scatter_add(1, code[1], code[0]).reshape(*outer, self.d_sae)
+            return self._encode(u)
+        return u.new_zeros(len(u), self.d_sae).scatter_add(1, code[1], code[0])
 
     def _is_joined(self, x: Tensor) -> bool:
         """Whether the last axis is the input's width, not that of one of its heads."""
@@ -153,9 +161,13 @@ class Dictionary(SAE):
             x: [..., d_in], the input they come from. Without it the skip connection is left out.
 
         Raises:
-            ConfigError: each token was normalised by its own statistics and `x` is not given.
+            ConfigError: each token was normalised by its own statistics, `x` is not given, and this is not the tensor that
+                `encode` returned.
         """
         y = feature_acts.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+        normed = feature_acts.__dict__.get(_NORMED) if x is None else None
+        if normed is not None:
+            return _undone(self, y.reshape(-1, self.d_out), normed).reshape(y.shape)
         return _finished(self, y.reshape(-1, self.d_out), x).reshape(y.shape)
 
     def decode_sparse(self, top_acts: Tensor, top_indices: Tensor, x: Tensor | None = None) -> Tensor:
@@ -261,13 +273,17 @@ def _finished(sae: Dictionary, y: Tensor, x: Tensor | None) -> Tensor:
                 f"dictionary: normalises each token ({sae.cfg.norm}), needs the input to undo it; use decode(acts, x)"
             )
         return y
-    normed = _normed(sae, x)
-    if undone and normed.scale is not None:
-        y = y * normed.scale
-    if undone and normed.shift is not None:
-        y = y + normed.shift
+    y = _undone(sae, y, _normed(sae, x))
     if sae.W_skip is not None:
         y = y + x.reshape(-1, sae.d_in).to(sae.W_skip.dtype) @ sae.W_skip
+    return y
+
+
+def _undone(sae: Dictionary, y: Tensor, normed: _Normed) -> Tensor:
+    if sae.cfg.undo_norm and normed.scale is not None:
+        y = y * normed.scale
+    if sae.cfg.undo_norm and normed.shift is not None:
+        y = y + normed.shift
     return y
 
 

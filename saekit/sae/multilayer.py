@@ -171,6 +171,38 @@ class MultiLayerDictionary(SAE):
         layers = () if self.cfg.encoder == "sum" else (self.num_sources,)
         return acts.reshape(*x.shape[:-2], *layers, self.d_sae)
 
+    def encode_layer(self, x: Tensor, layer: int) -> Tensor:
+        """Returns one layer's feature activations [..., d_sae] of its input x [..., d_in], where layers have features of their own.
+
+        Raises:
+            ConfigError: the features read several layers, or are chosen among all of them.
+        """
+        if self.cfg.encoder != "own" or isinstance(self.cfg.activation, LayerTopK):
+            raise ConfigError(
+                "multi-layer dictionary: its features read or compete across layers, needs the input of all of them"
+            )
+        pre_acts = x.to(self.W_enc.dtype).reshape(-1, self.d_in) @ self.W_enc[layer] + self.b_enc[layer]
+        threshold, scale = (None if part is None else part[layer] for part in (self.threshold, self.score_scale))
+        acts = activate(self.cfg.activation, pre_acts, threshold=threshold, score_scale=scale)
+        return acts.reshape(*x.shape[:-1], self.d_sae)
+
+    def decode_layer(self, feature_acts: Mapping[int, Tensor], layer: int, x: Tensor | None = None) -> Tensor:
+        """Returns the reconstruction [..., d_out] of one layer from the feature activations [..., d_sae] of its sources.
+
+        Args:
+            feature_acts: source -> what `encode_layer` returned; sources that do not write to the layer are ignored.
+            layer: which one, 0 to num_layers_out - 1.
+            x: [..., d_in], this layer's input. Without it the skip connection is left out.
+        """
+        x_hat = self.b_dec[layer]
+        for source, acts in feature_acts.items():
+            first, count = self.cfg.targets[source]
+            if first <= layer < first + count:
+                x_hat = x_hat + acts.to(self.b_dec.dtype) @ self.decoders[source][:, layer - first]
+        if x is not None and self.W_skip is not None:
+            x_hat = x_hat + x.to(self.W_skip.dtype) @ self.W_skip[layer]
+        return x_hat
+
     def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (top_acts, top_indices), each [N, K], over the features of all sources: index `s * d_sae + feature`."""
         return dense_to_rows(self._encode(x).flatten(1))

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from saekit.errors import FormatError
 from saekit.hub.canonical import projected, threshold_over
-from saekit.hub.hooks import tl_site
 from saekit.hub.release import Release
 from saekit.sae.activation import Activation, JumpReLU, ReLU
 from saekit.sae.base import SAE
+from saekit.sae.hook_names import tl_site
 from saekit.sae.multilayer import MultiLayerConfig, MultiLayerDictionary
 from saekit.sae.site import Site
 

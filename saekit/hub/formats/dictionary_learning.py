@@ -7,10 +7,10 @@ from torch import Tensor
 
 from saekit.errors import FormatError
 from saekit.hub.canonical import Canonical
-from saekit.hub.hooks import tl_site
 from saekit.hub.release import Release
 from saekit.sae.activation import Activation, Gated, JumpReLU, ReLU, TopK
 from saekit.sae.base import SAE
+from saekit.sae.hook_names import tl_site
 from saekit.sae.site import Site
 
 __all__ = ["is_dictionary_learning", "read_dictionary_learning"]

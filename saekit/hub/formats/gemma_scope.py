@@ -10,10 +10,10 @@ from torch import Tensor
 
 from saekit.errors import FormatError
 from saekit.hub.canonical import Canonical
-from saekit.hub.hooks import hf_site, tl_site
 from saekit.hub.release import Release, Weights
 from saekit.sae.activation import JumpReLU
 from saekit.sae.base import SAE
+from saekit.sae.hook_names import hf_site, tl_site
 from saekit.sae.multilayer import MultiLayerConfig, MultiLayerDictionary
 from saekit.sae.site import Site
 

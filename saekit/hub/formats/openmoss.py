@@ -9,10 +9,10 @@ from torch import Tensor
 from saekit.errors import FormatError
 from saekit.hub.canonical import Canonical, checked_scale, threshold_over
 from saekit.hub.headers import is_true
-from saekit.hub.hooks import tl_site
 from saekit.hub.release import Release
 from saekit.sae.activation import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from saekit.sae.base import SAE
+from saekit.sae.hook_names import tl_site
 from saekit.sae.site import Site
 
 __all__ = [

@@ -10,10 +10,10 @@ from torch import Tensor
 from saekit.errors import FormatError
 from saekit.hub.canonical import Canonical
 from saekit.hub.formats.saelens_registry import input_scale, is_centred, token_norm
-from saekit.hub.hooks import hf_site, tl_site
 from saekit.hub.release import Release
 from saekit.sae.activation import Activation, Gated, JumpReLU, MatchingPursuit, ReLU, TanhReLU, TopK
 from saekit.sae.base import SAE
+from saekit.sae.hook_names import hf_site, tl_site
 from saekit.sae.site import Site
 
 __all__ = ["is_saelens", "read_saelens", "saelens_sites"]

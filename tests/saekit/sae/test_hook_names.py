@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from saekit.hub.hooks import hf_site, model_family, module_site, tl_site
 from saekit.models import LanguageModel, ModelConfig, capture, load_model
 from saekit.models.hooks import resolve
+from saekit.sae.hook_names import hf_site, model_family, module_site, tl_site
 
 LAYOUTS = {
     "llama": "meta-llama/Llama-3.2-1B",
