@@ -18,6 +18,7 @@ from saekit.sae.dictionary import Dictionary
 from saekit.sae.gated import GatedSAE
 from saekit.sae.relu import ReLUSAE
 from saekit.sae.site import Site
+from saekit.sae.sites import SitesSAE
 from saekit.sae.threshold import ThresholdSAE
 from saekit.sae.topk import TopKSAE
 from saekit.sae.transcoder import Transcoder
@@ -38,7 +39,10 @@ def as_dictionary(sae: SAE) -> Dictionary:
         return Dictionary(sae.cfg, kept, source=sae.source)
     activation: Activation
     extra: dict[str, Tensor] = {}
+    refused = ConfigError(f"export: a {type(sae).__name__}, needs a dictionary of one site and one token")
     match sae:
+        case SitesSAE():
+            raise refused
         case TopKSAE():
             activation = TopK(k=sae.cfg.k)
             skip = sae.W_skip if isinstance(sae, Transcoder) else None
@@ -54,7 +58,7 @@ def as_dictionary(sae: SAE) -> Dictionary:
             # Thresholds below 0 count as 0 in training, where relu makes the same of them.
             extra["threshold"] = sae.threshold.detach().float().cpu().clamp_min(0).expand(sae.d_sae).clone()
         case _:
-            raise ConfigError(f"export: a {type(sae).__name__}, needs a dictionary of one site and one token")
+            raise refused
     weights = {name: getattr(sae, name).detach().float().cpu().clone() for name in sorted(_FOLDED)}
     canonical = Canonical(**weights, extra=extra)
     if sae.cfg.apply_b_dec_to_input:

@@ -16,6 +16,14 @@ from saekit.errors import ConfigError, FormatError
 from saekit.manifest import atomic_write, write_json
 from saekit.sae.base import SAE, SAEConfig
 from saekit.sae.batchtopk import BatchTopKConfig, BatchTopKSAE
+from saekit.sae.crosscoder import (
+    BatchTopKCrosscoder,
+    BatchTopKCrosscoderConfig,
+    ReLUCrosscoder,
+    ReLUCrosscoderConfig,
+    TopKCrosscoder,
+    TopKCrosscoderConfig,
+)
 from saekit.sae.gated import GatedConfig, GatedSAE
 from saekit.sae.jumprelu import JumpReLUConfig, JumpReLUSAE
 from saekit.sae.matryoshka import (
@@ -24,6 +32,7 @@ from saekit.sae.matryoshka import (
     MatryoshkaTopKConfig,
     MatryoshkaTopKSAE,
 )
+from saekit.sae.mlsae import MLSAE, MLSAEConfig
 from saekit.sae.relu import ReLUConfig, ReLUSAE
 from saekit.sae.topk import TopKConfig, TopKSAE
 from saekit.sae.transcoder import Transcoder, TranscoderConfig
@@ -42,7 +51,11 @@ AnySAEConfig = Annotated[
     | MatryoshkaBatchTopKConfig
     | GatedConfig
     | ReLUConfig
-    | TranscoderConfig,
+    | TranscoderConfig
+    | TopKCrosscoderConfig
+    | BatchTopKCrosscoderConfig
+    | ReLUCrosscoderConfig
+    | MLSAEConfig,
     Field(discriminator="kind"),
 ]
 """The config of any architecture, told apart by `kind`."""
@@ -56,6 +69,10 @@ _CLASSES: dict[type[SAEConfig], type[SAE]] = {
     GatedConfig: GatedSAE,
     ReLUConfig: ReLUSAE,
     TranscoderConfig: Transcoder,
+    TopKCrosscoderConfig: TopKCrosscoder,
+    BatchTopKCrosscoderConfig: BatchTopKCrosscoder,
+    ReLUCrosscoderConfig: ReLUCrosscoder,
+    MLSAEConfig: MLSAE,
 }
 
 

@@ -35,7 +35,7 @@ def finish_weights(run: TrainRun, held_out: Tensor | None) -> dict[str, object]:
         run.sae.threshold.data.fill_(_mean(run, float(run.sae.threshold)))
     run.normalization.fold(run.sae)
     if held_out is not None:
-        facts |= evaluate_heldout(run.sae, held_out)._asdict()
+        facts |= evaluate_heldout(run.sae, held_out).figures()
     return facts
 
 

@@ -10,10 +10,10 @@ from saekit_kernels import decode, encode_threshold, encode_topk
 from torch import Tensor, nn
 
 from saekit.sae.base import SAE
+from saekit.sae.batch import split_batch
 from saekit.sae.batchtopk import BatchTopKSAE, encode_batch_topk
 from saekit.sae.losses import auxk_loss, reconstruction_loss
 from saekit.sae.topk import TopKSAE
-from saekit.sae.transcoder import split_pairs
 from saekit.training.config import TrainConfig
 from saekit.training.schedule import annealed_k
 
@@ -71,10 +71,9 @@ class Objective(nn.Module, ABC):
 
     Attributes:
         progress: part of training that is done, 0 to 1; schedules inside the loss follow it.
+        has_projected_decoder: whether decoder rows are held at unit norm by constraint, so that the gradient along a row is of
+            no use.
     """
-
-    has_projected_decoder = True
-    """Whether decoder rows are held at unit norm by constraint, so that the gradient along a row is of no use."""
 
     def __init__(
         self, sae: SAE, config: TrainConfig, *, total_variance: float, sum_over_processes: SumOverProcesses
@@ -84,6 +83,7 @@ class Objective(nn.Module, ABC):
         self.config = config
         self.total_variance = total_variance
         self.sum_over_processes = sum_over_processes
+        self.has_projected_decoder = sae.has_unit_rows
         self.k_aux = config.k_aux or default_k_aux(sae.d_out)
         self.progress = 0.0
         self._residual_variance: Tensor | None = None
@@ -100,7 +100,7 @@ class Objective(nn.Module, ABC):
             dead: indices of the dead features [n_dead] int64, the same on every process.
             coefficient: weight of the sparsity penalty.
         """
-        inputs, target = split_pairs(self.sae, x)
+        inputs, target = split_batch(self.sae, x)
         encoder_input = self.sae.encoder_input(inputs)
         code = self.encode(encoder_input)
         reconstruction, fvu, error = self.reconstruct(inputs, target, code)
@@ -150,12 +150,13 @@ class Objective(nn.Module, ABC):
         self._residual_variance = None
         if len(parts) == 1 or dead.numel() == 0 or self.config.auxk_alpha == 0:
             return
-        moments = []
+        moments, count = [], 0
         for part in parts:
-            inputs, target = split_pairs(self.sae, part)
+            inputs, target = split_batch(self.sae, part)
             _, _, error = self.reconstruct(inputs, target, self.encode(self.sae.encoder_input(inputs)))
             moments.append(_moments(error))
-        self._residual_variance = self._pooled_variance(torch.stack(moments).sum(0), sum(map(len, parts)))
+            count += len(error)
+        self._residual_variance = self._pooled_variance(torch.stack(moments).sum(0), count)
 
     def _pooled_variance(self, moments: Tensor, count: int) -> Tensor:
         # One sum for all processes, so that the loss does not depend on how the batch is split over them.
@@ -242,7 +243,7 @@ class BatchTopKObjective(Objective):
         self._cutoff = None
         if len(parts) > 1:
             W_enc, b_enc = self.sae.W_enc, self.sae.b_enc
-            inputs = [self.sae.encoder_input(split_pairs(self.sae, part)[0]) for part in parts]
+            inputs = [self.sae.encoder_input(split_batch(self.sae, part)[0]) for part in parts]
             own = [encode_batch_topk(part, W_enc, b_enc, self.k)[0].flatten() for part in inputs]
             num_kept = sum(len(part) for part in inputs) * self.k
             has_bound = sum(len(values) for values in own) == num_kept

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saekit.activations.pairs import PairedStore
+from saekit.activations.joined import JoinedStore, PairedStore
 from saekit.activations.shuffle import ShuffledBatches
 from saekit.activations.source import ActivationSource
 from saekit.activations.view import StoreView
@@ -16,22 +16,17 @@ from saekit.errors import ConfigError, NonFiniteError
 from saekit.manifest import StageState, begin_stage, finish_stage, locked
 from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae.base import SAE
+from saekit.sae.batch import batch_width
 from saekit.sae.checkpoint import load_sae_folder
-from saekit.sae.fold import Normalization, PairNormalization
-from saekit.sae.transcoder import Transcoder, batch_width
+from saekit.sae.sites import SitesSAE
+from saekit.sae.transcoder import Transcoder
 from saekit.training.build import check_trainable
 from saekit.training.config import TrainConfig
 from saekit.training.finish import finish_weights
 from saekit.training.heldout import TokenView, read_evenly
 from saekit.training.loop import TrainingLoop
 from saekit.training.run import TrainRun
-from saekit.training.start import (
-    SAMPLE_TOKENS,
-    estimate_normalization,
-    estimate_pair_normalization,
-    fit_start,
-    read_sample,
-)
+from saekit.training.start import SAMPLE_TOKENS, fit_start, normalization_of, read_sample
 from saekit.training.state import keep_newest
 
 if TYPE_CHECKING:
@@ -64,8 +59,9 @@ class Trainer:
         Args:
             sae: gives architecture and width; its weights too where `config.init` is "given".
             train: tokens to train on. A source of one's own gives this process's share of each batch. A transcoder takes pairs,
-                those of a `PairedStore` or [N, d_in + d_out] of one's own.
-            test: held-out tokens for the figures while training, pairs for a transcoder; None = none.
+                those of a `PairedStore` or [N, d_in + d_out] of one's own; a dictionary of several hook points those of a
+                `JoinedStore` or [N, S * d_in].
+            test: held-out tokens for the figures while training, of the same rows; None = none.
 
         Raises:
             ConfigError: widths differ, or an SAE whose sparsity comes from a penalty has no target L0.
@@ -76,10 +72,12 @@ class Trainer:
         self._test = test
         for what, data in (("training", train), ("test", test)):
             if data is not None and data.d_in != batch_width(sae):
-                name = "d_in + d_out" if isinstance(sae, Transcoder) else "d_in"
+                name = _batch_width_name(sae)
                 raise ConfigError(
                     f"{what} data: activations are {data.d_in} wide, needs the SAE's {name} = {batch_width(sae)}"
                 )
+            if isinstance(sae, SitesSAE) and isinstance(data, StoreView) and isinstance(data.store, JoinedStore):
+                _check_sites(sae, data.store)
         check_trainable(sae)
 
     def fit(self, out: str | Path, *, progress: Progress = NO_PROGRESS) -> SAE:
@@ -124,6 +122,7 @@ class Trainer:
             run.sae.save(out)
             keep_newest(out, 1)
             finish_stage(out, {"tokens": run.tokens, "steps": run.step, **facts})
+            self._say_fvu_by_site(run.sae, facts, progress)
             self._say_if_l0_is_missed(facts.get("l0"), progress)
         accelerator.wait_for_everyone()
 
@@ -178,11 +177,7 @@ class Trainer:
             return total
 
         sample = read_sample(source, SAMPLE_TOKENS // accelerator.num_processes).to(accelerator.device)
-        normalization: Normalization | PairNormalization
-        if isinstance(self.sae, Transcoder):
-            normalization = estimate_pair_normalization(sample, self.sae.d_in, sum_over_processes)
-        else:
-            normalization = estimate_normalization(sample, sum_over_processes)
+        normalization = normalization_of(sample, self.sae, sum_over_processes)
         sae = copy.deepcopy(self.sae).float().to(accelerator.device)
         if self.config.init == "given":
             normalization.unfold(sae)
@@ -190,6 +185,13 @@ class Trainer:
             sae.reset_parameters(self.config.seed)
             fit_start(sae, normalization.apply(sample), self.config.sparsity, sum_over_processes)
         return TrainRun(sae, source, self.config, normalization=normalization, accelerator=accelerator)
+
+    def _say_fvu_by_site(self, sae: SAE, facts: dict[str, object], progress: Progress) -> None:
+        found = facts.get("fvu_by_site")
+        if isinstance(sae, SitesSAE) and isinstance(found, list):
+            names = sae.hook_points or tuple(f"hook point {number}" for number in range(sae.num_sites))
+            parts = ", ".join(f"{name} {fvu:.4f}" for name, fvu in zip(names, found, strict=True))
+            progress.say(f"FVU on held-out tokens: {parts}")
 
     def _say_if_l0_is_missed(self, l0: object, progress: Progress) -> None:
         target = getattr(self.sae.cfg, "target_l0", None)
@@ -215,3 +217,15 @@ class Trainer:
         self.sae.load_state_dict(trained.state_dict())
         self.sae.hook_point, self.sae.source = trained.hook_point, trained.source
         return self.sae.eval()
+
+
+def _batch_width_name(sae: SAE) -> str:
+    if isinstance(sae, SitesSAE):
+        return "num_sites * d_in"
+    return "d_in + d_out" if isinstance(sae, Transcoder) else "d_in"
+
+
+def _check_sites(sae: SitesSAE, store: JoinedStore) -> None:
+    widths = [each.d_in for each in store.stores]
+    if widths != [sae.d_in] * sae.num_sites:
+        raise ConfigError(f"hook points {store.hook_point}: widths {widths}, needs {sae.num_sites} of {sae.d_in}")

@@ -72,5 +72,5 @@ def test_batches_of_pairs_are_rows_of_the_view(folders: list[Path]) -> None:
 def test_hook_points_of_different_caches_are_refused(folders: list[Path]) -> None:
     first = ActivationStore.open(folders[0], HOOK_POINTS[0])
     second = ActivationStore.open(folders[1], HOOK_POINTS[1])
-    with pytest.raises(StoreError, match=r"another cache than .* pairs need two hook points of one"):
+    with pytest.raises(StoreError, match=r"another cache than .* needs hook points of one"):
         PairedStore(first, second)

@@ -15,9 +15,11 @@ from saekit.sae import (
     GatedConfig,
     JumpReLUConfig,
     MatryoshkaTopKConfig,
+    MLSAEConfig,
     ReLUConfig,
     SAEConfig,
     TopKConfig,
+    TopKCrosscoderConfig,
     build_sae,
     load_sae_folder,
 )
@@ -37,8 +39,10 @@ CONFIGS: dict[str, SAEConfig] = {
     "jumprelu": JumpReLUConfig(d_in=16, d_sae=32, target_l0=2),
     "relu": ReLUConfig(d_in=16, d_sae=32, target_l0=2, p_end=0.5),
     "gated": GatedConfig(d_in=16, d_sae=32, target_l0=2),
+    "crosscoder": TopKCrosscoderConfig(d_in=8, num_sites=2, d_sae=32, k=2),
+    "mlsae": MLSAEConfig(d_in=8, num_sites=2, d_sae=32, k=2),
 }
-EXACT = {"topk", "matryoshka"}
+EXACT = {"topk", "matryoshka", "crosscoder", "mlsae"}
 
 
 def train(planted: ModuleType, kind: str, out: Path, *, rank: int = 0, world_size: int = 1) -> None:
