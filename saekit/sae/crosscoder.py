@@ -87,6 +87,11 @@ class Crosscoder(SitesSAE):
         norms = self._site_norms() * self.site_scale
         return norms / norms.sum(1, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)
 
+    @torch.no_grad()
+    def normalized_decoder(self) -> Tensor:
+        """Returns W_dec in units of normalised sites, in which they can be compared, [d_sae, S * d_in]."""
+        return self.W_dec * self.site_scale.to(self.W_dec.dtype).repeat_interleave(self.d_in)
+
     def written_rows(self, features: Tensor) -> Tensor:
         """Returns what one unit of each of `features` [n] adds at the last site, [n, d_in]."""
         return self.W_dec[features, -self.d_in :]
