@@ -16,11 +16,11 @@ from saekit.progress import NO_PROGRESS, Progress
 
 __all__ = [
     "RECONSTRUCTION_METRICS",
+    "WHOLE",
     "Candidate",
     "Reconstruction",
     "ReconstructionSums",
     "TokenReader",
-    "WHOLE",
     "mean_activation",
     "part_sums",
     "reconstruction_sums",
@@ -196,7 +196,7 @@ def _active(candidate: Candidate, made: Reconstruction) -> tuple[Tensor, Tensor]
         return active, torch.zeros(candidate.num_features, dtype=torch.int64)
     is_active = made.top_acts > 0
     fired = torch.bincount(made.top_indices[is_active], minlength=candidate.num_features)
-    return is_active.sum(dim=-1).double(), fired
+    return is_active.sum(dim=-1), fired
 
 
 def _token_figures(x: Tensor, x_hat: Tensor, centred_squared: Tensor, active: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ def test_golden_recipes_are_these() -> None:
         "gemma2_2b_resid12_jumprelu",
         "gpt2_mlp8_transcoder",
         "gpt2_resid8_topk",
+        "gpt2_resid_crosscoder",
         "llama3_8b_resid15_batchtopk",
         "quickstart",
     ]

@@ -250,7 +250,7 @@ def test_number_of_sites_is_taken_or_compared() -> None:
     assert cfg.with_num_sites(2).with_num_sites(2).num_sites == 2
     with pytest.raises(ConfigError, match="num_sites is 2, needs the number of hook points 3"):
         cfg.with_num_sites(2).with_num_sites(3)
-    with pytest.raises(ConfigError, match="num_sites: .*needs at least 2 hook points"):
+    with pytest.raises(ConfigError, match=r"num_sites: .*needs at least 2 hook points"):
         cfg.with_num_sites(1)
     with pytest.raises(ConfigError, match="num_sites is 0, needs the number of hook points"):
         build_sae(cfg)
