@@ -16,7 +16,7 @@ from saekit.evaluation.nulls import (
     sae_candidate,
 )
 from saekit.evaluation.reconstruction import WHOLE, Candidate, Reconstruction
-from saekit.sae import MLSAE, SAE, Crosscoder, SitesSAE, Transcoder
+from saekit.sae import MLSAE, SAE, Crosscoder, SitesSAE
 
 __all__ = ["Place", "check_rows", "find_places"]
 
@@ -45,7 +45,7 @@ class Place:
     def candidate(self) -> Candidate:
         """Returns the dictionary as a row of the table."""
         sae = self.sae
-        if not isinstance(sae, Transcoder):
+        if not sae.is_transcoder:
             return sae_candidate(sae)
 
         def predict(rows: Tensor) -> Reconstruction:
@@ -70,7 +70,7 @@ class Place:
             seed: of the random dictionary.
         """
         sae = self.sae
-        if isinstance(sae, Transcoder):
+        if sae.is_transcoder:
             return [linear_candidate(x, sae.d_in)]
         l0 = measured_l0(sae, x, batch_tokens=batch_tokens)
         components = num_components or max(1, round(l0))
@@ -101,7 +101,7 @@ def find_places(sae: SAE, view: StoreView, train: StoreView) -> list[Place]:
     itself, as the SAE that it is there.
     """
     store = view.store
-    if isinstance(sae, Transcoder) and isinstance(store, PairedStore):
+    if sae.is_transcoder and isinstance(store, PairedStore):
         reads = (store.inputs.hook_point, store.targets.hook_point)
         part = slice(sae.d_in, None)
         return [Place(sae=sae, view=view, train=train, hook_points=reads[1:], parts=(part,), reads=reads)]
@@ -133,7 +133,7 @@ def check_rows(sae: SAE, view: StoreView) -> None:
     """
     store = view.store
     where = f"{store.hook_point!r} of cache {str(store.path)!r}"
-    if isinstance(sae, Transcoder):
+    if sae.is_transcoder:
         widths = (store.inputs.d_in, store.targets.d_in) if isinstance(store, PairedStore) else None
         if widths != (sae.d_in, sae.d_out):
             found = f"activations {store.d_in} wide" if widths is None else f"pairs {widths[0]} and {widths[1]} wide"

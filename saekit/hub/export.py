@@ -88,7 +88,7 @@ def save_sae(sae: SAE, folder: str | Path, *, format: str = "saekit") -> None:
 
 
 def _write_saelens(sae: Dictionary, folder: Path) -> None:
-    activation, is_transcoder = sae.cfg.activation, _is_transcoder(sae)
+    activation, is_transcoder = sae.cfg.activation, sae.is_transcoder
     parts = _Parts(sae)
     parts.refuse("saelens", "W_glu", "score_scale")
     config: dict[str, object] = {"d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": "float32", "device": "cpu"}
@@ -129,7 +129,7 @@ def _write_saelens(sae: Dictionary, folder: Path) -> None:
 
 
 def _write_sparsify(sae: Dictionary, folder: Path) -> None:
-    activation, is_transcoder = sae.cfg.activation, _is_transcoder(sae)
+    activation, is_transcoder = sae.cfg.activation, sae.is_transcoder
     parts = _Parts(sae)
     parts.refuse("sparsify", "W_glu", "score_scale", norm=True)
     if not isinstance(activation, GroupMax) and not (
@@ -167,7 +167,7 @@ def _write_dictionary_learning(sae: Dictionary, folder: Path) -> None:
     activation = sae.cfg.activation
     parts = _Parts(sae)
     parts.refuse("dictionary_learning", "W_glu", "score_scale", "W_skip", norm=True)
-    if _is_transcoder(sae):
+    if sae.is_transcoder:
         raise _inexpressible("dictionary_learning", "a transcoder")
     trainer: dict[str, object] = {"activation_dim": sae.d_in, "dict_size": sae.d_sae}
     match activation:
@@ -240,10 +240,6 @@ class _Parts:
             raise _inexpressible(target, ", ".join(found))
         if norm and self.sae.cfg.norm != "none":
             raise _inexpressible(target, f"norm {self.sae.cfg.norm!r}")
-
-
-def _is_transcoder(sae: Dictionary) -> bool:
-    return sae.W_skip is not None or sae.d_in != sae.d_out or sae.cfg.site_out not in {None, sae.cfg.site}
 
 
 def _inexpressible(target: str, what: str) -> ConfigError:

@@ -16,7 +16,7 @@ from saekit.labelling.vocabulary import Vocabulary
 from saekit.manifest import begin_stage, finish_stage, locked
 from saekit.models import LanguageModel
 from saekit.progress import NO_PROGRESS, Progress
-from saekit.sae import SAE, Transcoder
+from saekit.sae import SAE
 from saekit.sae.batch import batch_width
 
 __all__ = ["CONTEXTS_FOLDER", "estimate_labels", "label_features"]
@@ -104,7 +104,7 @@ def _check_views(sae: SAE, train: StoreView, test: StoreView) -> None:
         if view.num_tokens == 0:
             raise DataError(f"labels: the {name} view has no tokens, needs at least one")
         if view.d_in != batch_width(sae):
-            rows = " (pairs of a PairedStore)" if isinstance(sae, Transcoder) else ""
+            rows = " (pairs of a PairedStore)" if sae.is_transcoder else ""
             raise DataError(
                 f"labels: activations of the {name} view are {view.d_in} wide, the dictionary needs"
                 f" {batch_width(sae)}{rows}"

@@ -134,6 +134,11 @@ class SAE(nn.Module, ABC):
         """Where the features write: `hook_point`, but for transcoders and dictionaries of several sites."""
         return self.hook_point
 
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether `x_hat` is a prediction of other activations than those that are read."""
+        return False
+
     def written_rows(self, features: Tensor) -> Tensor:
         """Returns what one unit of each of `features` [n] adds at `hook_point_out`, [n, d_out]."""
         return self.W_dec[features]

@@ -5,14 +5,13 @@ from torch import Tensor
 from saekit.sae.base import SAE
 from saekit.sae.mlsae import MLSAE
 from saekit.sae.sites import SitesSAE
-from saekit.sae.transcoder import Transcoder
 
 __all__ = ["batch_width", "num_samples", "num_targets", "split_batch", "token_code"]
 
 
 def batch_width(sae: SAE) -> int:
     """Returns the width of a token's row: d_in; d_in + d_out of a transcoder's pair; of several hook points, side by side."""
-    if isinstance(sae, Transcoder):
+    if sae.is_transcoder:
         return sae.d_in + sae.d_out
     return sae.num_sites * sae.d_in if isinstance(sae, SitesSAE) else sae.d_in
 
@@ -35,7 +34,7 @@ def split_batch(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     if isinstance(sae, MLSAE):
         return x, x.reshape(-1, sae.d_in)
-    if not isinstance(sae, Transcoder):
+    if not sae.is_transcoder:
         return x, x
     inputs, target = x[:, : sae.d_in], x[:, sae.d_in :]
     # The kernels read rows; the halves of a pair are strided.

@@ -101,6 +101,11 @@ class Dictionary(SAE):
             self.register_parameter(name, None if tensor is None else nn.Parameter(_laid_out(name, tensor)))
 
     @property
+    def is_transcoder(self) -> bool:
+        """Whether it has a skip, another width out than in, or another site of its reconstruction."""
+        return self.W_skip is not None or self.d_in != self.d_out or self.cfg.site_out not in {None, self.cfg.site}
+
+    @property
     def hook_point_out(self) -> str | None:
         """The hook point of the reconstruction."""
         return self.hook_point if self.cfg.site_out is None else str(self.cfg.site_out)

@@ -79,6 +79,11 @@ class Transcoder(TopKSAE):
         return self.cfg.d_out
 
     @property
+    def is_transcoder(self) -> bool:
+        """Always true."""
+        return True
+
+    @property
     def hook_point_out(self) -> str | None:
         """Whose activations are predicted, as training noted it in `source`; None when unknown."""
         target = self.source.get("target_hook_point")

@@ -14,6 +14,7 @@ from saekit.errors import ConfigError
 from saekit.evaluation import EvaluationConfig, evaluate
 from saekit.evaluation.nulls import linear_candidate
 from saekit.evaluation.selection import Selection
+from saekit.hub.export import as_dictionary
 from saekit.models import LanguageModel, capture, logits, replace
 from saekit.sae import (
     SAE,
@@ -141,6 +142,21 @@ def test_loss_of_a_transcoder_is_that_of_the_model_with_its_prediction_in_place_
     assert clean is not None
     assert clean == pytest.approx(ce(logits(lm, tokens, attention_mask=mask)), rel=1e-5)
     assert found.value("delta_ce") == pytest.approx(ce(patched) - clean, rel=1e-3, abs=1e-6)
+
+
+def test_released_transcoder_is_measured_as_one_of_ours(
+    transcoder: Transcoder, pairs: PairedStore, lm: LanguageModel
+) -> None:
+    transcoder.hook_point, transcoder.source = MLP[0], {"target_hook_point": MLP[1]}
+    train, test = pairs.split(0.4)
+    released = as_dictionary(transcoder)
+    assert released.is_transcoder
+    assert released.hook_point_out == transcoder.hook_point_out == MLP[1]
+    own, other = (evaluate(sae, test, lm=lm, config=CONFIG, train=train) for sae in (transcoder, released))
+    for metric in ("fvu", "l0", "ce"):
+        assert other.value(metric) == pytest.approx(own.value(metric), rel=1e-5)
+    with pytest.raises(ConfigError, match="a transcoder needs pairs"):
+        evaluate(released, StoreView(pairs.inputs, test.mask), config=CONFIG)
 
 
 def test_linear_row_is_least_squares() -> None:

@@ -32,6 +32,7 @@ from saekit.training.build import build_objective
 from saekit.training.heldout import evaluate_heldout
 from saekit.training.objective import Objective
 from saekit.training.penalty import ReLUObjective
+from saekit.training.run import StepFigures, TrainRun
 from saekit.training.start import normalization_of
 
 S, D, F, K, VARIANCE, COEFFICIENT = 3, 4, 13, 3, 5.0, 0.3
@@ -283,6 +284,33 @@ def test_dictionary_of_a_cache_knows_its_hook_points(store: JoinedStore, kind: s
     other = StoreView(JoinedStore(store.stores[::-1]), train.mask, origin=train.origin)
     with pytest.raises(ConfigError, match="hook_point"):
         Trainer(build_sae(cfg), other, config).fit(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["relu", "mlsae"])
+def test_stopped_training_goes_on_bit_for_bit(
+    store: JoinedStore, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, test = store.split(0.3)
+    sparsity = {"target_l0": 4} if kind == "relu" else {"k": 4}
+    cfg = type(CONFIGS[kind]).parse({"d_in": 32, "num_sites": 3, "d_sae": 64} | sparsity)
+    config = TrainConfig(
+        num_tokens=40 * 64, batch_size=64, lr=3e-3, checkpoint_every_tokens=9 * 64, dead_after_tokens=256
+    )
+    Trainer(build_sae(cfg), train, config, test=test).fit(tmp_path / "whole")
+    step = TrainRun.train_step
+
+    def fails_late(self: TrainRun, *, stop_asked: bool = False) -> StepFigures:
+        if self.step == 23:
+            raise RuntimeError("power is gone")
+        return step(self, stop_asked=stop_asked)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainRun, "train_step", fails_late)
+        with pytest.raises(RuntimeError, match="power is gone"):
+            Trainer(build_sae(cfg), train, config, test=test).fit(tmp_path / "parts")
+    Trainer(build_sae(cfg), train, config, test=test).fit(tmp_path / "parts")
+    whole, parts = ((tmp_path / name / "sae.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
 
 
 def test_hook_points_of_other_widths_or_number_are_refused(store: JoinedStore) -> None:
