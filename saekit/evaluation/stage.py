@@ -269,13 +269,17 @@ def _fitted_nulls(place: Place, config: EvaluationConfig, progress: Progress) ->
         progress.say(f"no training tokens to fit the null rows {', '.join(config.nulls)} on: they are left out")
         return []
     x = fit_sample(train.read, train.indices, num_tokens=config.num_fit_tokens, seed=config.seed)
-    return place.null_rows(
+    made = place.null_rows(
         config.nulls,
         x.to(place.sae.W_dec.device),
         num_components=config.pca_components,
         batch_tokens=config.batch_tokens,
         seed=config.seed,
     )
+    left_out = [name for name in config.nulls if name not in {null.name for null in made}]
+    if left_out:
+        progress.say(f"null rows left out, without meaning for a {type(place.sae).__name__}: {', '.join(left_out)}")
+    return made
 
 
 def _features(sae: SAE, firings: npt.NDArray[np.int64], num_samples: int, progress: Progress) -> FeatureMeasures:

@@ -81,6 +81,7 @@ def test_recipe_of_several_hook_points_runs_to_its_report(recipe_file: Path, mon
     assert float(expected.max()) < 0.8
     assert evaluation.value("ce") is None
     assert any("CE and KL are left out: a crosscoder reads hook points behind" in message for message in said)
+    assert any("null rows left out, without meaning for a BatchTopKCrosscoder: random" in message for message in said)
     assert evaluation.value("fvu@model.layers.1", row="mean") == pytest.approx(1.0)
     assert [row.name for row in evaluation.rows] == ["sae", "mean", "pca"]
     lines = [line[0] for line in evaluation.table().rows]
