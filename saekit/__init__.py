@@ -44,7 +44,7 @@ if TYPE_CHECKING:
         Transcoder,
         TranscoderConfig,
     )
-    from saekit.training import TrainConfig, Trainer
+    from saekit.training import TrainConfig, Trainer, train_together
 
 __version__ = "0.1.0"
 
@@ -93,7 +93,7 @@ _HOMES = {
         "Dictionary",
         "MultiLayerDictionary",
     ),
-    "saekit.training": ("TrainConfig", "Trainer"),
+    "saekit.training": ("TrainConfig", "Trainer", "train_together"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -147,6 +147,7 @@ __all__ = [
     "load_sae",
     "load_saes",
     "save_sae",
+    "train_together",
 ]
 
 

@@ -58,6 +58,7 @@ PUBLIC = [
     "load_sae",
     "load_saes",
     "save_sae",
+    "train_together",
 ]
 
 

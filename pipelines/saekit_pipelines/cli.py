@@ -45,6 +45,12 @@ Overrides = Annotated[
 ]
 SaeName = Annotated[str | None, typer.Option("--sae", help="Only the SAE of this name, e.g. topk.", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and what it costs, then stop.")]
+Together = Annotated[
+    bool,
+    typer.Option(
+        "--together", help="Train SAEs that read the same tokens in the same order on one read; same bits, more memory."
+    ),
+]
 LabelDryRun = Annotated[
     bool,
     typer.Option(
@@ -76,7 +82,7 @@ def _guarded(command: Callable[P, None]) -> Callable[P, None]:
 
 @app.command(epilog="Example:  saekit run pipelines/recipes/gpt2_resid8_topk.toml --dry-run")
 @_guarded
-def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False, together: Together = False) -> None:
     """Run every stage of a recipe: cache, train, label, evaluate, report."""
     from saekit_pipelines.stages import Pipeline
 
@@ -84,7 +90,7 @@ def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False
     if dry_run:
         _print_plan(pipeline.plan())
         return
-    index = pipeline.run()
+    index = pipeline.run(together=together)
     _print_metrics("held-out documents", pipeline.summary())
     typer.echo(f"report: {index}")
 
@@ -104,11 +110,11 @@ def cache(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = Fal
 
 @app.command(epilog="Example:  accelerate launch -m saekit_pipelines train RECIPE.toml --sae topk")
 @_guarded
-def train(recipe: RecipePath, overrides: Overrides = None, sae: SaeName = None) -> None:
+def train(recipe: RecipePath, overrides: Overrides = None, sae: SaeName = None, together: Together = False) -> None:
     """Train the recipe's SAEs on the cached activations."""
     from saekit_pipelines.stages import Pipeline
 
-    Pipeline.load(recipe, overrides or [], progress=_progress()).train(sae)
+    Pipeline.load(recipe, overrides or [], progress=_progress()).train(sae, together=together)
 
 
 @app.command(epilog="Example:  saekit label RECIPE.toml --sae topk label.max_features=500")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import Field
 
@@ -13,6 +13,7 @@ from saekit.evaluation import EvaluationConfig
 from saekit.labelling import LabelConfig
 from saekit.sae import AnySAEConfig, SitesConfig, TranscoderConfig
 from saekit.training import TrainConfig
+from saekit_pipelines.sweep import expand_sweeps
 
 __all__ = ["Recipe", "ReportConfig", "SplitConfig", "TrainRun", "load_recipe"]
 
@@ -38,6 +39,8 @@ class TrainRun(Config):
     """For a crosscoder or a multi-layer SAE: which cached hook points it is trained on, in order; may be left out where it is all."""
     target_hook_point: str | None = None
     """For a transcoder: which cached hook point's activations are predicted from those of `hook_point`."""
+    start_from: str | None = None
+    """Name of an SAE of the recipe that stands before this one, whose weights this one goes on from; with `init = "given"`."""
     sae: AnySAEConfig
     """The architecture: `kind`, `d_sae`, `k`, ...; `d_in` is the hook point's width and may be left out."""
     training: TrainConfig
@@ -133,17 +136,51 @@ class Recipe(Config):
             )
         return run.target_hook_point
 
+    def check_start(self, name: str) -> None:
+        """Checks where the SAE called `name` takes its first weights from.
+
+        Raises:
+            ConfigError: from an SAE that does not come before it, has another shape or hook point, or without `init = "given"`.
+        """
+        run = self.train[name]
+        where, init = f"train.{name}.start_from", run.training.init
+        if (run.start_from is None) != (init == "tied"):
+            needs = (
+                "needs 'given' for start_from"
+                if run.start_from is not None
+                else "needs start_from, the SAE to go on from"
+            )
+            raise ConfigError(f"train.{name}.training.init: found {init!r}, {needs}")
+        if run.start_from is None:
+            return
+        before = list(self.train)[: list(self.train).index(name)]
+        if run.start_from not in before:
+            raise ConfigError(
+                f"{where}: found {run.start_from!r}, needs an SAE before it: {', '.join(before) or 'none is'}"
+            )
+        start = self.train[run.start_from]
+        if start.sae != run.sae or self.hook_point(run.start_from) != self.hook_point(name):
+            raise ConfigError(f"{where}: {run.start_from!r} has another sae table or hook point, needs the same ones")
+
+
+_SWEPT_FIELDS = {
+    "sae": frozenset(name for cfg in get_args(get_args(AnySAEConfig)[0]) for name in cfg.model_fields),
+    "training": frozenset(TrainConfig.model_fields),
+}
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Returns the recipe at `path` with `key=value` overrides applied.
+    """Returns the recipe at `path` with `key=value` overrides applied and sweeps spelled out.
 
     Raises:
         ConfigError: one line that names the key, what was found and what is needed.
     """
-    recipe = Recipe.parse(apply_overrides(read_toml(path), overrides), where=f"recipe {str(path)!r}")
+    values = expand_sweeps(apply_overrides(read_toml(path), overrides), fields=_SWEPT_FIELDS)
+    recipe = Recipe.parse(values, where=f"recipe {str(path)!r}")
     for name, run in recipe.train.items():
         recipe.hook_point(name)
         recipe.target_hook_point(name)
+        recipe.check_start(name)
         kept = int(recipe.cache.num_tokens * (1 - recipe.split.test_fraction))
         if run.training.batch_size > kept:
             raise ConfigError(

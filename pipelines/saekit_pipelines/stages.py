@@ -4,7 +4,6 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 
@@ -24,10 +23,11 @@ from saekit.hub import load_sae
 from saekit.labelling import estimate_labels, label_features
 from saekit.manifest import check_same_config, manifest_sha256, read_manifest, write_json
 from saekit.models import LanguageModel, capture, load_model
-from saekit.progress import NO_PROGRESS, Progress, Task
+from saekit.progress import NO_PROGRESS, Progress
 from saekit.report import ReportRun, build_report
 from saekit.sae import SAE, build_sae
-from saekit.training import Trainer
+from saekit.training import Trainer, train_together
+from saekit_pipelines.named import NamedProgress
 from saekit_pipelines.recipe import Recipe, load_recipe
 from saekit_pipelines.widths import sized, taken_from_store
 
@@ -109,13 +109,17 @@ class Pipeline:
             sae |= taken_from_store(sae, manifest)
             check_same_config(folder, found, {"sae": sae, "training": run.training.to_dict(), "split": split})
 
-    def run(self) -> Path:
-        """Runs every stage and returns the report's page; where all is done already, says so without loading a model."""
+    def run(self, *, together: bool = False) -> Path:
+        """Runs every stage and returns the report's page; where all is done already, says so without loading a model.
+
+        Args:
+            together: see `train`.
+        """
         if self._is_finished():
             self.progress.say(f"{self.recipe.name}: finished already, nothing to do")
             return self._index()
         self.cache()
-        self.train()
+        self.train(together=together)
         self.label()
         self.evaluate()
         index = self.report()
@@ -132,17 +136,34 @@ class Pipeline:
         with self._timed("cache", self.stage_folder("cache")):
             cache_activations(self.recipe.cache, self.stage_folder("cache"), lm=self.lm, progress=self.progress)
 
-    def train(self, only: str | None = None) -> None:
-        """Trains the recipe's SAEs, or the one called `only`."""
-        for name in self._names(only):
+    def train(self, only: str | None = None, *, together: bool = False) -> None:
+        """Trains the recipe's SAEs, or the one called `only`.
+
+        Args:
+            together: whether those that read the same tokens in the same order share one read of the cache; the SAEs are the
+                same, bit for bit.
+        """
+        names = self._names(only)
+        alone = [name for name in names if not together or self.recipe.train[name].start_from is not None]
+        shared = [name for name in names if name not in alone]
+        if shared:
+            started = time.monotonic()
+            train_together({self.stage_folder("train", n): self._trainer(n) for n in shared}, progress=self.progress)
+            self.progress.say(f"train: {len(shared)} SAEs done in {time.monotonic() - started:,.1f} s")
+        for name in alone:
             folder = self.stage_folder("train", name)
-            config = self.recipe.train[name]
-            train, test = self.views(name)
-            sae = build_sae(
-                sized(config.sae, train.store), seed=config.training.seed, hook_point=train.store.hook_point
-            )
             with self._timed(f"train {name}", folder):
-                Trainer(sae, train, config.training, test=test).fit(folder, progress=_Named(self.progress, name))
+                self._trainer(name).fit(folder, progress=NamedProgress(self.progress, name))
+
+    def _trainer(self, name: str) -> Trainer:
+        config = self.recipe.train[name]
+        train, test = self.views(name)
+        cfg = sized(config.sae, train.store)
+        sae = build_sae(cfg, seed=config.training.seed, hook_point=train.store.hook_point)
+        if config.start_from is not None:
+            sae.load_state_dict(self.sae(config.start_from).state_dict())
+        lm = self.lm if config.training.objective is not None else None
+        return Trainer(sae, train, config.training, test=test, lm=lm)
 
     def label(self, only: str | None = None) -> None:
         """Labels and scores the features of the trained SAEs."""
@@ -157,7 +178,7 @@ class Pipeline:
                     lm=self.lm,
                     out=folder,
                     config=self.recipe.label,
-                    progress=_Named(self.progress, name),
+                    progress=NamedProgress(self.progress, name),
                 )
 
     def label_estimates(self, only: str | None = None) -> list[tuple[str, str]]:
@@ -178,7 +199,7 @@ class Pipeline:
                 lm=self.lm,
                 out=self.stage_folder("label", name),
                 config=self.recipe.label,
-                progress=_Named(self.progress, name),
+                progress=NamedProgress(self.progress, name),
             )
             rows.append((f"label {name}", str(estimate)))
         return rows
@@ -196,7 +217,7 @@ class Pipeline:
                     config=self.recipe.evaluate,
                     out=folder,
                     train=train,
-                    progress=_Named(self.progress, name),
+                    progress=NamedProgress(self.progress, name),
                 )
 
     def report(self) -> Path:
@@ -327,16 +348,3 @@ class Pipeline:
             return recorded == self._record() and self._index().is_file()
         except (OSError, ValueError, SaekitError):
             return False
-
-
-class _Named:
-    """Puts an SAE's name before the tasks of a stage that several SAEs pass through."""
-
-    def __init__(self, progress: Progress, name: str) -> None:
-        self._progress, self._name = progress, name
-
-    def task(self, name: str, total: int, unit: str, *, done: int = 0) -> AbstractContextManager[Task]:
-        return self._progress.task(f"{self._name}: {name}", total, unit, done=done)
-
-    def say(self, message: str) -> None:
-        self._progress.say(f"{self._name}: {message}")

@@ -1,17 +1,22 @@
 """Figures of the SAE in training on tokens that it is not trained on."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from saekit_kernels import decode, encode_batch_topk
 from torch import Tensor
 
-from saekit.sae.base import SAE
+from saekit.sae.base import SAE, SAEOutput
 from saekit.sae.batch import num_samples, num_targets, split_batch
+from saekit.sae.batchtopk import BatchTopKSAE
 from saekit.sae.fold import AnyNormalization
+from saekit.sae.rows import ActiveRows
 
-__all__ = ["HeldOutFigures", "TokenView", "evaluate_heldout", "read_evenly"]
+__all__ = ["HeldOutFigures", "TokenView", "evaluate_heldout", "heldout_figures", "read_evenly"]
 
 BLOCK_TOKENS = 256
 
@@ -59,6 +64,26 @@ def read_evenly(view: TokenView, num_tokens: int) -> Tensor:
     return view.read(np.concatenate(kept)) if kept else torch.empty(0, view.d_in)
 
 
+def heldout_figures(sae: SAE, x: Tensor, normalization: AnyNormalization | None = None) -> dict[str, object]:
+    """Returns the figures of `evaluate_heldout` by name.
+
+    A BatchTopK SAE has two rules of what is active: `fvu_training` and `l0_training` are those of the training's, which keeps the
+    N * k largest entries of a batch; the others are those of the threshold that holds at inference.
+    """
+    figures = evaluate_heldout(sae, x, normalization).figures()
+    if not isinstance(sae, BatchTopKSAE):
+        return figures
+    found = evaluate_heldout(sae, x, normalization, forward=partial(_as_trained, sae))
+    return figures | {"fvu_training": found.fvu, "l0_training": found.l0}
+
+
+def _as_trained(sae: BatchTopKSAE, x: Tensor) -> SAEOutput:
+    """Encodes and reconstructs x [N, d_in] with the N * k largest entries of the batch."""
+    rows = ActiveRows(*encode_batch_topk(sae.encoder_input(x), sae.W_enc, sae.b_enc, sae.cfg.k))
+    x_hat = decode(rows.acts, rows.indices, sae.W_dec, sae.b_dec, offsets=rows.offsets)
+    return SAEOutput(x_hat, *rows.padded())
+
+
 @torch.no_grad()
 def evaluate_heldout(
     sae: SAE,
@@ -66,6 +91,7 @@ def evaluate_heldout(
     normalization: AnyNormalization | None = None,
     *,
     batch_size: int = 2048,
+    forward: Callable[[Tensor], SAEOutput] | None = None,
 ) -> HeldOutFigures:
     """Returns figures of an SAE with its inference nonlinearity on raw activations x [n, d_in].
 
@@ -74,6 +100,7 @@ def evaluate_heldout(
         x: held-out tokens as in training; a transcoder's figures are those of what it predicts.
         normalization: applied to `x` first; changes none of the figures' meaning, as FVU does not depend on it.
         batch_size: tokens at a time.
+        forward: what encodes and reconstructs; None = the SAE itself.
 
     FVU is 1 - (explained variance): sum ||x - x_hat||^2 / sum ||x - mean of x||^2, sums over all tokens in float64.
     """
@@ -87,7 +114,7 @@ def evaluate_heldout(
         if normalization is not None:
             normal = normalization.apply(normal)
         inputs, target = split_batch(sae, normal)
-        x_hat, top_acts, top_indices = sae(inputs)
+        x_hat, top_acts, top_indices = (forward or sae)(inputs)
         wide = target.double().reshape(-1, sites, sae.d_out)
         squared_error += (target - x_hat.reshape(target.shape)).double().reshape(wide.shape).square().sum((0, 2))
         squared += wide.square().sum((0, 2))

@@ -73,6 +73,8 @@ class Objective(nn.Module, ABC):
         progress: part of training that is done, 0 to 1; schedules inside the loss follow it.
         has_projected_decoder: whether decoder rows are held at unit norm by constraint, so that the gradient along a row is of
             no use.
+        has_normalized_decoder: whether decoder rows are held at size 1 at all, by `normalize_decoder`.
+        reconstruction_weight: of the reconstruction term, 1; another where a model's loss is what is asked for.
     """
 
     def __init__(
@@ -84,8 +86,10 @@ class Objective(nn.Module, ABC):
         self.total_variance = total_variance
         self.sum_over_processes = sum_over_processes
         self.has_projected_decoder = sae.has_unit_rows
+        self.has_normalized_decoder = True
         self.k_aux = config.k_aux or default_k_aux(sae.d_out)
         self.progress = 0.0
+        self.reconstruction_weight = 1.0
         self._residual_variance: Tensor | None = None
 
     @abstractmethod
@@ -100,16 +104,21 @@ class Objective(nn.Module, ABC):
             dead: indices of the dead features [n_dead] int64, the same on every process.
             coefficient: weight of the sparsity penalty.
         """
+        return self.forward_with_error(x, dead, coefficient)[0]
+
+    def forward_with_error(self, x: Tensor, dead: Tensor, coefficient: float = 0.0) -> tuple[StepResult, Tensor]:
+        """Returns what `forward` does, and target less reconstruction [N, d_out] with its graph."""
         inputs, target = split_batch(self.sae, x)
         encoder_input = self.sae.encoder_input(inputs)
         code = self.encode(encoder_input)
         reconstruction, fvu, error = self.reconstruct(inputs, target, code)
         auxiliary, weighted = self.dead_loss(encoder_input, error, dead, code)
-        loss = reconstruction + weighted + self.penalty(encoder_input, target, code, coefficient)
+        weight = self.reconstruction_weight
+        loss = reconstruction * weight + weighted + self.penalty(encoder_input, target, code, coefficient)
         active = code.values > 0
         fired = torch.zeros(self.sae.d_sae, dtype=torch.bool, device=x.device)
         fired[code.indices[active]] = True
-        return StepResult(loss, fvu.detach(), auxiliary, active.sum(), fired)
+        return StepResult(loss, fvu.detach(), auxiliary, active.sum(), fired), error
 
     def reconstruct(self, inputs: Tensor, target: Tensor, code: Code) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the reconstruction term with its graph, the FVU of all features, and target less reconstruction [N, d_out]."""
@@ -168,13 +177,18 @@ class Objective(nn.Module, ABC):
         """Returns what the optimizer moves, by name."""
         return {"W_enc": self.sae.W_enc, "b_enc": self.sae.b_enc, "W_dec": self.sae.W_dec, "b_dec": self.sae.b_dec}
 
-    def settle(self) -> None:
-        """Brings the SAE in line with the trained parameters, whose decoder rows are made unit; twice is as once."""
-        self.sae.normalize_decoder()
+    def settle(self, *, has_unit_rows: bool = False) -> None:
+        """Brings the SAE in line with the trained parameters, whose decoder rows are made unit where they are to be.
 
-    def after_step(self) -> None:
-        """Settles, and notes what the step saw."""
-        self.settle()
+        Args:
+            has_unit_rows: whether they are already, as the optimizer's own pass leaves them.
+        """
+        if self.has_normalized_decoder and not (has_unit_rows and self.has_projected_decoder):
+            self.sae.normalize_decoder()
+
+    def after_step(self, *, has_unit_rows: bool = False) -> None:
+        """Settles, and notes what the step saw; see `settle`."""
+        self.settle(has_unit_rows=has_unit_rows)
 
     def finish(self) -> None:
         """Turns the last weights into those that are saved, where training leaves something open."""
@@ -259,9 +273,9 @@ class BatchTopKObjective(Objective):
         super().prepare(parts, dead)
 
     @torch.no_grad()
-    def after_step(self) -> None:
+    def after_step(self, *, has_unit_rows: bool = False) -> None:
         """Settles, and moves the threshold towards the smallest entry kept in this batch."""
-        super().after_step()
+        super().after_step(has_unit_rows=has_unit_rows)
         self.num_seen += 1
         # A plain mean at first, so that the threshold's start does not matter; then a running one that follows the weights.
         weight = max(1.0 / float(self.num_seen), 1.0 / THRESHOLD_MEMORY_STEPS)

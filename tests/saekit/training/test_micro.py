@@ -133,6 +133,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "signum": {"optimizer": "signum", "lr": 1e-3},
     "k-anneal": {"sparsity": {"k_start_factor": 4.0, "k_anneal_fraction": 0.08}},
     "micro": {"micro_batch_size": 40},
+    "resample": {"resample": {"every_tokens": 384, "silent_tokens": 192, "sample_tokens": 960}, "ema_decay": 0.9},
 }
 
 

@@ -1,5 +1,6 @@
-"""Defects that other trainers shipped, each put in here to see that a named check turns red; and the checks themselves."""
+"""Defects of whole trainings that other trainers shipped, each put in here to see that a named check turns red."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -8,29 +9,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from saekit.errors import FormatError
 from saekit.sae import (
     SAE,
     BatchTopKConfig,
     GatedConfig,
     JumpReLUConfig,
-    MatryoshkaBatchTopKConfig,
-    MatryoshkaTopKConfig,
     ReLUConfig,
     SAEConfig,
     TopKConfig,
     build_sae,
     load_sae_folder,
 )
-from saekit.training import TrainConfig
+from saekit.training import TrainConfig, Trainer
+from saekit.training import loop as loop_module
 from saekit.training import micro as micro_module
-from saekit.training import nested as nested_module
-from saekit.training import objective as objective_module
 from saekit.training import run as run_module
+from saekit.training import state as state_module
+from saekit.training import trainer as trainer_module
 from saekit.training.average import WeightAverage
-from saekit.training.build import build_objective
 from saekit.training.dead import DeadFeatures
-from saekit.training.objective import BatchTopKObjective, Code, Objective, StepResult
-from saekit.training.penalty import GatedObjective, JumpReLUObjective
+from saekit.training.objective import BatchTopKObjective, Objective, StepResult
+from saekit.training.penalty import JumpReLUObjective
 from saekit.training.run import TrainRun
 from saekit.training.schedule_free import ScheduleFreeSignum
 from saekit.training.start import estimate_normalization, read_sample
@@ -43,15 +43,6 @@ BATCHTOPK = BatchTopKConfig.parse(SHAPE | {"k": 3})
 JUMPRELU = JumpReLUConfig.parse(SHAPE | {"target_l0": 3})
 GATED = GatedConfig.parse(SHAPE | {"target_l0": 3})
 RELU = ReLUConfig.parse(SHAPE | {"target_l0": 3})
-EVERY: dict[str, SAEConfig] = {
-    "topk": TOPK,
-    "batchtopk": BATCHTOPK,
-    "jumprelu": JUMPRELU,
-    "relu": RELU,
-    "gated": GATED,
-    "matryoshka_topk": MatryoshkaTopKConfig.parse(SHAPE | {"k": 3}),
-    "matryoshka_batchtopk": MatryoshkaBatchTopKConfig.parse(SHAPE | {"k": 3}),
-}
 
 
 def alone(value: Tensor) -> Tensor:
@@ -73,60 +64,7 @@ def make_run(planted: ModuleType, cfg: SAEConfig, *, scale: float = 1.0, **chang
     return TrainRun(sae, source, config, normalization=normalization, accelerator=Accelerator(cpu=True))
 
 
-def float64_objective(cfg: SAEConfig) -> Objective:
-    generator = torch.Generator().manual_seed(4)
-    sae = build_sae(cfg).double()
-    for name, parameter in sae.named_parameters():
-        drawn = 0.5 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
-        parameter.data.copy_(0.1 + drawn.abs() if name == "threshold" else drawn)
-    return build_objective(sae, TrainConfig(num_tokens=1000), total_variance=5.0, sum_over_processes=alone)
-
-
-def batch() -> Tensor:
-    return torch.randn(11, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-
-
 # The checks.
-
-
-def check_auxk_moves_dead_features_alone(planted: ModuleType, folder: Path) -> None:
-    """AuxK adds a gradient to the dead features' encoder and decoder, and exactly none to anything else."""
-    dead = torch.tensor([1, 4, 5, 9])
-    live = torch.ones(40, dtype=torch.bool)
-    live[dead] = False
-    for cfg in EVERY.values():
-        gradients: list[Mapping[str, Tensor]] = []
-        for indices in (dead, dead[:0]):
-            objective = float64_objective(cfg)
-            objective(batch(), indices, 0.1).loss.backward()
-            found = {name: p.grad for name, p in objective.trained_parameters().items()}
-            gradients.append({name: grad for name, grad in found.items() if grad is not None})
-        with_auxk, without = gradients
-        for name, gradient in with_auxk.items():
-            rows, others = (gradient.T, without[name].T) if name == "W_enc" else (gradient, without[name])
-            if name in {"W_enc", "b_enc", "W_dec"}:
-                assert torch.equal(rows[live], others[live]), (cfg.kind, name)
-                assert (rows[dead] - others[dead]).abs().max() > 1e-7, (cfg.kind, name)
-            else:
-                assert torch.equal(rows, others), (cfg.kind, name)
-
-
-def check_auxk_is_weighed_once(planted: ModuleType, folder: Path) -> None:
-    """The loss is the reconstruction's and 1/32 of AuxK's."""
-    objective = float64_objective(TOPK)
-    result = objective(batch(), torch.tensor([1, 4, 5, 9]))
-    assert float(result.auxiliary) > 0.5
-    torch.testing.assert_close(result.loss.detach(), result.fvu + result.auxiliary / 32)
-
-
-def check_clipped_entries_move_nothing(planted: ModuleType, folder: Path) -> None:
-    """Entries that relu set to 0 pass no gradient to the encoder, k or not."""
-    for cfg in (TOPK, BATCHTOPK, EVERY["matryoshka_topk"]):
-        objective = float64_objective(cfg)
-        objective.sae.b_enc.data.fill_(-100.0)
-        objective(batch(), torch.empty(0, dtype=torch.int64)).loss.backward()
-        for parameter in (objective.sae.W_enc, objective.sae.b_enc):
-            assert parameter.grad is None or not parameter.grad.any(), cfg.kind
 
 
 def check_saved_weights_are_the_averaged_ones(planted: ModuleType, folder: Path) -> None:
@@ -182,25 +120,6 @@ def check_parts_are_used(planted: ModuleType, folder: Path) -> None:
     assert found.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-4)
 
 
-def check_prefixes_are_weighed_once(planted: ModuleType, folder: Path) -> None:
-    """The nested loss is the weighted mean of its prefixes', so that AuxK weighs the same with any number of groups."""
-    for groups in (1, 2, 4):
-        cfg = MatryoshkaTopKConfig.parse(SHAPE | {"k": 3, "group_fractions": [1 / groups] * groups})
-        objective = float64_objective(cfg)
-        objective.sae.W_dec.data.zero_()
-        result = objective(batch(), torch.empty(0, dtype=torch.int64))
-        torch.testing.assert_close(result.loss.detach(), result.fvu)
-
-
-def check_frozen_decoder(planted: ModuleType, folder: Path) -> None:
-    """The gates' own reconstruction does not train the decoder."""
-    objective = float64_objective(GATED)
-    objective.sae.get_parameter("b_mag").data.fill_(-100.0)
-    objective(batch(), torch.empty(0, dtype=torch.int64), 0.1).loss.backward()
-    assert objective.sae.W_dec.grad is not None
-    assert not objective.sae.W_dec.grad.any()
-
-
 def check_thresholds_move_in_float32(planted: ModuleType, folder: Path) -> None:
     """Thresholds follow small steps, which bfloat16 would round away, and the inference threshold is that of training."""
     run = make_run(planted, JUMPRELU, sparsity={"threshold_lr": 1e-4})
@@ -225,18 +144,57 @@ def check_threshold_gives_the_training_l0(planted: ModuleType, folder: Path) -> 
     assert float((run.sae.encode(x) > 0).sum(1).double().mean()) == pytest.approx(3.0, rel=0.1)
 
 
+def check_resume_does_no_step_twice(planted: ModuleType, folder: Path) -> None:
+    """A run that was stopped goes on from its checkpoint: starting anew would end at the same bits and hide it."""
+    steps: list[int] = []
+    step, save = TrainRun.train_step, loop_module.TrainingLoop.save
+
+    def note(self: TrainRun, **options: bool) -> object:
+        steps.append(self.step)
+        return step(self, **options)
+
+    def save_then_fail(self: loop_module.TrainingLoop) -> None:
+        save(self)
+        raise RuntimeError("power cut")
+
+    config = TrainConfig(num_tokens=96 * 6, batch_size=96, checkpoint_every_tokens=96 * 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "SAMPLE_TOKENS", 512)
+        patch.setattr(TrainRun, "train_step", note)
+        with patch.context() as inner, pytest.raises(RuntimeError, match="power cut"):
+            inner.setattr(loop_module.TrainingLoop, "save", save_then_fail)
+            Trainer(build_sae(TOPK), planted.PlantedSource(batch_size=96), config).fit(folder)
+        Trainer(build_sae(TOPK), planted.PlantedSource(batch_size=96), config).fit(folder)
+    assert steps == [0, 1, 2, 3, 4, 5]
+
+
+class _Payload:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def check_checkpoints_run_no_code(planted: ModuleType, folder: Path) -> None:
+    """A checkpoint is data: objects in it are refused in one line, not made."""
+    torch.save({"step": _Payload(folder / "was-run")}, folder / "run.pt")
+    with contextlib.suppress(FormatError):
+        state_module.load_checkpoint(folder, "run")
+    assert not (folder / "was-run").exists()
+
+
 CHECKS: list[Check] = [
-    check_auxk_moves_dead_features_alone,
-    check_auxk_is_weighed_once,
-    check_clipped_entries_move_nothing,
     check_saved_weights_are_the_averaged_ones,
     check_dead_tokens_are_global,
     check_schedule_ends_with_the_training,
     check_parts_are_used,
-    check_prefixes_are_weighed_once,
-    check_frozen_decoder,
     check_thresholds_move_in_float32,
     check_threshold_gives_the_training_l0,
+    check_resume_does_no_step_twice,
+    check_checkpoints_run_no_code,
 ]
 
 
@@ -246,56 +204,6 @@ def test_check_is_green_as_the_code_stands(check: Check, planted: ModuleType, tm
 
 
 # The defects.
-
-
-def _auxk_without_encoder(patch: pytest.MonkeyPatch) -> None:
-    right = objective_module.auxk_loss
-
-    def wrong(inputs: Tensor, residual: Tensor, weights: tuple[Tensor, Tensor, Tensor], **kwargs: object) -> Tensor:
-        W_enc, b_enc, W_dec = weights
-        loss: Tensor = right(inputs, residual, (W_enc.detach(), b_enc.detach(), W_dec), **kwargs)  # type: ignore[arg-type]
-        return loss
-
-    patch.setattr(objective_module, "auxk_loss", wrong)
-
-
-def _auxk_of_the_error_itself(patch: pytest.MonkeyPatch) -> None:
-    def wrong(self: Objective, inputs: Tensor, error: Tensor, dead: Tensor, code: Code) -> tuple[Tensor, Tensor]:
-        if not len(dead):
-            return error.new_zeros(()), error.new_zeros(())
-        acts = (inputs @ self.sae.W_enc[:, dead] + self.sae.b_enc[dead]).relu()
-        loss = (error - acts @ self.sae.W_dec[dead]).square().sum() / len(error)
-        return loss.detach(), loss / 32
-
-    patch.setattr(Objective, "dead_loss", wrong)
-
-
-def _auxk_never_added(patch: pytest.MonkeyPatch) -> None:
-    right = Objective.dead_loss
-
-    def wrong(self: Objective, inputs: Tensor, error: Tensor, dead: Tensor, code: Code) -> tuple[Tensor, Tensor]:
-        loss, weighted = right(self, inputs, error, dead, code)
-        return loss, weighted.detach()
-
-    patch.setattr(Objective, "dead_loss", wrong)
-
-
-def _auxk_weighed_twice(patch: pytest.MonkeyPatch) -> None:
-    right = Objective.dead_loss
-
-    def wrong(self: Objective, inputs: Tensor, error: Tensor, dead: Tensor, code: Code) -> tuple[Tensor, Tensor]:
-        loss, weighted = right(self, inputs, error, dead, code)
-        return loss, self.config.auxk_alpha * weighted
-
-    patch.setattr(Objective, "dead_loss", wrong)
-
-
-def _gradient_through_relu_zeros(patch: pytest.MonkeyPatch) -> None:
-    def wrong(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        values, indices = torch.topk(x @ W_enc + b_enc, k, dim=1)
-        return values + (values.relu() - values).detach(), indices
-
-    patch.setattr(objective_module, "encode_topk", wrong)
 
 
 def _optimizer_resumes_from_the_average(patch: pytest.MonkeyPatch) -> None:
@@ -314,7 +222,7 @@ def _trained_point_is_saved(patch: pytest.MonkeyPatch) -> None:
 
 def _average_has_short_rows(patch: pytest.MonkeyPatch) -> None:
     right = ScheduleFreeSignum.averages
-    patch.setattr(Objective, "settle", lambda self: None)
+    patch.setattr(Objective, "settle", lambda self, **options: None)
     patch.setattr(
         ScheduleFreeSignum, "averages", lambda self: {name: 0.99 * value for name, value in right(self).items()}
     )
@@ -366,33 +274,12 @@ def _accumulated_without_shares(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(run_module, "backward_in_parts", wrong)
 
 
-def _prefixes_averaged_twice(patch: pytest.MonkeyPatch) -> None:
-    right = nested_module._Nested.reconstruct
-
-    def wrong(self: nested_module._Nested, inputs: Tensor, target: Tensor, code: Code) -> tuple[Tensor, ...]:
-        total, fvu, error = right(self, inputs, target, code)
-        return total / len(self.sae.cfg.prefixes()), fvu, error
-
-    patch.setattr(nested_module._Nested, "reconstruct", wrong)
-
-
-def _gates_train_the_decoder(patch: pytest.MonkeyPatch) -> None:
-    right = GatedObjective.penalty
-
-    def wrong(self: GatedObjective, inputs: Tensor, target: Tensor, code: Code, coefficient: float) -> Tensor | float:
-        with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(Tensor, "detach", lambda tensor: tensor)
-            return right(self, inputs, target, code, coefficient)
-
-    patch.setattr(GatedObjective, "penalty", wrong)
-
-
 def _thresholds_in_bfloat16(patch: pytest.MonkeyPatch) -> None:
     right = JumpReLUObjective.settle
 
-    def wrong(self: JumpReLUObjective) -> None:
+    def wrong(self: JumpReLUObjective, **options: bool) -> None:
         self.log_threshold.data.copy_(self.log_threshold.data.bfloat16())
-        right(self)
+        right(self, **options)
 
     patch.setattr(JumpReLUObjective, "settle", wrong)
 
@@ -401,12 +288,16 @@ def _threshold_not_tracked(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BatchTopKObjective, "after_step", Objective.after_step)
 
 
+def _checkpoint_ignored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(loop_module, "latest_checkpoint", lambda out: None)
+
+
+def _checkpoints_unpickled(patch: pytest.MonkeyPatch) -> None:
+    right = torch.load
+    patch.setattr(torch, "load", lambda path, **options: right(path, **(options | {"weights_only": False})))
+
+
 DEFECTS: list[tuple[Patch, Check]] = [
-    (_auxk_without_encoder, check_auxk_moves_dead_features_alone),
-    (_auxk_of_the_error_itself, check_auxk_moves_dead_features_alone),
-    (_auxk_never_added, check_auxk_moves_dead_features_alone),
-    (_auxk_weighed_twice, check_auxk_is_weighed_once),
-    (_gradient_through_relu_zeros, check_clipped_entries_move_nothing),
     (_optimizer_resumes_from_the_average, check_saved_weights_are_the_averaged_ones),
     (_trained_point_is_saved, check_saved_weights_are_the_averaged_ones),
     (_average_has_short_rows, check_saved_weights_are_the_averaged_ones),
@@ -416,10 +307,10 @@ DEFECTS: list[tuple[Patch, Check]] = [
     (_schedule_counts_parts, check_schedule_ends_with_the_training),
     (_accumulation_never_read, check_parts_are_used),
     (_accumulated_without_shares, check_parts_are_used),
-    (_prefixes_averaged_twice, check_prefixes_are_weighed_once),
-    (_gates_train_the_decoder, check_frozen_decoder),
     (_thresholds_in_bfloat16, check_thresholds_move_in_float32),
     (_threshold_not_tracked, check_threshold_gives_the_training_l0),
+    (_checkpoint_ignored, check_resume_does_no_step_twice),
+    (_checkpoints_unpickled, check_checkpoints_run_no_code),
 ]
 
 
