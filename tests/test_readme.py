@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from saekit_pipelines.cli import app
 from saekit_pipelines.recipe import load_recipe
+from typer.core import TyperGroup
+from typer.main import get_command
 
 ROOT = Path(__file__).parents[1]
 RELEASED = ROOT / "tests" / "fixtures" / "dictionaries" / "gemmascope_res"
@@ -57,9 +60,13 @@ def test_python_code_runs(
 def test_commands_are_there(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     program, *arguments = command
-    if program == "saekit":
-        assert arguments[0] == "run"
+    if program == "saekit" and arguments[0] == "run":
         load_recipe(arguments[1], arguments[2:])
+        return
+    if program == "saekit":
+        group = get_command(app)
+        assert isinstance(group, TyperGroup)
+        group.commands[arguments[0]].make_context(arguments[0], arguments[1:])
         return
     assert program.startswith("scripts/")
     done = subprocess.run([program, "--help"], capture_output=True, text=True, check=True)

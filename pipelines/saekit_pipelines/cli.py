@@ -1,27 +1,24 @@
 """The command line: thin commands over `stages`; one line and exit code 2 for everything a user can mend."""
 
-import functools
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from saekit.errors import SaekitError
 from saekit.progress import NO_PROGRESS, Progress
+from saekit_pipelines import hub_commands
 from saekit_pipelines.console import make_progress
+from saekit_pipelines.guard import EXIT_USER_ERROR
+from saekit_pipelines.guard import guarded as _guarded
 
 if TYPE_CHECKING:
     from saekit.evaluation import EvaluationTable
 
 __all__ = ["app", "main"]
-
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     name="saekit",
@@ -30,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Sparse dictionaries of language models: cache activations, train SAEs, label, evaluate and browse their features.\n\n"
-    "Every command reads one recipe and works in the recipe's folder. Run a command again to resume it; a finished stage is skipped.\n\n"
+    "A stage reads one recipe and works in the recipe's folder. Run a command again to resume it; a finished stage is skipped.\n\n"
     "[dim]Example:[/dim]  saekit run pipelines/recipes/gpt2_resid8_topk.toml out=runs/try cache.num_tokens=1_000_000",
 )
 
@@ -58,26 +55,6 @@ LabelDryRun = Annotated[
         help="Gather the evidence, then print the requests, tokens and cost that the labelling model would take; ask nothing.",
     ),
 ]
-
-
-P = ParamSpec("P")
-
-
-def _guarded(command: Callable[P, None]) -> Callable[P, None]:
-    """What a user can mend is one line and exit code 2; Ctrl-C says that nothing is lost."""
-
-    @functools.wraps(command)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except SaekitError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(EXIT_USER_ERROR) from error
-        except KeyboardInterrupt as interrupt:
-            typer.echo("interrupted: what is done is kept; run the same command again to resume", err=True)
-            raise typer.Exit(EXIT_INTERRUPTED) from interrupt
-
-    return guarded
 
 
 @app.command(epilog="Example:  saekit run pipelines/recipes/gpt2_resid8_topk.toml --dry-run")
@@ -193,7 +170,10 @@ def verify(
     typer.echo(f"{folder}: every shard is as it was written")
 
 
-@app.command(epilog="Example:  saekit convert EleutherAI/sae-llama-3-8b-32x:layers.10 mine --to saelens")
+@app.command(
+    epilog="Example:  saekit convert EleutherAI/sae-llama-3-8b-32x:layers.10 mine --to saelens",
+    rich_help_panel=hub_commands.PANEL,
+)
 @_guarded
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Any reference to a dictionary.", show_default=False)],
@@ -208,6 +188,9 @@ def convert(
         raise ConfigError(f"convert: {str(target)!r} is not empty, needs a new folder")
     save_sae(load_sae(source), target, format=to)
     typer.echo(f"{target}: {to}")
+
+
+hub_commands.register(app)
 
 
 def _progress() -> Progress:

@@ -30,7 +30,7 @@ from saekit.models import LanguageModel
 from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae import SAE, Crosscoder
 
-__all__ = ["EvaluationConfig", "evaluate"]
+__all__ = ["EvaluationConfig", "evaluate", "sae_fingerprint"]
 
 # Below this, percentile intervals of a ratio cover its true value clearly less often than they say.
 _FEW_DOCUMENTS = 20
@@ -129,14 +129,19 @@ def _checked_train(sae: SAE, view: StoreView, train: StoreView | None) -> StoreV
     return train
 
 
-def _inputs(sae: SAE, view: StoreView, train: StoreView, lm: LanguageModel | None) -> dict[str, str]:
+def sae_fingerprint(sae: SAE) -> str:
+    """Returns the identity of a dictionary: the hash of its config and weights, as an evaluation's manifest names it."""
     weights = hashlib.sha256(sae.cfg.model_dump_json().encode())
     for name, value in sorted(sae.state_dict().items()):
         weights.update(name.encode())
         weights.update(np.ascontiguousarray(value.detach().float().cpu().numpy()).data)
+    return weights.hexdigest()
+
+
+def _inputs(sae: SAE, view: StoreView, train: StoreView, lm: LanguageModel | None) -> dict[str, str]:
     inputs = {
         "cache": view.store.sha256,
-        "sae": weights.hexdigest(),
+        "sae": sae_fingerprint(sae),
         "test tokens": hashlib.sha256(view.indices.data).hexdigest(),
         "training tokens": hashlib.sha256(train.store.sha256.encode() + train.indices.tobytes()).hexdigest(),
     }

@@ -12,7 +12,7 @@ from saekit.errors import ConfigError
 from saekit.hub.canonical import Canonical
 from saekit.hub.hooks import tl_name
 from saekit.manifest import atomic_write, write_json
-from saekit.sae.activation import Activation, Gated, GroupMax, JumpReLU, ReLU, TopK
+from saekit.sae.activation import Activation, Gated, GroupMax, JumpReLU, MatchingPursuit, ReLU, TopK
 from saekit.sae.base import SAE
 from saekit.sae.dictionary import Dictionary
 from saekit.sae.gated import GatedSAE
@@ -23,7 +23,7 @@ from saekit.sae.threshold import ThresholdSAE
 from saekit.sae.topk import TopKSAE
 from saekit.sae.transcoder import Transcoder
 
-__all__ = ["TARGETS", "as_dictionary", "save_sae"]
+__all__ = ["TARGETS", "as_dictionary", "model_name", "save_sae"]
 
 _FOLDED = {"W_enc", "b_enc", "W_dec", "b_dec"}
 
@@ -105,6 +105,10 @@ def _write_saelens(sae: Dictionary, folder: Path) -> None:
         case Gated():
             base = "gated"
             tensors |= {"b_gate": tensors.pop("b_enc"), "b_mag": parts["b_mag"], "r_mag": parts["r_mag"]}
+        case MatchingPursuit():
+            base = "matching_pursuit"
+            tensors = parts.stored({"W_dec", "b_dec"})
+            config |= activation.model_dump(exclude={"kind"})
         case _:
             raise _inexpressible("saelens", f"activation {activation.to_dict()}")
     if is_transcoder:
@@ -120,7 +124,8 @@ def _write_saelens(sae: Dictionary, folder: Path) -> None:
         raise _inexpressible("saelens", "an input norm that is not undone")
     config |= {
         "architecture": base,
-        "apply_b_dec_to_input": False,
+        # Matching pursuit has its one bias at both ends; elsewhere it is folded into b_enc.
+        "apply_b_dec_to_input": isinstance(activation, MatchingPursuit),
         "normalize_activations": norms[sae.cfg.norm],
         "reshape_activations": "none",
         "metadata": {"sae_lens_version": "6.0.0", "sae_lens_training_version": None, **_saelens_hooks(sae)},
@@ -252,7 +257,7 @@ def _site(hook_point: str) -> Site:
 
 
 def _saelens_hooks(sae: Dictionary) -> dict[str, object]:
-    hooks: dict[str, object] = {"model_name": _model_name(sae.source)}
+    hooks: dict[str, object] = {"model_name": model_name(sae.source)}
     if sae.cfg.site is not None and sae.cfg.site.transform == "centered":
         hooks["model_from_pretrained_kwargs"] = {"center_writing_weights": True}
     for key, site in (("hook_name", sae.cfg.site), ("hook_name_out", sae.cfg.site_out)):
@@ -263,7 +268,7 @@ def _saelens_hooks(sae: Dictionary) -> dict[str, object]:
     return hooks
 
 
-def _model_name(source: Mapping[str, object]) -> str | None:
+def model_name(source: Mapping[str, object]) -> str | None:
     """Returns the model that a dictionary's record names, its own or that of the peer's config."""
     records = [source, source.get("metadata")]
     while records:

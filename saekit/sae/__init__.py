@@ -16,6 +16,7 @@ from saekit.sae.dictionary import Dictionary, DictionaryConfig
 from saekit.sae.fold import Normalization, PairNormalization, SiteNormalization
 from saekit.sae.gated import GatedConfig, GatedSAE
 from saekit.sae.jumprelu import JumpReLUConfig, JumpReLUSAE
+from saekit.sae.lorsa import LorsaConfig, LorsaDictionary
 from saekit.sae.matryoshka import (
     MatryoshkaBatchTopKConfig,
     MatryoshkaBatchTopKSAE,
@@ -46,6 +47,8 @@ __all__ = [
     "GatedSAE",
     "JumpReLUConfig",
     "JumpReLUSAE",
+    "LorsaConfig",
+    "LorsaDictionary",
     "MLSAEConfig",
     "MatryoshkaBatchTopKConfig",
     "MatryoshkaBatchTopKSAE",

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, field_validator
@@ -41,11 +41,13 @@ class SAEConfig(Config):
         Raises:
             ConfigError: the config already names another width.
         """
-        if self.d_in not in {0, d_in}:
-            raise ConfigError(
-                f"sae: d_in is {self.d_in}, needs the activations' width {d_in}; leave d_in out to take it"
-            )
-        return type(self).parse(self.to_dict() | {"d_in": d_in}, where="sae")
+        return self._with_width("d_in", d_in, "the activations'")
+
+    def _with_width(self, key: Literal["d_in", "d_out"], width: int, whose: str) -> Self:
+        known = getattr(self, key)
+        if known not in {0, width}:
+            raise ConfigError(f"sae: {key} is {known}, needs {whose} width {width}; leave {key} out to take it")
+        return type(self).parse(self.to_dict() | {key: width}, where="sae")
 
 
 class SAEOutput(NamedTuple):

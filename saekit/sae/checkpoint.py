@@ -19,6 +19,7 @@ from saekit.sae.batchtopk import BatchTopKConfig, BatchTopKSAE
 from saekit.sae.crosscoder import (
     BatchTopKCrosscoder,
     BatchTopKCrosscoderConfig,
+    CrosscoderConfig,
     ReLUCrosscoder,
     ReLUCrosscoderConfig,
     TopKCrosscoder,
@@ -134,6 +135,14 @@ def load_sae_folder(path: str | Path, *, device: str | torch.device = "cpu") -> 
             f"{str(folder / CFG_NAME)!r}: {key}: {first['msg']}, needs a config of this version"
         ) from error
     hook_point, source = header.get("hook_point"), header.get("source")
+    tensors = _read_tensors(folder / WEIGHTS_NAME)
+    # Before anything of the size that the config claims is made.
+    encoder = tensors.get("W_enc")
+    # A crosscoder's encoders of all hook points stand one below the other.
+    width = cfg.d_in * cfg.num_sites if isinstance(cfg, CrosscoderConfig) else cfg.d_in
+    if width and encoder is not None and list(encoder.shape) != [width, cfg.d_sae]:
+        where = f"{str(folder / WEIGHTS_NAME)!r}"
+        raise FormatError(f"{where}: W_enc is {list(encoder.shape)}, needs {[width, cfg.d_sae]}")
     try:
         sae = build_sae(
             cfg,
@@ -142,7 +151,6 @@ def load_sae_folder(path: str | Path, *, device: str | torch.device = "cpu") -> 
         )
     except ConfigError as error:
         raise FormatError(f"{str(folder / CFG_NAME)!r}: {error}") from error
-    tensors = _read_tensors(folder / WEIGHTS_NAME)
     _check_tensors(folder / WEIGHTS_NAME, tensors, sae)
     with torch.no_grad():
         # copy_ keeps W_enc's memory as a transposed view, which assigning the file's own tensor would not.
@@ -156,7 +164,7 @@ def _read_header(path: Path) -> dict[str, object]:
         header = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FormatError(f"{str(path.parent)!r}: no {CFG_NAME}, needs a folder that SAE.save wrote") from error
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise FormatError(
             f"{str(path)!r}: cannot be read as JSON: {error}, needs the file that SAE.save wrote"
         ) from error

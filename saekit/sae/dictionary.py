@@ -9,7 +9,7 @@ from saekit_kernels import encode_threshold, encode_topk
 from torch import Tensor, nn
 
 from saekit.errors import ConfigError
-from saekit.sae.activation import Activation, BatchTopK, GroupMax, JumpReLU, TopK, activate
+from saekit.sae.activation import Activation, BatchTopK, GroupMax, JumpReLU, MatchingPursuit, TopK, activate, pursue
 from saekit.sae.base import SAE, SAEConfig, SAEOutput
 from saekit.sae.site import Site
 from saekit.sae.sparse import dense_to_rows, pad_rows
@@ -35,6 +35,9 @@ class DictionaryConfig(SAEConfig):
     `x * sqrt(d_in) / |x|`."""
     undo_norm: bool = True
     """Whether the reconstruction is brought back to the token's own mean and scale."""
+    joins_heads: bool = False
+    """Whether x may also be [..., heads, width of a head], as TransformerLens keeps what an attention's output
+    projection reads; heads are then joined, and `forward` returns the reconstruction joined."""
     site: Site | None = None
     """Where the input is read; None when the release does not say."""
     site_out: Site | None = None
@@ -130,7 +133,17 @@ class Dictionary(SAE):
 
     def encode(self, x: Tensor) -> Tensor:
         """Returns dense feature activations [..., d_sae] of x [..., d_in]; negative ones only where the release has them."""
-        return self._encode(self.encoder_input(x)).reshape(*x.shape[:-1], self.d_sae)
+        outer = x.shape[:-1] if self._is_joined(x) else x.shape[:-2]
+        u = self.encoder_input(x)
+        # In half precision a dense product is rounded before features are chosen, the kernels' after: only one can be right.
+        code = self._rows(u) if u.dtype in {torch.float16, torch.bfloat16} else None
+        if code is None:
+            return self._encode(u).reshape(*outer, self.d_sae)
+        return u.new_zeros(len(u), self.d_sae).scatter_add(1, code[1], code[0]).reshape(*outer, self.d_sae)
+
+    def _is_joined(self, x: Tensor) -> bool:
+        """Whether the last axis is the input's width, not that of one of its heads."""
+        return not (self.cfg.joins_heads and x.ndim > 1 and x.shape[-1] < self.d_in == x.shape[-2] * x.shape[-1])
 
     def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (top_acts [N, K], top_indices [N, K] int64), the largest magnitude first; places not used hold 0 and 0.
@@ -138,11 +151,7 @@ class Dictionary(SAE):
         K is the most features that any token uses.
         """
         u = self.encoder_input(x)
-        if self.W_glu is None and self.score_scale is None:
-            code = _encode_by_kernel(self, u)
-            if code is not None:
-                return code
-        return dense_to_rows(self._encode(u))
+        return self._rows(u) or dense_to_rows(self._encode(u))
 
     def decode(self, feature_acts: Tensor, x: Tensor | None = None) -> Tensor:
         """Returns the reconstruction [..., d_out] of dense feature activations [..., d_sae].
@@ -158,7 +167,7 @@ class Dictionary(SAE):
 
     def decode_sparse(self, top_acts: Tensor, top_indices: Tensor, x: Tensor | None = None) -> Tensor:
         """Returns the reconstruction [N, d_out] of top_acts [N, K] at top_indices [N, K]; `x` as in `decode`."""
-        return _finished(self, super().decode_sparse(top_acts, top_indices), x)
+        return _finished(self, super().decode_sparse(top_acts, top_indices).to(self.W_dec.dtype), x)
 
     def forward(self, x: Tensor) -> SAEOutput:
         """Encodes and reconstructs x [N, d_in], skip connection and normalisation included."""
@@ -185,7 +194,16 @@ class Dictionary(SAE):
         cfg = self.cfg.model_copy(update={"activation": activation})
         return type(self)(cfg, kept, source=self.source)
 
+    def _rows(self, u: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What `encode_sparse` returns, where a kernel computes it."""
+        if self.W_glu is not None or self.score_scale is not None:
+            return None
+        code = _encode_by_kernel(self, u)
+        return None if code is None else (code[0].to(u.dtype), code[1])
+
     def _encode(self, u: Tensor) -> Tensor:
+        if isinstance(self.cfg.activation, MatchingPursuit):
+            return pursue(self.cfg.activation, u - self.b_dec, self.W_dec)
         z = u @ self.W_enc
         magnitude = None
         if self.r_mag is not None and self.b_mag is not None:
@@ -200,6 +218,8 @@ class Dictionary(SAE):
 
 
 def _normed(sae: Dictionary, x: Tensor) -> _Normed:
+    if not sae._is_joined(x):
+        x = x.flatten(-2)
     if x.ndim == 0 or x.shape[-1] != sae.d_in:
         where = f"dictionary of {sae.hook_point!r}" if sae.hook_point else "dictionary"
         raise ConfigError(f"{where}: x has shape {list(x.shape)}, needs [..., {sae.d_in}]")
@@ -208,7 +228,9 @@ def _normed(sae: Dictionary, x: Tensor) -> _Normed:
         case "none":
             return _Normed(flat, None, None)
         case "layer_norm":
-            mean, std = flat.mean(dim=1, keepdim=True), flat.std(dim=1, keepdim=True)
+            mean = flat.mean(dim=1, keepdim=True)
+            # Not `std`, which warns where there is no token.
+            std = ((flat - mean).square().sum(dim=1, keepdim=True) / (sae.d_in - 1)).sqrt()
             return _Normed((flat - mean) / (std + NORM_EPS), std, mean)
         case "constant_norm":
             scale = flat.norm(dim=1, keepdim=True) / sae.d_in**0.5

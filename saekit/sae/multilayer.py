@@ -1,7 +1,7 @@
 """Released dictionaries over several layers at once: crosscoders and cross-layer transcoders."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import Field
@@ -44,6 +44,42 @@ class MultiLayerConfig(SAEConfig):
     """Where each layer's input is read; None when the release does not say."""
     sites_out: tuple[Site, ...] | None = None
     """Where each layer's reconstruction belongs; None: where the inputs are read."""
+
+    @classmethod
+    def of(
+        cls,
+        tensors: Mapping[str, Tensor],
+        *,
+        encoder: Literal["own", "sum", "sum_per_layer"],
+        activation: Activation,
+        sites: tuple[Site, ...] | None = None,
+        sites_out: tuple[Site, ...] | None = None,
+    ) -> Self:
+        """Returns the config whose shapes these weights have.
+
+        Decoders of `sum_per_layer` write to their own layer, all others to the last layers: as many as they have rows for.
+
+        Args:
+            tensors: the weights, named as in `MultiLayerDictionary`.
+            encoder, activation, sites, sites_out: as the fields.
+        """
+        num_in, d_in, d_sae = tensors["W_enc"].shape
+        num_out, d_out = tensors["b_dec"].shape
+        reach = [tensors[f"decoders.{source}"].shape[1] for source in range(len(tensors["b_enc"]))]
+        return cls(
+            d_in=d_in,
+            d_sae=d_sae,
+            d_out=d_out,
+            num_layers_in=num_in,
+            num_layers_out=num_out,
+            encoder=encoder,
+            targets=tuple(
+                (source if encoder == "sum_per_layer" else num_out - count, count) for source, count in enumerate(reach)
+            ),
+            activation=activation,
+            sites=sites,
+            sites_out=sites_out,
+        )
 
 
 class MultiLayerDictionary(SAE):

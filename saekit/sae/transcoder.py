@@ -32,11 +32,7 @@ class TranscoderConfig(KConfig):
         Raises:
             ConfigError: the config already names another width.
         """
-        if self.d_out not in {0, d_out}:
-            raise ConfigError(
-                f"sae: d_out is {self.d_out}, needs the predicted activations' width {d_out}; leave d_out out to take it"
-            )
-        return type(self).parse(self.to_dict() | {"d_out": d_out}, where="sae")
+        return self._with_width("d_out", d_out, "the predicted activations'")
 
 
 class Transcoder(TopKSAE):

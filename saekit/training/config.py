@@ -23,7 +23,8 @@ class ResampleConfig(Config):
     """Tokens among which inputs are drawn, each with a probability that is proportional to its squared loss; None = a tenth of
     num_tokens, at most 819,200."""
     encoder_norm: float = Field(default=0.2, gt=0)
-    """Norm of a new feature's encoder row in multiples of the mean norm of the live ones'."""
+    """Norm of a new feature's encoder row in multiples of the mean norm of the live ones'; the default is made for ReLU, where
+    features do not compete for k places."""
 
 
 class EndToEndConfig(Config):
@@ -94,7 +95,8 @@ class TrainConfig(Config):
     """`adam`; `adamw8bit`, the same with moments of one byte an entry (needs the extra `lowbit`); `muon`, orthogonalised
     momentum for the matrices; `signum`, schedule-free steps along the gradient's sign."""
     weight_decay: float | None = Field(default=None, gt=0)
-    """Part of the learning rate by which `adamw8bit` shrinks the encoder in a step; None = not at all."""
+    """Part of the learning rate by which `adamw8bit` shrinks matrices in a step, of which unit decoder rows see nothing; None =
+    not at all."""
     micro_batch_size: int | None = Field(default=None, gt=0)
     """Tokens that a process takes at a time; the gradients of a step add up over them, so that large batches need less memory.
     None = its whole share of the batch."""

@@ -32,6 +32,10 @@ class DeadFeatures:
         self.silent_tokens += num_tokens
         self.silent_tokens[fired] = 0
 
+    def renew(self, features: Tensor) -> None:
+        """Counts some features [n] from now on, as if they had just been active."""
+        self.silent_tokens[features] = 0
+
     @property
     def mask(self) -> Tensor:
         """Which features are dead [d_sae] bool."""

@@ -138,7 +138,7 @@ class Objective(nn.Module, ABC):
         residual = error.detach()
         variance = self._residual_variance
         if variance is None:
-            variance = self._pooled_variance(_moments(residual), len(residual))
+            variance = _pooled_variance(_moments(residual), len(residual), self.sum_over_processes)
         # Rows of the compacted dead features: a dense product of their width is cheaper than gathering k_aux rows a token.
         weights = (self.sae.W_enc.T[dead], self.sae.b_enc[dead], self.sae.W_dec[dead])
         loss = auxk_loss(
@@ -165,13 +165,7 @@ class Objective(nn.Module, ABC):
             _, _, error = self.reconstruct(inputs, target, self.encode(self.sae.encoder_input(inputs)))
             moments.append(_moments(error))
             count += len(error)
-        self._residual_variance = self._pooled_variance(torch.stack(moments).sum(0), count)
-
-    def _pooled_variance(self, moments: Tensor, count: int) -> Tensor:
-        # One sum for all processes, so that the loss does not depend on how the batch is split over them.
-        total = self.sum_over_processes(torch.tensor(float(count), dtype=torch.float64, device=moments.device))
-        means = self.sum_over_processes(moments) / total
-        return means[-1] - means[:-1].square().sum()
+        self._residual_variance = _pooled_variance(torch.stack(moments).sum(0), count, self.sum_over_processes)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Returns what the optimizer moves, by name."""
@@ -197,6 +191,13 @@ class Objective(nn.Module, ABC):
 def _moments(error: Tensor) -> Tensor:
     """Sums over tokens of the residual [d_out] and, last, of its square norm, in float64."""
     return torch.cat([error.sum(0).double(), error.square().sum().double()[None]])
+
+
+def _pooled_variance(moments: Tensor, count: int, sum_over_processes: SumOverProcesses) -> Tensor:
+    # One sum for all processes, so that the loss does not depend on how the batch is split over them.
+    total = sum_over_processes(torch.tensor(float(count), dtype=torch.float64, device=moments.device))
+    means = sum_over_processes(moments) / total
+    return means[-1] - means[:-1].square().sum()
 
 
 class TopKObjective(Objective):

@@ -71,7 +71,7 @@ def resample_features(run: "TrainRun") -> int:
     renew_features(run.objective, features, draw, encoder_norm=config.resample.encoder_norm)
     clear_optimizer(run.optimizer, features)
     run.average.restart(features)
-    run.dead.silent_tokens[features] = 0
+    run.dead.renew(features)
     return len(features)
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saekit.activations.joined import PairedStore
 from saekit.activations.shuffle import ShuffledBatches
 from saekit.activations.view import StoreView
 from saekit.errors import NonFiniteError
@@ -60,9 +59,8 @@ def _order_of(trainer: Trainer) -> object:
     view = trainer.train
     if not isinstance(view, StoreView) or trainer.config.objective is not None:
         return trainer
-    targets = view.store.targets.hook_point if isinstance(view.store, PairedStore) else None
-    data = (view.store.sha256, view.store.hook_point, targets, view.fingerprint)
-    return (*data, trainer.config.batch_size, trainer.config.seed)
+    # A store's text names all of its hook points, also where it joins several.
+    return view.store.sha256, repr(view.store), view.fingerprint, trainer.config.batch_size, trainer.config.seed
 
 
 @dataclass(frozen=True)

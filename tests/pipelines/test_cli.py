@@ -10,7 +10,21 @@ import pytest
 from saekit_pipelines.cli import app
 from typer.testing import CliRunner, Result
 
-COMMANDS = ["run", "cache", "train", "label", "evaluate", "report", "status", "verify", "convert"]
+COMMANDS = [
+    "run",
+    "cache",
+    "train",
+    "label",
+    "evaluate",
+    "report",
+    "status",
+    "verify",
+    "convert",
+    "ls",
+    "info",
+    "pull",
+    "push",
+]
 
 
 def invoke(*arguments: str | Path) -> Result:
