@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from saekit.activations import ActivationStore, CacheConfig, PairedStore, StoreView, cache_activations
+    from saekit.activations import ActivationStore, CacheConfig, JoinedStore, PairedStore, StoreView, cache_activations
     from saekit.errors import SaekitError
     from saekit.evaluation import EvaluationConfig, evaluate
     from saekit.hub import load_sae, load_saes, save_sae
@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from saekit.models import LanguageModel, ModelConfig, load_model
     from saekit.report import build_report
     from saekit.sae import (
+        MLSAE,
         SAE,
         BatchTopKConfig,
+        BatchTopKCrosscoder,
+        BatchTopKCrosscoderConfig,
         BatchTopKSAE,
         Dictionary,
         GatedConfig,
@@ -27,11 +30,16 @@ if TYPE_CHECKING:
         MatryoshkaBatchTopKSAE,
         MatryoshkaTopKConfig,
         MatryoshkaTopKSAE,
+        MLSAEConfig,
         MultiLayerDictionary,
         ReLUConfig,
+        ReLUCrosscoder,
+        ReLUCrosscoderConfig,
         ReLUSAE,
         SAEOutput,
         TopKConfig,
+        TopKCrosscoder,
+        TopKCrosscoderConfig,
         TopKSAE,
         Transcoder,
         TranscoderConfig,
@@ -42,7 +50,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "saekit.activations": ("ActivationStore", "CacheConfig", "PairedStore", "StoreView", "cache_activations"),
+    "saekit.activations": (
+        "ActivationStore",
+        "CacheConfig",
+        "JoinedStore",
+        "PairedStore",
+        "StoreView",
+        "cache_activations",
+    ),
     "saekit.errors": ("SaekitError",),
     "saekit.evaluation": ("EvaluationConfig", "evaluate"),
     "saekit.hub": ("load_sae", "load_saes", "save_sae"),
@@ -52,6 +67,8 @@ _HOMES = {
     "saekit.sae": (
         "SAE",
         "BatchTopKConfig",
+        "BatchTopKCrosscoder",
+        "BatchTopKCrosscoderConfig",
         "BatchTopKSAE",
         "GatedConfig",
         "GatedSAE",
@@ -61,10 +78,16 @@ _HOMES = {
         "MatryoshkaBatchTopKSAE",
         "MatryoshkaTopKConfig",
         "MatryoshkaTopKSAE",
+        "MLSAE",
+        "MLSAEConfig",
         "ReLUConfig",
+        "ReLUCrosscoder",
+        "ReLUCrosscoderConfig",
         "ReLUSAE",
         "SAEOutput",
         "TopKConfig",
+        "TopKCrosscoder",
+        "TopKCrosscoderConfig",
         "TopKSAE",
         "Transcoder",
         "TranscoderConfig",
@@ -77,20 +100,25 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "MLSAE",
     "SAE",
     "ActivationStore",
     "Attached",
     "BatchTopKConfig",
+    "BatchTopKCrosscoder",
+    "BatchTopKCrosscoderConfig",
     "BatchTopKSAE",
     "CacheConfig",
     "Dictionary",
     "EvaluationConfig",
     "GatedConfig",
     "GatedSAE",
+    "JoinedStore",
     "JumpReLUConfig",
     "JumpReLUSAE",
     "LabelConfig",
     "LanguageModel",
+    "MLSAEConfig",
     "MatryoshkaBatchTopKConfig",
     "MatryoshkaBatchTopKSAE",
     "MatryoshkaTopKConfig",
@@ -99,11 +127,15 @@ __all__ = [
     "MultiLayerDictionary",
     "PairedStore",
     "ReLUConfig",
+    "ReLUCrosscoder",
+    "ReLUCrosscoderConfig",
     "ReLUSAE",
     "SAEOutput",
     "SaekitError",
     "StoreView",
     "TopKConfig",
+    "TopKCrosscoder",
+    "TopKCrosscoderConfig",
     "TopKSAE",
     "TrainConfig",
     "Trainer",

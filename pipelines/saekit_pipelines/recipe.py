@@ -11,7 +11,7 @@ from saekit.config import Config, apply_overrides, read_toml
 from saekit.errors import ConfigError
 from saekit.evaluation import EvaluationConfig
 from saekit.labelling import LabelConfig
-from saekit.sae import AnySAEConfig, TranscoderConfig
+from saekit.sae import AnySAEConfig, SitesConfig, TranscoderConfig
 from saekit.training import TrainConfig
 from saekit_pipelines.sweep import expand_sweeps
 
@@ -35,6 +35,8 @@ class TrainRun(Config):
 
     hook_point: str | None = None
     """Which cached hook point to train on; may be left out where the cache has only one."""
+    hook_points: tuple[str, ...] | None = Field(default=None, min_length=2)
+    """For a crosscoder or a multi-layer SAE: which cached hook points it is trained on, in order; may be left out where it is all."""
     target_hook_point: str | None = None
     """For a transcoder: which cached hook point's activations are predicted from those of `hook_point`."""
     start_from: str | None = None
@@ -78,17 +80,45 @@ class Recipe(Config):
         return Path(self.out).expanduser()
 
     def hook_point(self, name: str) -> str:
-        """Returns the hook point of the SAE called `name`.
+        """Returns the hook point of the SAE called `name`; the first of several.
 
         Raises:
             ConfigError: the run names none and the cache has several, or it names one that is not cached.
         """
+        if several := self.hook_points(name):
+            return several[0]
         asked, cached = self.train[name].hook_point, self.cache.hook_points
         if asked is None and len(cached) > 1:
             raise ConfigError(f"train.{name}: no hook_point, needs one of {', '.join(cached)}")
         if asked is not None and asked not in cached:
             raise ConfigError(f"train.{name}.hook_point: found {asked!r}, the cache has {', '.join(cached)}")
         return asked or cached[0]
+
+    def hook_points(self, name: str) -> tuple[str, ...]:
+        """Returns the hook points of the crosscoder or multi-layer SAE called `name`; none for others.
+
+        Raises:
+            ConfigError: it names one that is not cached, one twice, or a single one; or it is an SAE of one hook point.
+        """
+        run, cached = self.train[name], self.cache.hook_points
+        where = f"train.{name}.hook_points"
+        if not isinstance(run.sae, SitesConfig):
+            if run.hook_points is not None:
+                raise ConfigError(f"{where}: found {', '.join(run.hook_points)}, {run.sae.kind!r} takes one hook_point")
+            return ()
+        if run.hook_point is not None:
+            raise ConfigError(f"train.{name}.hook_point: found {run.hook_point!r}, {run.sae.kind!r} takes hook_points")
+        asked = cached if run.hook_points is None else run.hook_points
+        foreign = [hook_point for hook_point in asked if hook_point not in cached]
+        if foreign:
+            raise ConfigError(f"{where}: found {foreign[0]!r}, the cache has {', '.join(cached)}")
+        if len(asked) < 2 or len(set(asked)) < len(asked):
+            raise ConfigError(f"{where}: found {', '.join(asked)}, {run.sae.kind!r} needs at least two different ones")
+        if run.sae.num_sites not in {0, len(asked)}:
+            raise ConfigError(
+                f"train.{name}.sae.num_sites: found {run.sae.num_sites}, hook_points are {len(asked)}; leave it out to take it"
+            )
+        return asked
 
     def target_hook_point(self, name: str) -> str | None:
         """Returns the hook point that the SAE called `name` predicts; None but for transcoders.

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import torch
 
-from saekit.activations import ActivationStore, PairedStore, StoreView, cache_activations, plan_cache
+from saekit.activations import (
+    ActivationStore,
+    JoinedStore,
+    PairedStore,
+    StoreView,
+    cache_activations,
+    plan_cache,
+)
 from saekit.errors import ConfigError, SaekitError
 from saekit.evaluation import Evaluation, EvaluationTable, evaluate, read_evaluation, summary_table
 from saekit.hub import load_sae
@@ -22,7 +29,7 @@ from saekit.sae import SAE, build_sae
 from saekit.training import Trainer, train_together
 from saekit_pipelines.named import NamedProgress
 from saekit_pipelines.recipe import Recipe, load_recipe
-from saekit_pipelines.widths import recorded_width, sized
+from saekit_pipelines.widths import sized, taken_from_store
 
 __all__ = ["RUN_NAME", "Pipeline"]
 
@@ -57,13 +64,17 @@ class Pipeline:
         return load_model(self.recipe.cache.model)
 
     def store(self, name: str) -> ActivationStore:
-        """Returns the finished activation store at the hook point of the SAE called `name`; of pairs for a transcoder.
+        """Returns the finished activation store at the hook point of the SAE called `name`.
+
+        It is one of pairs for a transcoder, and joined where the SAE has several hook points.
 
         Raises:
             ConfigError: it was cached with other values than the recipe has now.
         """
         self._check_cached()
         folder = self.stage_folder("cache")
+        if several := self.recipe.hook_points(name):
+            return JoinedStore([ActivationStore.open(folder, hook_point) for hook_point in several])
         store = ActivationStore.open(folder, self.recipe.hook_point(name))
         target = self.recipe.target_hook_point(name)
         return store if target is None else PairedStore(store, ActivationStore.open(folder, target))
@@ -95,7 +106,7 @@ class Pipeline:
             found = {key: manifest.config.get(key) for key in ("sae", "training", "split")}
             sae = run.sae.to_dict()
             # Widths that a recipe leaves out are 0 in it, and those of the store in what was trained.
-            sae |= {key: recorded_width(manifest, key) for key in ("d_in", "d_out") if sae.get(key) == 0}
+            sae |= taken_from_store(sae, manifest)
             check_same_config(folder, found, {"sae": sae, "training": run.training.to_dict(), "split": split})
 
     def run(self, *, together: bool = False) -> Path:
@@ -156,7 +167,7 @@ class Pipeline:
 
     def label(self, only: str | None = None) -> None:
         """Labels and scores the features of the trained SAEs."""
-        for name in self._reconstructing(only, "label"):
+        for name in self._names(only):
             folder = self.stage_folder("label", name)
             train, test = self.views(name)
             with self._timed(f"label {name}", folder):
@@ -179,7 +190,7 @@ class Pipeline:
             ConfigError: the recipe has no labelling model.
         """
         rows = []
-        for name in self._reconstructing(only, "label"):
+        for name in self._names(only):
             train, test = self.views(name)
             estimate = estimate_labels(
                 self.sae(name),
@@ -195,7 +206,7 @@ class Pipeline:
 
     def evaluate(self, only: str | None = None) -> None:
         """Measures the trained SAEs on the held-out documents."""
-        for name in self._reconstructing(only, "evaluate"):
+        for name in self._names(only):
             folder = self.stage_folder("evaluate", name)
             train, test = self.views(name)
             with self._timed(f"evaluate {name}", folder):
@@ -264,15 +275,16 @@ class Pipeline:
         return summary_table(self._evaluations(None))
 
     def _evaluations(self, only: str | None) -> dict[str, Evaluation]:
-        names = [name for name in self._names(only) if self.recipe.target_hook_point(name) is None]
-        return {name: read_evaluation(self.stage_folder("evaluate", name)) for name in names}
+        return {name: read_evaluation(self.stage_folder("evaluate", name)) for name in self._names(only)}
 
     def _check_widths(self) -> None:
         for name, run in self.recipe.train.items():
-            if run.sae.d_in:
-                hook_point = self.recipe.hook_point(name)
-                one_token = torch.zeros(1, 1, dtype=torch.long, device=self.lm.device)
-                width = capture(self.lm, one_token, [hook_point])[hook_point].shape[-1]
+            if not run.sae.d_in:
+                continue
+            hook_points = self.recipe.hook_points(name) or (self.recipe.hook_point(name),)
+            one_token = torch.zeros(1, 1, dtype=torch.long, device=self.lm.device)
+            for hook_point, hidden in capture(self.lm, one_token, hook_points).items():
+                width = hidden.shape[-1]
                 if run.sae.d_in != width:
                     raise ConfigError(
                         f"train.{name}.sae.d_in: found {run.sae.d_in}, {hook_point!r} of {self.lm.name!r} is {width} wide;"
@@ -294,7 +306,9 @@ class Pipeline:
             return plan_cache(self.recipe.cache, self.stage_folder("cache"), lm=self.lm).summary()
         if stage == "train" and name is not None:
             run = self.recipe.train[name]
-            return f"{run.sae.kind}, d_sae {run.sae.d_sae:,}, {run.training.num_tokens:,} tokens in {run.training.num_steps:,} steps"
+            sites = len(self.recipe.hook_points(name))
+            kind = f"{run.sae.kind} of {sites} hook points" if sites else run.sae.kind
+            return f"{kind}, d_sae {run.sae.d_sae:,}, {run.training.num_tokens:,} tokens in {run.training.num_steps:,} steps"
         if stage == "label":
             most = self.recipe.label.max_features
             return f"{', '.join(self.recipe.label.labelers)}, {'all' if most is None else f'{most:,}'} features"
@@ -302,10 +316,7 @@ class Pipeline:
 
     def _stages(self) -> list[tuple[str, str | None]]:
         per_sae: list[tuple[str, str | None]] = [
-            (s, n)
-            for s in ("train", "label", "evaluate")
-            for n in self.recipe.train
-            if s == "train" or self.recipe.target_hook_point(n) is None
+            (s, n) for s in ("train", "label", "evaluate") for n in self.recipe.train
         ]
         return [("cache", None), *per_sae, ("report", None)]
 
@@ -313,16 +324,6 @@ class Pipeline:
         if only is not None and only not in self.recipe.train:
             raise ConfigError(f"--sae {only!r}: the recipe has {', '.join(self.recipe.train)}")
         return [only] if only is not None else list(self.recipe.train)
-
-    def _reconstructing(self, only: str | None, stage: str) -> list[str]:
-        """Returns the SAEs' names without transcoders, and says of each of those that the stage is left out."""
-        names = []
-        for name in self._names(only):
-            if self.recipe.target_hook_point(name) is None:
-                names.append(name)
-            else:
-                self.progress.say(f"{stage} {name}: left out, needs an SAE that reconstructs what it reads")
-        return names
 
     def _if_finished(self, stage: str, name: str) -> Path | None:
         folder = self.stage_folder(stage, name)

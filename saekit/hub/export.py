@@ -11,7 +11,7 @@ from torch import Tensor
 from saekit.errors import ConfigError
 from saekit.hub.canonical import Canonical
 from saekit.hub.export_circuit_tracer import write_cross_layer, write_layer
-from saekit.hub.export_terms import inexpressible, is_transcoder
+from saekit.hub.export_terms import inexpressible
 from saekit.manifest import atomic_write, write_json
 from saekit.sae.activation import Activation, Gated, GroupMax, JumpReLU, MatchingPursuit, ReLU, TopK
 from saekit.sae.base import SAE
@@ -22,6 +22,7 @@ from saekit.sae.multilayer import MultiLayerDictionary
 from saekit.sae.peer_surface import model_name
 from saekit.sae.relu import ReLUSAE
 from saekit.sae.site import parse_site
+from saekit.sae.sites import SitesSAE
 from saekit.sae.threshold import ThresholdSAE
 from saekit.sae.topk import TopKSAE
 from saekit.sae.transcoder import Transcoder
@@ -42,7 +43,10 @@ def as_dictionary(sae: SAE) -> Dictionary:
         return Dictionary(sae.cfg, kept, source=sae.source)
     activation: Activation
     extra: dict[str, Tensor] = {}
+    refused = ConfigError(f"export: a {type(sae).__name__}, needs a dictionary of one site and one token")
     match sae:
+        case SitesSAE():
+            raise refused
         case TopKSAE():
             activation = TopK(k=sae.cfg.k)
             skip = sae.W_skip if isinstance(sae, Transcoder) else None
@@ -58,7 +62,7 @@ def as_dictionary(sae: SAE) -> Dictionary:
             # Thresholds below 0 count as 0 in training, where relu makes the same of them.
             extra["threshold"] = sae.threshold.detach().float().cpu().clamp_min(0).expand(sae.d_sae).clone()
         case _:
-            raise ConfigError(f"export: a {type(sae).__name__}, needs a dictionary of one site and one token")
+            raise refused
     weights = {name: getattr(sae, name).detach().float().cpu().clone() for name in sorted(_FOLDED)}
     canonical = Canonical(**weights, extra=extra)
     if sae.cfg.apply_b_dec_to_input:
@@ -93,7 +97,7 @@ def save_sae(sae: SAE, folder: str | Path, *, format: str = "saekit") -> None:
 
 
 def _write_saelens(sae: Dictionary, folder: Path) -> None:
-    activation, maps_elsewhere = sae.cfg.activation, is_transcoder(sae)
+    activation, maps_elsewhere = sae.cfg.activation, sae.is_transcoder
     parts = _Parts(sae)
     parts.refuse("saelens", "W_glu", "score_scale")
     config: dict[str, object] = {"d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": "float32", "device": "cpu"}
@@ -139,7 +143,7 @@ def _write_saelens(sae: Dictionary, folder: Path) -> None:
 
 
 def _write_sparsify(sae: Dictionary, folder: Path) -> None:
-    activation, maps_elsewhere = sae.cfg.activation, is_transcoder(sae)
+    activation, maps_elsewhere = sae.cfg.activation, sae.is_transcoder
     parts = _Parts(sae)
     parts.refuse("sparsify", "W_glu", "score_scale", norm=True)
     if not isinstance(activation, GroupMax) and not (
@@ -177,7 +181,7 @@ def _write_dictionary_learning(sae: Dictionary, folder: Path) -> None:
     activation = sae.cfg.activation
     parts = _Parts(sae)
     parts.refuse("dictionary_learning", "W_glu", "score_scale", "W_skip", norm=True)
-    if is_transcoder(sae):
+    if sae.is_transcoder:
         raise inexpressible("dictionary_learning", "a transcoder")
     trainer: dict[str, object] = {"activation_dim": sae.d_in, "dict_size": sae.d_sae}
     match activation:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saekit.errors import ConfigError
 from saekit.hub.containers import open_container
-from saekit.hub.export_terms import inexpressible, is_transcoder
+from saekit.hub.export_terms import inexpressible
 from saekit.hub.release import read_mapping
 from saekit.manifest import atomic_write
 from saekit.sae.activation import Activation, JumpReLU, ReLU
@@ -34,7 +34,7 @@ def write_layer(sae: Dictionary, folder: Path) -> None:
         ConfigError: circuit-tracer cannot express it, or it does not fit the layers beside it.
         ResourceError: the folder cannot be written.
     """
-    if not is_transcoder(sae):
+    if not sae.is_transcoder:
         raise inexpressible(_TARGET, "an SAE that writes where it reads; it replaces MLPs by transcoders")
     if sae.d_in != sae.d_out:
         raise inexpressible(_TARGET, f"{sae.d_in} wide input and {sae.d_out} wide output")

@@ -16,6 +16,15 @@ from saekit.errors import ConfigError, FormatError
 from saekit.manifest import atomic_write, write_json
 from saekit.sae.base import SAE, SAEConfig
 from saekit.sae.batchtopk import BatchTopKConfig, BatchTopKSAE
+from saekit.sae.crosscoder import (
+    BatchTopKCrosscoder,
+    BatchTopKCrosscoderConfig,
+    CrosscoderConfig,
+    ReLUCrosscoder,
+    ReLUCrosscoderConfig,
+    TopKCrosscoder,
+    TopKCrosscoderConfig,
+)
 from saekit.sae.gated import GatedConfig, GatedSAE
 from saekit.sae.jumprelu import JumpReLUConfig, JumpReLUSAE
 from saekit.sae.matryoshka import (
@@ -24,6 +33,7 @@ from saekit.sae.matryoshka import (
     MatryoshkaTopKConfig,
     MatryoshkaTopKSAE,
 )
+from saekit.sae.mlsae import MLSAE, MLSAEConfig
 from saekit.sae.relu import ReLUConfig, ReLUSAE
 from saekit.sae.topk import TopKConfig, TopKSAE
 from saekit.sae.transcoder import Transcoder, TranscoderConfig
@@ -42,7 +52,11 @@ AnySAEConfig = Annotated[
     | MatryoshkaBatchTopKConfig
     | GatedConfig
     | ReLUConfig
-    | TranscoderConfig,
+    | TranscoderConfig
+    | TopKCrosscoderConfig
+    | BatchTopKCrosscoderConfig
+    | ReLUCrosscoderConfig
+    | MLSAEConfig,
     Field(discriminator="kind"),
 ]
 """The config of any architecture, told apart by `kind`."""
@@ -56,6 +70,10 @@ _CLASSES: dict[type[SAEConfig], type[SAE]] = {
     GatedConfig: GatedSAE,
     ReLUConfig: ReLUSAE,
     TranscoderConfig: Transcoder,
+    TopKCrosscoderConfig: TopKCrosscoder,
+    BatchTopKCrosscoderConfig: BatchTopKCrosscoder,
+    ReLUCrosscoderConfig: ReLUCrosscoder,
+    MLSAEConfig: MLSAE,
 }
 
 
@@ -120,9 +138,11 @@ def load_sae_folder(path: str | Path, *, device: str | torch.device = "cpu") -> 
     tensors = _read_tensors(folder / WEIGHTS_NAME)
     # Before anything of the size that the config claims is made.
     encoder = tensors.get("W_enc")
-    if cfg.d_in and encoder is not None and list(encoder.shape) != [cfg.d_in, cfg.d_sae]:
+    # A crosscoder's encoders of all hook points stand one below the other.
+    width = cfg.d_in * cfg.num_sites if isinstance(cfg, CrosscoderConfig) else cfg.d_in
+    if width and encoder is not None and list(encoder.shape) != [width, cfg.d_sae]:
         where = f"{str(folder / WEIGHTS_NAME)!r}"
-        raise FormatError(f"{where}: W_enc is {list(encoder.shape)}, needs {[cfg.d_in, cfg.d_sae]}")
+        raise FormatError(f"{where}: W_enc is {list(encoder.shape)}, needs {[width, cfg.d_sae]}")
     try:
         sae = build_sae(
             cfg,

@@ -71,7 +71,6 @@ class Dictionary(SAE):
         b_mag, r_mag: [d_sae], or None; Gated: `m = (u @ W_enc) * exp(r_mag) + b_mag`.
         W_glu, b_glu: [d_in, d_sae] and [d_sae], or None: pre-activations are multiplied by `sigmoid(u @ W_glu + b_glu)`.
         hook_point: module path whose output (or ":input") the dictionary reads; None when unknown.
-        hook_point_out: the same for its reconstruction.
         source: format, repo, revision, files with sha256, units of the activations, and the peer's metadata as it stands.
     """
 
@@ -98,14 +97,22 @@ class Dictionary(SAE):
         nn.Module.__init__(self)
         self.cfg = cfg
         self.hook_point = None if cfg.site is None else str(cfg.site)
-        site_out = cfg.site_out or cfg.site
-        self.hook_point_out = None if site_out is None else str(site_out)
         self.source = dict(source or {})
         shapes = _shapes(cfg)
         _check(cfg, tensors, shapes)
         for name in shapes:
             tensor = tensors.get(name)
             self.register_parameter(name, None if tensor is None else nn.Parameter(_laid_out(name, tensor)))
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it has a skip, another width out than in, or another site of its reconstruction."""
+        return self.W_skip is not None or self.d_in != self.d_out or self.cfg.site_out not in {None, self.cfg.site}
+
+    @property
+    def hook_point_out(self) -> str | None:
+        """The hook point of the reconstruction."""
+        return self.hook_point if self.cfg.site_out is None else str(self.cfg.site_out)
 
     @property
     def d_out(self) -> int:

@@ -97,7 +97,6 @@ class LorsaDictionary(SequenceSAE):
         nn.Module.__init__(self)
         self.cfg = cfg
         self.hook_point = None if cfg.site is None else str(cfg.site)
-        self.hook_point_out = None if cfg.site_out is None else str(cfg.site_out)
         self.source = dict(source or {})
         shapes, optional = _shapes(cfg), {"score_scale"}
         missing, foreign = shapes.keys() - optional - tensors.keys(), tensors.keys() - shapes.keys()
@@ -110,6 +109,11 @@ class LorsaDictionary(SequenceSAE):
             if name == "W_enc" and tensor is not None:
                 tensor = tensor.T.contiguous().T
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor))
+
+    @property
+    def hook_point_out(self) -> str | None:
+        """The hook point of the reconstruction; None when unknown."""
+        return None if self.cfg.site_out is None else str(self.cfg.site_out)
 
     @property
     def d_out(self) -> int:

@@ -139,6 +139,12 @@ class MultiLayerDictionary(SAE):
         return self.cfg.d_out
 
     @property
+    def hook_point_out(self) -> str | None:
+        """The sites that are reconstructed, separated by commas."""
+        sites = self.cfg.sites_out
+        return self.hook_point if sites is None else ",".join(str(site) for site in sites)
+
+    @property
     def num_sources(self) -> int:
         """Sets of features."""
         return len(self.cfg.targets)

@@ -14,6 +14,7 @@ from saekit.models.load import LanguageModel
 from saekit.models.run_from import later_layers
 from saekit.sae.base import SAE
 from saekit.sae.fold import Normalization
+from saekit.sae.sites import SitesSAE
 from saekit.sae.transcoder import Transcoder
 from saekit.training.config import EndToEndConfig, TrainConfig
 from saekit.training.micro import joined
@@ -47,6 +48,8 @@ def check_end_to_end(
         raise ConfigError(f"{where}: no language model, needs the one that the cache was made with; pass lm=")
     if isinstance(sae, Transcoder):
         raise ConfigError(f"{where}: found a transcoder, needs an SAE that reconstructs what it reads")
+    if isinstance(sae, SitesSAE):
+        raise ConfigError(f"{where}: found a {type(sae).__name__}, needs an SAE of one hook point")
     if not isinstance(train, StoreView):
         raise ConfigError(f"{where}: found a {type(train).__name__}, needs a view of a store with its token rows")
     train.store.check_model(lm)

@@ -1,6 +1,7 @@
 """The loop around the steps: rows of figures, held-out evaluation, checkpoints, resume and Ctrl-C."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -139,6 +140,6 @@ class TrainingLoop:
             # Time spent here is not training time.
             self._since = (self._since[0] + time.perf_counter() - before, self._since[1])
 
-    def _write(self, split: str, figures: dict[str, float]) -> None:
+    def _write(self, split: str, figures: Mapping[str, object]) -> None:
         if self.metrics is not None:
             self.metrics.append({"split": split, "step": self.run.step, "tokens": self.run.tokens, **figures})

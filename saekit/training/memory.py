@@ -5,6 +5,7 @@ import os
 import torch
 
 from saekit.sae.base import SAE
+from saekit.sae.batch import num_samples
 from saekit.training.config import TrainConfig
 
 __all__ = ["free_bytes", "training_bytes"]
@@ -25,7 +26,7 @@ def training_bytes(sae: SAE, config: TrainConfig, *, num_processes: int = 1) -> 
     each = 2 * FLOAT_BYTES + OPTIMIZER_BYTES[config.optimizer] + (FLOAT_BYTES if config.ema_decay is not None else 0)
     share = config.batch_size // num_processes
     tokens = min(share, config.micro_batch_size or share)
-    return numbers * each + tokens * TOKEN_ARRAYS * max(sae.d_in, sae.d_out) * FLOAT_BYTES
+    return numbers * each + tokens * TOKEN_ARRAYS * num_samples(sae) * max(sae.widths) * FLOAT_BYTES
 
 
 def free_bytes(device: torch.device) -> int:

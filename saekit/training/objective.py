@@ -10,10 +10,10 @@ from saekit_kernels import decode, encode_threshold, encode_topk
 from torch import Tensor, nn
 
 from saekit.sae.base import SAE
+from saekit.sae.batch import split_batch
 from saekit.sae.batchtopk import BatchTopKSAE, encode_batch_topk
 from saekit.sae.losses import auxk_loss, reconstruction_loss
 from saekit.sae.topk import TopKSAE
-from saekit.sae.transcoder import split_pairs
 from saekit.training.config import TrainConfig
 from saekit.training.schedule import annealed_k
 
@@ -71,11 +71,11 @@ class Objective(nn.Module, ABC):
 
     Attributes:
         progress: part of training that is done, 0 to 1; schedules inside the loss follow it.
+        has_projected_decoder: whether decoder rows are held at unit norm by constraint, so that the gradient along a row is of
+            no use.
+        has_normalized_decoder: whether decoder rows are held at size 1 at all, by `normalize_decoder`.
         reconstruction_weight: of the reconstruction term, 1; another where a model's loss is what is asked for.
     """
-
-    has_projected_decoder = True
-    """Whether decoder rows are held at unit norm by constraint, so that the gradient along a row is of no use."""
 
     def __init__(
         self, sae: SAE, config: TrainConfig, *, total_variance: float, sum_over_processes: SumOverProcesses
@@ -85,6 +85,8 @@ class Objective(nn.Module, ABC):
         self.config = config
         self.total_variance = total_variance
         self.sum_over_processes = sum_over_processes
+        self.has_projected_decoder = sae.has_unit_rows
+        self.has_normalized_decoder = True
         self.k_aux = config.k_aux or default_k_aux(sae.d_out)
         self.progress = 0.0
         self.reconstruction_weight = 1.0
@@ -106,7 +108,7 @@ class Objective(nn.Module, ABC):
 
     def forward_with_error(self, x: Tensor, dead: Tensor, coefficient: float = 0.0) -> tuple[StepResult, Tensor]:
         """Returns what `forward` does, and target less reconstruction [N, d_out] with its graph."""
-        inputs, target = split_pairs(self.sae, x)
+        inputs, target = split_batch(self.sae, x)
         encoder_input = self.sae.encoder_input(inputs)
         code = self.encode(encoder_input)
         reconstruction, fvu, error = self.reconstruct(inputs, target, code)
@@ -158,14 +160,13 @@ class Objective(nn.Module, ABC):
         self._residual_variance = None
         if len(parts) == 1 or dead.numel() == 0 or self.config.auxk_alpha == 0:
             return
-        moments = []
+        moments, count = [], 0
         for part in parts:
-            inputs, target = split_pairs(self.sae, part)
+            inputs, target = split_batch(self.sae, part)
             _, _, error = self.reconstruct(inputs, target, self.encode(self.sae.encoder_input(inputs)))
             moments.append(_moments(error))
-        self._residual_variance = _pooled_variance(
-            torch.stack(moments).sum(0), sum(map(len, parts)), self.sum_over_processes
-        )
+            count += len(error)
+        self._residual_variance = _pooled_variance(torch.stack(moments).sum(0), count, self.sum_over_processes)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Returns what the optimizer moves, by name."""
@@ -177,7 +178,7 @@ class Objective(nn.Module, ABC):
         Args:
             has_unit_rows: whether they are already, as the optimizer's own pass leaves them.
         """
-        if self.has_projected_decoder and not has_unit_rows:
+        if self.has_normalized_decoder and not (has_unit_rows and self.has_projected_decoder):
             self.sae.normalize_decoder()
 
     def after_step(self, *, has_unit_rows: bool = False) -> None:
@@ -258,7 +259,7 @@ class BatchTopKObjective(Objective):
         self._cutoff = None
         if len(parts) > 1:
             W_enc, b_enc = self.sae.W_enc, self.sae.b_enc
-            inputs = [self.sae.encoder_input(split_pairs(self.sae, part)[0]) for part in parts]
+            inputs = [self.sae.encoder_input(split_batch(self.sae, part)[0]) for part in parts]
             own = [encode_batch_topk(part, W_enc, b_enc, self.k)[0].flatten() for part in inputs]
             num_kept = sum(len(part) for part in inputs) * self.k
             has_bound = sum(len(values) for values in own) == num_kept

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from saekit.activations.source import ActivationSource
 from saekit.sae.base import SAE
-from saekit.sae.fold import Normalization, PairNormalization
-from saekit.sae.transcoder import split_pairs
+from saekit.sae.batch import num_samples, split_batch
+from saekit.sae.fold import AnyNormalization
 from saekit.training.config import TrainConfig
 from saekit.training.dead import DeadFeatures
 from saekit.training.features import PER_FEATURE, by_feature
@@ -87,7 +87,7 @@ def silent_features(dead: DeadFeatures, config: TrainConfig) -> Tensor:
 def draw_inputs(
     sae: SAE,
     source: ActivationSource,
-    normalization: Normalization | PairNormalization,
+    normalization: AnyNormalization,
     count: int,
     *,
     num_batches: int,
@@ -112,18 +112,20 @@ def draw_inputs(
     Source: Efraimidis and Spirakis 2006, "Weighted random sampling with a reservoir" (keys log(u) / weight).
     """
     rank, world_size = place
+    samples = num_samples(sae)
     position = source.state_dict()
     device = sae.b_dec.device
     keys = torch.full((count,), -torch.inf, dtype=torch.float64, device=device)
-    draw = Draw(torch.zeros(count, sae.d_in, device=device), torch.zeros(count, sae.d_out, device=device))
+    draw = Draw(*(torch.zeros(count, width, device=device) for width in sae.widths))
     for number in range(num_batches):
         x = normalization.apply(source.next_batch().to(device))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        uniform = torch.rand(len(x) * world_size, dtype=torch.float64, generator=generator)
-        own = uniform[rank * len(x) : (rank + 1) * len(x)].to(device)
-        for part, chance in zip(torch.split(x, PART_TOKENS), torch.split(own, PART_TOKENS), strict=True):
-            inputs, target = split_pairs(sae, part)
-            loss = (target - sae(inputs).x_hat).double().square().sum(1)
+        share = len(x) * samples
+        uniform = torch.rand(share * world_size, dtype=torch.float64, generator=generator)
+        own = uniform[rank * share : (rank + 1) * share].to(device)
+        for part, chance in zip(torch.split(x, PART_TOKENS), torch.split(own, PART_TOKENS * samples), strict=True):
+            inputs, target = split_batch(sae, part)
+            loss = (target - sae(inputs).x_hat.reshape(target.shape)).double().square().sum(1)
             weight = loss.square().clamp_min(torch.finfo(torch.float64).tiny)
             found = Draw(sae.encoder_input(inputs), target - sae.b_dec)
             keys, draw = largest(torch.cat([keys, chance.log() / weight]), _joined(draw, found), count)

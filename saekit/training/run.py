@@ -11,7 +11,8 @@ from torch import Tensor
 from saekit.activations.source import ActivationSource
 from saekit.errors import NonFiniteError
 from saekit.sae.base import SAE
-from saekit.sae.fold import Normalization, PairNormalization
+from saekit.sae.batch import num_samples
+from saekit.sae.fold import AnyNormalization
 from saekit.training.average import WeightAverage
 from saekit.training.build import build_objective
 from saekit.training.config import TrainConfig
@@ -75,7 +76,7 @@ class TrainRun:
         source: ActivationSource,
         config: TrainConfig,
         *,
-        normalization: Normalization | PairNormalization,
+        normalization: AnyNormalization,
         accelerator: "Accelerator",
     ) -> None:
         """Takes an SAE of normalised activations, and trains it in place."""
@@ -141,7 +142,7 @@ class TrainRun:
         self.average.update()
         self.dead.take(silent_tokens, int(dead_count))
         self.step += 1
-        l0 = num_active / num_tokens
+        l0 = num_active / (num_tokens * num_samples(self.sae))
         if self.control:
             self.control.update(l0, self._wanted_l0())
         dead_fraction = self.dead.num_dead / self.sae.d_sae

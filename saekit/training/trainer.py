@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saekit.activations.pairs import PairedStore
+from saekit.activations.joined import JoinedStore, PairedStore
 from saekit.activations.shuffle import ShuffledBatches
 from saekit.activations.source import ActivationSource
 from saekit.activations.view import StoreView
@@ -18,9 +18,11 @@ from saekit.manifest import StageState, begin_stage, finish_stage, locked
 from saekit.models.load import LanguageModel
 from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae.base import SAE
+from saekit.sae.batch import batch_width
 from saekit.sae.checkpoint import load_sae_folder
-from saekit.sae.fold import Normalization, PairNormalization
-from saekit.sae.transcoder import Transcoder, batch_width
+from saekit.sae.fold import Normalization
+from saekit.sae.sites import SitesSAE
+from saekit.sae.transcoder import Transcoder
 from saekit.training.build import check_trainable
 from saekit.training.config import TrainConfig
 from saekit.training.end_to_end import EndToEndRun, check_end_to_end
@@ -30,13 +32,7 @@ from saekit.training.loop import TrainingLoop
 from saekit.training.low_bit import check_low_bit
 from saekit.training.rows import TokenRowBatches
 from saekit.training.run import TrainRun
-from saekit.training.start import (
-    SAMPLE_TOKENS,
-    estimate_normalization,
-    estimate_pair_normalization,
-    fit_start,
-    read_sample,
-)
+from saekit.training.start import SAMPLE_TOKENS, fit_start, normalization_of, read_sample
 from saekit.training.state import keep_newest
 
 if TYPE_CHECKING:
@@ -71,8 +67,9 @@ class Trainer:
         Args:
             sae: gives architecture and width; its weights too where `config.init` is "given".
             train: tokens to train on. A source of one's own gives this process's share of each batch. A transcoder takes pairs,
-                those of a `PairedStore` or [N, d_in + d_out] of one's own.
-            test: held-out tokens for the figures while training, pairs for a transcoder; None = none.
+                those of a `PairedStore` or [N, d_in + d_out] of one's own; a dictionary of several hook points those of a
+                `JoinedStore` or [N, S * d_in].
+            test: held-out tokens for the figures while training, of the same rows; None = none.
             lm: the language model that the store was made with, for an objective that goes through it.
 
         Raises:
@@ -87,10 +84,12 @@ class Trainer:
         self._test = test
         for what, data in (("training", train), ("test", test)):
             if data is not None and data.d_in != batch_width(sae):
-                name = "d_in + d_out" if isinstance(sae, Transcoder) else "d_in"
+                name = _batch_width_name(sae)
                 raise ConfigError(
                     f"{what} data: activations are {data.d_in} wide, needs the SAE's {name} = {batch_width(sae)}"
                 )
+            if isinstance(sae, SitesSAE) and isinstance(data, StoreView) and isinstance(data.store, JoinedStore):
+                _check_sites(sae, data.store)
         check_trainable(sae)
         if config.optimizer == "adamw8bit":
             check_low_bit()
@@ -168,6 +167,7 @@ class Trainer:
             run.sae.save(out)
             keep_newest(out, 1)
             finish_stage(out, {"tokens": run.tokens, "steps": run.step, **facts})
+            self._say_fvu_by_site(run.sae, facts, loop.progress)
             self._say_if_l0_is_missed(facts.get("l0"), loop.progress)
         accelerator.wait_for_everyone()
 
@@ -245,11 +245,7 @@ class Trainer:
             return total
 
         sample = read_sample(source, SAMPLE_TOKENS // accelerator.num_processes).to(accelerator.device)
-        normalization: Normalization | PairNormalization
-        if isinstance(self.sae, Transcoder):
-            normalization = estimate_pair_normalization(sample, self.sae.d_in, sum_over_processes)
-        else:
-            normalization = estimate_normalization(sample, sum_over_processes)
+        normalization = normalization_of(sample, self.sae, sum_over_processes)
         sae = copy.deepcopy(self.sae).float().to(accelerator.device)
         if self.config.init == "given":
             normalization.unfold(sae)
@@ -263,6 +259,13 @@ class Trainer:
                 sae, source, self.config, normalization=normalization, accelerator=accelerator, lm=self._lm
             )
         return TrainRun(sae, source, self.config, normalization=normalization, accelerator=accelerator)
+
+    def _say_fvu_by_site(self, sae: SAE, facts: dict[str, object], progress: Progress) -> None:
+        found = facts.get("fvu_by_site")
+        if isinstance(sae, SitesSAE) and isinstance(found, list):
+            names = sae.hook_points or tuple(f"hook point {number}" for number in range(sae.num_sites))
+            parts = ", ".join(f"{name} {fvu:.4f}" for name, fvu in zip(names, found, strict=True))
+            progress.say(f"FVU on held-out tokens: {parts}")
 
     def _say_if_l0_is_missed(self, l0: object, progress: Progress) -> None:
         target = getattr(self.sae.cfg, "target_l0", None)
@@ -283,6 +286,18 @@ class Trainer:
             if isinstance(store, PairedStore):
                 facts["target_hook_point"] = store.targets.hook_point
         return facts
+
+
+def _batch_width_name(sae: SAE) -> str:
+    if isinstance(sae, SitesSAE):
+        return "num_sites * d_in"
+    return "d_in + d_out" if isinstance(sae, Transcoder) else "d_in"
+
+
+def _check_sites(sae: SitesSAE, store: JoinedStore) -> None:
+    widths = [each.d_in for each in store.stores]
+    if widths != [sae.d_in] * sae.num_sites:
+        raise ConfigError(f"hook points {store.hook_point}: widths {widths}, needs {sae.num_sites} of {sae.d_in}")
 
 
 def make_accelerator() -> "Accelerator":

@@ -26,6 +26,7 @@ def test_golden_recipes_are_these() -> None:
         "gpt2_resid8_e2e",
         "gpt2_resid8_sweep",
         "gpt2_resid8_topk",
+        "gpt2_resid_crosscoder",
         "llama3_8b_resid15_batchtopk",
         "quickstart",
     ]

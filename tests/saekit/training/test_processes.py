@@ -16,9 +16,11 @@ from saekit.sae import (
     GatedConfig,
     JumpReLUConfig,
     MatryoshkaTopKConfig,
+    MLSAEConfig,
     ReLUConfig,
     SAEConfig,
     TopKConfig,
+    TopKCrosscoderConfig,
     build_sae,
     load_sae_folder,
 )
@@ -39,9 +41,11 @@ CONFIGS: dict[str, SAEConfig] = {
     "jumprelu": JumpReLUConfig(d_in=16, d_sae=32, target_l0=2),
     "relu": ReLUConfig(d_in=16, d_sae=32, target_l0=2, p_end=0.5),
     "gated": GatedConfig(d_in=16, d_sae=32, target_l0=2),
+    "crosscoder": TopKCrosscoderConfig(d_in=8, num_sites=2, d_sae=32, k=2),
+    "mlsae": MLSAEConfig(d_in=8, num_sites=2, d_sae=32, k=2),
 }
 CONFIGS["resampled"] = TopKConfig(d_in=16, d_sae=64, k=1)
-EXACT = {"topk", "matryoshka", "resampled"}
+EXACT = {"topk", "matryoshka", "crosscoder", "mlsae", "resampled"}
 RESAMPLE = {"every_tokens": 8 * 128, "silent_tokens": 4 * 128, "sample_tokens": 1024, "encoder_norm": 1.0}
 
 

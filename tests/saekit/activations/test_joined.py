@@ -1,4 +1,4 @@
-"""Two hook points of one cache as pairs."""
+"""Several hook points of one cache side by side, and two of them as pairs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from saekit.activations import NORMAL, ActivationStore, CacheConfig, PairedStore, ShuffledBatches, cache_activations
+from saekit.activations import (
+    NORMAL,
+    ActivationStore,
+    CacheConfig,
+    JoinedStore,
+    PairedStore,
+    ShuffledBatches,
+    cache_activations,
+)
 from saekit.errors import StoreError
 from saekit.models import load_model
 
@@ -72,5 +80,39 @@ def test_batches_of_pairs_are_rows_of_the_view(folders: list[Path]) -> None:
 def test_hook_points_of_different_caches_are_refused(folders: list[Path]) -> None:
     first = ActivationStore.open(folders[0], HOOK_POINTS[0])
     second = ActivationStore.open(folders[1], HOOK_POINTS[1])
-    with pytest.raises(StoreError, match=r"another cache than .* pairs need two hook points of one"):
+    with pytest.raises(StoreError, match=r"another cache than .* needs hook points of one"):
         PairedStore(first, second)
+
+
+def test_joined_hook_points_are_in_the_asked_order(folders: list[Path]) -> None:
+    stores = [ActivationStore.open(folders[0], hook_point) for hook_point in HOOK_POINTS]
+    joined = JoinedStore([stores[1], stores[0], stores[1]])
+    assert joined.d_in == 3 * 32
+    assert joined.hook_point == f"{HOOK_POINTS[1]},{HOOK_POINTS[0]},{HOOK_POINTS[1]}"
+    flat = joined.view().indices[[4, 1]]
+    first, second = (store.read_tokens(flat) for store in stores)
+    assert torch.equal(joined.read_tokens(flat), torch.cat([second, first, second], dim=1))
+    assert joined.read_rows([1, 0]).shape == (2, 16, 96)
+    assert np.array_equal(joined.norms(), stores[1].norms())
+
+
+def test_a_single_hook_point_is_not_joined(folders: list[Path]) -> None:
+    with pytest.raises(StoreError, match="found 1, needs those of at least two hook points"):
+        JoinedStore([ActivationStore.open(folders[0], HOOK_POINTS[0])])
+
+
+def test_batches_of_joined_hook_points_go_on_exactly_and_on_no_others(folders: list[Path]) -> None:
+    stores = [ActivationStore.open(folders[0], hook_point) for hook_point in HOOK_POINTS]
+    with ShuffledBatches(JoinedStore(stores).view(), batch_size=32, seed=1) as batches:
+        batches.next_batch()
+        state = batches.state_dict()
+        expected = batches.next_batch()
+    with ShuffledBatches(JoinedStore(stores).view(), batch_size=32, seed=1) as batches:
+        batches.load_state_dict(state)
+        assert torch.equal(batches.next_batch(), expected)
+    swapped = JoinedStore(stores[::-1]).view()
+    with (
+        ShuffledBatches(swapped, batch_size=32, seed=1) as batches,
+        pytest.raises(StoreError, match="saved with hook_point"),
+    ):
+        batches.load_state_dict(state)
