@@ -30,6 +30,7 @@ __all__ = [
     "locked",
     "manifest_sha256",
     "read_manifest",
+    "reopen_stage",
     "software_versions",
     "write_json",
     "write_manifest",
@@ -237,6 +238,13 @@ def begin_stage(
             f"{str(folder)!r}: its input {', '.join(names)} has changed since; remove the folder to run the stage anew"
         )
     return "complete" if found.status == "complete" else "resume"
+
+
+def reopen_stage(folder: str | Path) -> None:
+    """Marks a complete folder as running again, for a stage that has more to do there."""
+    found = read_manifest(folder)
+    assert found is not None, "reopen_stage without begin_stage"
+    write_manifest(folder, found.model_copy(update={"status": "running", "finished": None}))
 
 
 def finish_stage(folder: str | Path, counts: Mapping[str, object]) -> Manifest:

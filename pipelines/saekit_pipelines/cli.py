@@ -55,6 +55,18 @@ LabelDryRun = Annotated[
         help="Gather the evidence, then print the requests, tokens and cost that the labelling model would take; ask nothing.",
     ),
 ]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        "--budget",
+        metavar="USD",
+        help="Stop before the labelling model costs more than this, all runs of the folder and requests on their way included.",
+        show_default=False,
+    ),
+]
+RetryFailed = Annotated[
+    bool, typer.Option("--retry-failed", help="Ask the labelling model anew about features whose labels failed.")
+]
 
 
 @app.command(epilog="Example:  saekit run pipelines/recipes/gpt2_resid8_topk.toml --dry-run")
@@ -94,17 +106,25 @@ def train(recipe: RecipePath, overrides: Overrides = None, sae: SaeName = None, 
     Pipeline.load(recipe, overrides or [], progress=_progress()).train(sae, together=together)
 
 
-@app.command(epilog="Example:  saekit label RECIPE.toml --sae topk label.max_features=500")
+@app.command(epilog="Example:  saekit label RECIPE.toml --sae topk label.max_features=500 --budget 2")
 @_guarded
-def label(recipe: RecipePath, overrides: Overrides = None, sae: SaeName = None, dry_run: LabelDryRun = False) -> None:
+def label(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    sae: SaeName = None,
+    dry_run: LabelDryRun = False,
+    budget: Budget = None,
+    retry_failed: RetryFailed = False,
+) -> None:
     """Describe every feature, from what makes it fire and from what it promotes, and score the descriptions."""
     from saekit_pipelines.stages import Pipeline
 
-    pipeline = Pipeline.load(recipe, overrides or [], progress=_progress())
+    capped = [] if budget is None else [f"label.llm.max_cost={budget}"]
+    pipeline = Pipeline.load(recipe, [*(overrides or []), *capped], progress=_progress())
     if dry_run:
         _print_plan(pipeline.label_estimates(sae))
         return
-    pipeline.label(sae)
+    pipeline.label(sae, retry_failed=retry_failed)
 
 
 @app.command(epilog="Example:  saekit evaluate RECIPE.toml --sae jumprelu")
@@ -126,6 +146,29 @@ def report(recipe: RecipePath, overrides: Overrides = None) -> None:
     from saekit_pipelines.stages import Pipeline
 
     typer.echo(f"report: {Pipeline.load(recipe, overrides or [], progress=_progress()).report()}")
+
+
+@app.command(epilog="Example:  saekit export RECIPE.toml out/ --sae topk --to neuronpedia --as names.toml")
+@_guarded
+def export(
+    recipe: RecipePath,
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder or file to write.", show_default=False)],
+    overrides: Overrides = None,
+    sae: SaeName = None,
+    to: Annotated[str, typer.Option("--to", help="neuronpedia or circuit-tracer.")] = "neuronpedia",
+    names: Annotated[
+        Path | None,
+        typer.Option(
+            "--as", metavar="TOML", help="Neuronpedia's names: model_id, source_id, creator_id, ...", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Write the labels for Neuronpedia's importer, or as the labels of a circuit-tracer graph."""
+    from saekit_pipelines.exports import export_labels
+    from saekit_pipelines.stages import Pipeline
+
+    pipeline = Pipeline.load(recipe, overrides or [], progress=_progress())
+    typer.echo(f"{export_labels(pipeline, target, sae=sae, to=to, names=names)}: {to}")
 
 
 @app.command(epilog="Example:  saekit status runs/quickstart")

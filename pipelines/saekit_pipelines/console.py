@@ -130,7 +130,8 @@ class ConsoleProgress:
 
 def make_progress() -> ConsoleProgress:
     """Returns the command line's progress, on standard error so that standard output stays for results."""
-    console = Console(stderr=True)
+    # Names of labelers such as `llm:m:input` are no emoji codes.
+    console = Console(stderr=True, emoji=False)
     progress = ConsoleProgress(console)
     _: ProgressProtocol = progress
     return progress

@@ -165,8 +165,8 @@ class Pipeline:
         lm = self.lm if config.training.objective is not None else None
         return Trainer(sae, train, config.training, test=test, lm=lm)
 
-    def label(self, only: str | None = None) -> None:
-        """Labels and scores the features of the trained SAEs."""
+    def label(self, only: str | None = None, *, retry_failed: bool = False) -> None:
+        """Labels and scores the features of the trained SAEs; `retry_failed`: those too whose labels failed before."""
         for name in self._names(only):
             folder = self.stage_folder("label", name)
             train, test = self.views(name)
@@ -178,6 +178,7 @@ class Pipeline:
                     lm=self.lm,
                     out=folder,
                     config=self.recipe.label,
+                    retry_failed=retry_failed,
                     progress=NamedProgress(self.progress, name),
                 )
 

@@ -1,21 +1,27 @@
 """Labels for features: contexts and token effects as evidence, rules or a language model as labelers, honest scores."""
 
-from saekit.labelling.chat import ChatClient, ChatReply, ChatRequest, LLMConfig
+from saekit.labelling.asking import LabellingModel, ask_in_rounds
+from saekit.labelling.chat import Answer, Ask, ChatClient, ChatReply, ChatRequest
 from saekit.labelling.collect import ContextConfig, collect_contexts
 from saekit.labelling.contexts import CodeSample, Context, FeatureContexts
+from saekit.labelling.estimate import LLMEstimate
 from saekit.labelling.evidence.effects import TokenEffects, effects_path
 from saekit.labelling.evidence.tokenchange import TokenChangeConfig, steering_contexts, steering_strengths, token_change
 from saekit.labelling.evidence.vocabproj import vocab_projection
 from saekit.labelling.label import CONTEXTS_FOLDER, estimate_labels, label_features
-from saekit.labelling.llm import LLMEstimate
+from saekit.labelling.labelconfig import LabelConfig
+from saekit.labelling.ledger import Ledger
+from saekit.labelling.llmconfig import BatchConfig, LLMConfig
 from saekit.labelling.records import Label, Score
 from saekit.labelling.rules import Clause, Rule
 from saekit.labelling.scoring.rule import RuleScoringConfig, score_rules
-from saekit.labelling.stage import LabelConfig
 from saekit.labelling.store import read_labels, read_scores
 
 __all__ = [
     "CONTEXTS_FOLDER",
+    "Answer",
+    "Ask",
+    "BatchConfig",
     "ChatClient",
     "ChatReply",
     "ChatRequest",
@@ -28,11 +34,14 @@ __all__ = [
     "LLMEstimate",
     "Label",
     "LabelConfig",
+    "LabellingModel",
+    "Ledger",
     "Rule",
     "RuleScoringConfig",
     "Score",
     "TokenChangeConfig",
     "TokenEffects",
+    "ask_in_rounds",
     "collect_contexts",
     "effects_path",
     "estimate_labels",

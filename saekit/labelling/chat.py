@@ -1,83 +1,22 @@
-"""One question to a labelling model and its answer, and what a client of any server must be able to do."""
+"""One question to a labelling model and its answer, and what talks to such a model must be able to do."""
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import JsonValue
 
-from saekit.config import Config
 from saekit.errors import LabelerError
 
-__all__ = ["ChatClient", "ChatReply", "ChatRequest", "LLMConfig", "RequestFailedError"]
+if TYPE_CHECKING:
+    from saekit.labelling.ledger import Ledger
 
-CHARACTERS_PER_TOKEN = 3.0
-"""Fewer than English has under any usual tokenizer (about 4), so that caps are kept from the safe side."""
+__all__ = ["Answer", "Ask", "ChatClient", "ChatReply", "ChatRequest", "Desk", "SpentError"]
 
-
-class LLMConfig(Config):
-    """An OpenAI-compatible server, how to ask it, and what it may cost."""
-
-    model: str
-    """Name of the model as the server knows it."""
-    base_url: str | None = None
-    """Address up to `/v1`; None: OpenAI's own."""
-    api_key_env: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key; a server with a `base_url` may need none."""
-    max_features: int | None = Field(default=200, ge=1)
-    """Explain so many of the labelled features that fire, those whose token rules explain least first; None: all."""
-    num_top: int = Field(default=10, ge=1)
-    """Strongest contexts shown to the explainer."""
-    num_sample: int = Field(default=10, ge=0)
-    """Contexts over the whole range of activations shown to the explainer."""
-    num_effects: int = Field(default=15, ge=0)
-    """Promoted and suppressed tokens shown to the explainer."""
-    num_judged: int = Field(default=10, ge=0)
-    """Held-out texts on which the feature fires that the judge sees, beside as many on which it does not; 0: no judging."""
-    judge_lexical: bool = False
-    """Whether the judge also scores the lexical labels of the explained features."""
-    temperature: float = Field(default=0.0, ge=0)
-    """Of the answers; left out where the server refuses it."""
-    seed: int = Field(default=0, ge=0)
-    """Of the shown and judged contexts."""
-    max_output_tokens: int = Field(default=600, ge=16)
-    """Length of one answer; an answer that was cut off is asked again with twice as many."""
-    attempts: int = Field(default=2, ge=1)
-    """Times that a feature is asked about before it counts as failed."""
-    concurrency: int = Field(default=16, ge=1)
-    """Requests in flight."""
-    timeout_seconds: float = Field(default=120.0, gt=0)
-    """For one request."""
-    max_retries: int = Field(default=6, ge=0)
-    """Repeats of one request after server or connection errors; waiting for a rate limit does not count."""
-    wait_seconds: float = Field(default=1.0, ge=0)
-    """First pause before a repeat, doubled each time, where the server names none."""
-    max_wait_seconds: float = Field(default=60.0, ge=0)
-    """Longest pause; a server that asks for a longer one is obeyed up to ten times this."""
-    max_requests: int | None = Field(default=None, ge=1)
-    """Hard cap on requests sent for this folder, repeats and former runs included."""
-    max_tokens: int | None = Field(default=None, ge=1)
-    """Hard cap on input and output tokens for this folder, counting the most that requests in flight may take."""
-    max_cost: float | None = Field(default=None, gt=0)
-    """Hard cap on cost, in the currency of the prices."""
-    price_input: float | None = Field(default=None, ge=0)
-    """Per million input tokens."""
-    price_output: float | None = Field(default=None, ge=0)
-    """Per million output tokens."""
-
-    @model_validator(mode="after")
-    def _cap_has_prices(self) -> "LLMConfig":
-        if self.max_cost is not None and (self.price_input is None or self.price_output is None):
-            raise ValueError("max_cost needs price_input and price_output, per million tokens")
-        return self
-
-    def cost(self, input_tokens: float, output_tokens: float) -> float | None:
-        """Returns what so many tokens cost; None without prices."""
-        if self.price_input is None or self.price_output is None:
-            return None
-        return (input_tokens * self.price_input + output_tokens * self.price_output) / 1e6
+BYTES_PER_TOKEN = 3.0
+"""Fewer than text has under any usual tokenizer (English about 4), so that caps are kept from the safe side."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +33,13 @@ class ChatRequest:
     temperature: float
     max_output_tokens: int
     attempt: int = 0
-    """Asked again for want of a usable answer: another key in the ledger."""
+    """Asked again for want of a usable answer, or one sample of several: another key in the ledger."""
+    purpose: str = ""
+    """Kind of question, for the ledger's sums: `explain:raw`, `judge`, ...; not part of the key."""
+    feature: int = -1
+    """Which feature is asked about, for its cost; not part of the key."""
+    usual_answer: str = ""
+    """An answer of the usual length, for estimates; not part of the key."""
 
     def key(self) -> str:
         """Returns the sha256 of everything that the answer depends on."""
@@ -108,14 +53,15 @@ class ChatRequest:
         }
         return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
-    def estimated_input_tokens(self) -> int:
-        """Returns an upper guess of the prompt's tokens from its length."""
-        return int((len(self.system) + len(self.user)) / CHARACTERS_PER_TOKEN) + 50
+    def most_tokens(self) -> tuple[int, int]:
+        """Returns an upper guess of its input tokens, from lengths alone, and the most that its answer may take."""
+        num_bytes = len(self.system.encode()) + len(self.user.encode())
+        return int(num_bytes / BYTES_PER_TOKEN) + 50, self.max_output_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatReply:
-    """What the server said."""
+    """What the model said, and what that took."""
 
     text: str
     """Empty where the server sent no content or a refusal."""
@@ -123,24 +69,91 @@ class ChatReply:
     """`stop`, `length`, ... as the server put it."""
     input_tokens: int
     output_tokens: int
+    cached_tokens: int = 0
+    """Input tokens that the server kept from an earlier request."""
     is_estimated: bool = False
     """The server sent no usage, so the tokens are guessed from lengths."""
+    refusal: str = ""
+    """Why the model would not answer, in its words."""
+    cost: float | None = None
+    """In dollars, at the prices of the day it was paid; None without prices."""
 
 
-class RequestFailedError(LabelerError):
-    """One request cannot be answered; others may."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """How one request ended: exactly one of `reply` and `reason` is there."""
+
+    request: ChatRequest
+    reply: ChatReply | None = None
+    reason: str = ""
+    """Why there is no reply: refused by the server, or lost to errors more often than allowed."""
+
+
+class SpentError(LabelerError):
+    """A cap of the config is reached; raised before the request that would pass it.
+
+    Attributes:
+        may_fit_later: what is on its way may turn out to take less than it may.
+    """
+
+    def __init__(self, message: str, *, may_fit_later: bool = False) -> None:
+        super().__init__(message)
+        self.may_fit_later = may_fit_later
+
+
+class Desk(Protocol):
+    """What a client reports to; each call is on disk when it returns."""
+
+    ledger: "Ledger"
+    """Where it writes, for clients whose requests outlive the process."""
+
+    def sending(self, request: ChatRequest, *, batch: str | None = None) -> None:
+        """Before every single HTTP request, or before a batch with this request in it is created.
+
+        Raises:
+            SpentError: a cap forbids it.
+            LabelerError: the run is ending, nothing more is to be sent.
+        """
+
+    def unanswered(self, request: ChatRequest, tokens: tuple[int, int] | None) -> None:
+        """The request that was sent got no answer: `tokens` (input, output) charged, or None where nobody knows."""
+
+    def answered(self, request: ChatRequest, reply: ChatReply) -> None:
+        """The answer has arrived."""
+
+    def failed(self, request: ChatRequest, reason: str) -> None:
+        """There will be none."""
+
+    def say(self, message: str) -> None:
+        """Tells the user one fact."""
 
 
 class ChatClient(Protocol):
-    """Talks to one server."""
+    """Talks to one model."""
 
-    async def complete(self, request: ChatRequest, *, on_send: Callable[[], None]) -> ChatReply:
-        """Returns the answer; `on_send` is called before every single HTTP request and may raise to forbid it.
+    async def answer(self, requests: Sequence[ChatRequest], desk: Desk) -> None:
+        """Reports each request to `desk` as answered or failed, in any order.
 
         Raises:
-            RequestFailedError: this request is refused or fails on the server.
+            SpentError: a cap is reached; what was on its way has arrived.
             LabelerError: no request can be answered: key, quota, rate limit without end, no connection.
         """
 
     async def close(self) -> None:
-        """Lets go of connections; a later `complete` opens new ones."""
+        """Lets go of connections; a later `answer` opens new ones."""
+
+
+class Ask(Protocol):
+    """All that explainers and scorers know of a labelling model."""
+
+    def ask(
+        self, requests: Sequence[ChatRequest], *, on_answer: Callable[[Answer], None] | None = None
+    ) -> list[Answer]:
+        """Returns one answer for each request, in their order; known ones come from the ledger and cost nothing.
+
+        Args:
+            on_answer: told of each as it arrives, in any order, so that results can be written at once.
+
+        Raises:
+            SpentError, LabelerError: the run cannot go on; what has arrived is kept, and asking again goes on from there.
+        """

@@ -1,36 +1,76 @@
-"""OpenAI-compatible servers through the `openai` package, the only file that imports it."""
+"""Calls to OpenAI-compatible servers through the `openai` package, the only file that imports it; repeats nothing by itself."""
 
-import datetime
-import email.utils
+import asyncio
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pydantic import JsonValue
+
 from saekit.errors import ConfigError, LabelerError, MissingDependencyError
-from saekit.labelling.chat import CHARACTERS_PER_TOKEN, ChatReply, ChatRequest, LLMConfig, RequestFailedError
+from saekit.labelling.chat import ChatReply, ChatRequest
+from saekit.labelling.dialect import Complaint, charged_tokens, read_completion
+from saekit.labelling.llmconfig import LLMConfig
 
 if TYPE_CHECKING:
     import openai
-    from openai.types.chat import ChatCompletion
+    from stamina import _core
 
-__all__ = ["OpenAIChat"]
-
-_FORMATS = ("none", "json_object", "json_schema")
-_MAX_RATE_LIMIT_WAITS = 200
-_FIRST_TRIES = 2
-"""Server errors borne before a plainer answer format is tried, on a server that has not answered in this format yet."""
+__all__ = ["BatchState", "EmptyError", "LostError", "OpenAIClient", "RefusedError", "UnreachableError"]
 
 
-class _EmptyAnswerError(Exception):
-    """A success by its status, without a completion in it."""
+class LostError(Exception):
+    """No usable answer came, and the server may have charged for one: connection lost, or too slow."""
 
 
-class OpenAIChat:
-    """A `ChatClient` for any server that speaks OpenAI's chat completions."""
+class EmptyError(LostError):
+    """A success by its status, without a completion in it; `charged`: what it says that it took, None: nothing."""
+
+    def __init__(self, message: str, charged: tuple[int, int] | None) -> None:
+        super().__init__(message)
+        self.charged = charged
+
+
+class UnreachableError(Exception):
+    """The request never left this machine."""
+
+
+class RefusedError(Exception):
+    """The server answered with an error.
+
+    Attributes:
+        sent: the options of a question that was refused.
+    """
+
+    def __init__(self, complaint: Complaint) -> None:
+        super().__init__(str(complaint))
+        self.complaint = complaint
+        self.sent: Mapping[str, object] = {}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchState:
+    """What the server says of a batch."""
+
+    name: str
+    status: str
+    files: tuple[str, ...]
+    """Its results: output and error file, as far as they are there."""
+    errors: str
+    """Why it was refused as a whole."""
+    total: int
+    done: int
+    """Requests that are answered or failed."""
+
+
+class OpenAIClient:
+    """One server."""
 
     def __init__(self, config: LLMConfig) -> None:
-        """Checks package and key; connects at the first request.
+        """Checks package and key; connects at the first call.
 
         Raises:
             MissingDependencyError: `openai` or `stamina` is not installed.
@@ -43,9 +83,9 @@ class OpenAIChat:
             raise MissingDependencyError(
                 f"labeler 'llm': the package {error.name!r} is not installed; pip install 'saekit[llm]'"
             ) from error
-        self._config = config
         self._openai = openai
         self._retry_context = stamina.retry_context
+        self._config = config
         key = os.environ.get(config.api_key_env)
         if not key and config.base_url is None:
             raise ConfigError(
@@ -53,178 +93,142 @@ class OpenAIChat:
                 "set it, or name a base_url that needs none"
             )
         self._key = key or "none"
-        self._client: openai.AsyncOpenAI | None = None
-        self._format = len(_FORMATS) - 1
-        self._is_format_proven = False
-        self._token_key = "max_tokens"
-        self._sends_temperature = True
+        self._open: openai.AsyncOpenAI | None = None
 
-    async def complete(self, request: ChatRequest, *, on_send: Callable[[], None]) -> ChatReply:
-        """See `ChatClient.complete`."""
-        answer_format = self._format
-        while True:
-            try:
-                completion = await self._with_retries(request, answer_format, on_send)
-            except self._openai.APIStatusError as error:
-                adapted = self._adapted(error, answer_format)
-                if adapted is None:
-                    raise self._named(error) from error
-                answer_format = adapted
-                continue
-            except (self._openai.APIConnectionError, _EmptyAnswerError) as error:
-                raise self._named(error) from error
-            if answer_format < self._format or not self._is_format_proven:
-                self._format, self._is_format_proven = answer_format, True
-            return _reply(request, completion)
+    @property
+    def where(self) -> str:
+        """The server, for messages."""
+        return f"labelling model {self._config.model!r} at {self._config.base_url or 'api.openai.com'}"
 
     async def close(self) -> None:
-        """See `ChatClient.close`."""
-        client, self._client = self._client, None
+        """Lets go of connections; the next call opens new ones."""
+        client, self._open = self._open, None
         if client is not None:
             await client.close()
 
-    async def _with_retries(
-        self, request: ChatRequest, answer_format: int, on_send: Callable[[], None]
-    ) -> "ChatCompletion":
+    def tries(self, pause: Callable[[Exception], bool | float]) -> "AsyncIterator[_core.Attempt]":
+        """Returns attempts, for as long as `pause` says of each error to go on, after its seconds or the usual pause."""
         config = self._config
-        failures = rate_limits = 0
-
-        def pause(error: Exception) -> bool | float:
-            nonlocal failures, rate_limits
-            if isinstance(error, self._openai.RateLimitError):
-                rate_limits += 1
-                wanted = _retry_after(error.response.headers.get("retry-after"))
-                if _is_out_of_quota(error) or rate_limits > _MAX_RATE_LIMIT_WAITS:
-                    return False
-            elif self._is_passing(error):
-                failures += 1
-                is_plain = answer_format == 0 or (self._is_format_proven and answer_format == self._format)
-                if failures > (config.max_retries if is_plain else min(_FIRST_TRIES, config.max_retries)):
-                    return False
-                headers = error.response.headers if isinstance(error, self._openai.APIStatusError) else {}
-                wanted = _retry_after(headers.get("retry-after"))
-            else:
-                return False
-            return True if wanted is None else min(wanted, 10 * config.max_wait_seconds)
-
-        async for attempt in self._retry_context(
+        context = self._retry_context(
             on=pause,
             attempts=None,
             timeout=None,
             wait_initial=config.wait_seconds,
             wait_max=config.max_wait_seconds,
             wait_jitter=config.wait_seconds,
-        ):
-            with attempt:
-                on_send()
-                return await self._send(request, answer_format)
-        raise AssertionError("stamina ends with a result or an error")
+        )
+        return aiter(context)
 
-    async def _send(self, request: ChatRequest, answer_format: int) -> "ChatCompletion":
-        if self._client is None:
-            self._client = self._openai.AsyncOpenAI(
+    async def chat(self, request: ChatRequest, options: Mapping[str, object]) -> tuple[ChatReply, Mapping[str, str]]:
+        """Returns the answer to a question, and the response's headers.
+
+        Raises:
+            RefusedError, LostError, EmptyError, UnreachableError: there is none.
+        """
+        async with self._calling() as client:
+            raw = await client.chat.completions.with_raw_response.create(
+                model=request.model,
+                messages=[{"role": "system", "content": request.system}, {"role": "user", "content": request.user}],
+                # Which options are sent is learnt from the server, so they go past the package's own signature.
+                extra_body=dict(options),
+            )
+        try:
+            body: JsonValue = json.loads(raw.content)
+        except ValueError as error:
+            raise EmptyError(f"body is no JSON: {error}", None) from error
+        reply = read_completion(body, most_input=request.most_tokens()[0]) if isinstance(body, dict) else None
+        if reply is None:
+            charged = charged_tokens(body) if isinstance(body, dict) else None
+            raise EmptyError(f"no completion in {str(body)[:80]!r}", charged)
+        return reply, raw.headers
+
+    async def upload(self, lines: bytes) -> str:
+        """Uploads a batch's requests and returns the file's name."""
+        async with self._calling() as client:
+            return (await client.files.create(file=("requests.jsonl", lines), purpose="batch")).id
+
+    async def create_batch(self, file: str, *, tag_key: str, tag: str) -> str:
+        """Creates a batch and returns its name."""
+        async with self._calling() as client:
+            batch = await client.batches.create(
+                input_file_id=file, endpoint="/v1/chat/completions", completion_window="24h", metadata={tag_key: tag}
+            )
+        return batch.id
+
+    async def batch_of_tag(self, tag_key: str, tag: str, *, among: int) -> str | None:
+        """Returns the name of the batch with a tag, None where there is none among the account's newest."""
+        async with self._calling() as client:
+            seen = 0
+            async for batch in client.batches.list(limit=100):
+                if (batch.metadata or {}).get(tag_key) == tag:
+                    return batch.id
+                seen += 1
+                if seen >= among:
+                    break
+        return None
+
+    async def batch(self, name: str) -> BatchState:
+        """Returns how a batch stands."""
+        async with self._calling() as client:
+            batch = await client.batches.retrieve(name)
+        counts = batch.request_counts
+        errors = (batch.errors.data if batch.errors else None) or []
+        return BatchState(
+            name=name,
+            status=batch.status,
+            files=tuple(file for file in (batch.output_file_id, batch.error_file_id) if file),
+            errors="; ".join(f"{error.code}: {error.message}" for error in errors),
+            total=counts.total if counts else 0,
+            done=counts.completed + counts.failed if counts else 0,
+        )
+
+    async def content(self, file: str) -> bytes:
+        """Returns a file's bytes."""
+        async with self._calling() as client:
+            return (await client.files.content(file)).content
+
+    def stopped(self, complaint: Complaint) -> LabelerError:
+        """Returns the error that ends a run after a complaint about every request."""
+        said = f"{self.where}: {complaint}"
+        if complaint.is_out_of_money:
+            return LabelerError(f"{said}; the account has no credit left")
+        if complaint.status in {401, 403}:
+            return LabelerError(f"{said}; check the key in {self._config.api_key_env}")
+        if complaint.status == 404:
+            return LabelerError(f"{said}; check model and base_url")
+        if complaint.status == 429:
+            return LabelerError(f"{said}; rate limit without end; run again later to resume")
+        return LabelerError(f"{said}; run again to resume")
+
+    def unreachable(self, error: Exception) -> LabelerError:
+        """Returns the error that ends a run where the server cannot be reached."""
+        return LabelerError(f"{self.where}: no connection ({error}), needs a reachable server; run again to resume")
+
+    @contextlib.asynccontextmanager
+    async def _calling(self) -> "AsyncIterator[openai.AsyncOpenAI]":
+        """The open client; errors inside the block become those of this file."""
+        if self._open is None:
+            self._open = self._openai.AsyncOpenAI(
                 api_key=self._key,
                 base_url=self._config.base_url,
                 timeout=self._config.timeout_seconds,
                 max_retries=0,
             )
-        options: dict[str, object] = {self._token_key: request.max_output_tokens}
-        if self._sends_temperature:
-            options["temperature"] = request.temperature
-        if _FORMATS[answer_format] == "json_schema":
-            schema = {"name": request.schema_name, "strict": True, "schema": dict(request.schema)}
-            options["response_format"] = {"type": "json_schema", "json_schema": schema}
-        elif _FORMATS[answer_format] == "json_object":
-            options["response_format"] = {"type": "json_object"}
         try:
-            completion = await self._client.chat.completions.create(
-                model=request.model,
-                messages=[{"role": "system", "content": request.system}, {"role": "user", "content": request.user}],
-                # Which options are sent is learnt from the server, so they go past the package's own signature.
-                extra_body=options,
+            # The package's own timeout is for one read; a server that drips bytes would never reach it.
+            async with asyncio.timeout(self._config.timeout_seconds):
+                yield self._open
+        except self._openai.APIStatusError as error:
+            complaint = Complaint(
+                status=error.status_code,
+                message=str(error.message),
+                code=str(getattr(error, "code", None) or ""),
+                headers=error.response.headers,
             )
-        except json.JSONDecodeError as error:
-            raise _EmptyAnswerError(f"body is no JSON: {error}") from error
-        # A proxy's HTML page with status 200 comes back as text, and some servers send errors without choices.
-        if not getattr(completion, "choices", None):
-            raise _EmptyAnswerError(f"no completion in {str(completion)[:80]!r}")
-        return completion
-
-    def _is_passing(self, error: Exception) -> bool:
-        """Returns whether the same request may succeed later."""
-        if isinstance(error, self._openai.APIStatusError):
-            return error.status_code in {408, 409, 425} or error.status_code >= 500
-        return isinstance(error, self._openai.APIConnectionError | _EmptyAnswerError)
-
-    def _adapted(self, error: "openai.APIStatusError", answer_format: int) -> int | None:
-        """Returns the answer format to go on with after a refusal, None where nothing is left to change."""
-        says = str(error).lower()
-        refused = error.status_code in {400, 415, 422}
-        if refused and "max_completion_tokens" in says and self._token_key == "max_tokens":
-            self._token_key = "max_completion_tokens"
-            return answer_format
-        if refused and "temperature" in says and self._sends_temperature:
-            self._sends_temperature = False
-            return answer_format
-        is_new_format = not (self._is_format_proven and answer_format == self._format)
-        if answer_format > 0 and (refused or (error.status_code >= 500 and is_new_format)):
-            return answer_format - 1
-        return None
-
-    def _named(self, error: Exception) -> LabelerError:
-        where = f"labelling model {self._config.model!r} at {self._config.base_url or 'api.openai.com'}"
-        if not isinstance(error, self._openai.APIStatusError):
-            if isinstance(error, self._openai.APIConnectionError):
-                return LabelerError(f"{where}: no connection ({error}), needs a reachable server; run again to resume")
-            return RequestFailedError(f"{where}: {error}")
-        said = " ".join(str(error.message).removeprefix(f"Error code: {error.status_code} - ").split())[:200]
-        if error.status_code in {401, 403}:
-            return LabelerError(f"{where}: {error.status_code} {said}; check the key in {self._config.api_key_env}")
-        if error.status_code == 402 or (error.status_code == 429 and _is_out_of_quota(error)):
-            return LabelerError(f"{where}: {error.status_code} {said}; the account has no credit left")
-        if error.status_code == 429:
-            return LabelerError(f"{where}: rate limit without end: {said}; run again later to resume")
-        if error.status_code == 404:
-            return LabelerError(f"{where}: {error.status_code} {said}; check model and base_url")
-        return RequestFailedError(f"{where}: {error.status_code} {said}")
-
-
-def _is_out_of_quota(error: "openai.APIStatusError") -> bool:
-    return getattr(error, "code", None) == "insufficient_quota"
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Returns the seconds that a Retry-After header asks for: a number or an HTTP date; None without a usable one."""
-    if not value:
-        return None
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        until = email.utils.parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    if until.tzinfo is None:
-        until = until.replace(tzinfo=datetime.UTC)
-    return max(0.0, (until - datetime.datetime.now(datetime.UTC)).total_seconds())
-
-
-def _reply(request: ChatRequest, completion: "ChatCompletion") -> ChatReply:
-    choice = completion.choices[0]
-    text = (choice.message.content if choice.message else None) or ""
-    usage = completion.usage
-    if usage is None:
-        return ChatReply(
-            text=text,
-            finish_reason=str(choice.finish_reason),
-            input_tokens=request.estimated_input_tokens(),
-            output_tokens=int(len(text) / CHARACTERS_PER_TOKEN) + 1,
-            is_estimated=True,
-        )
-    return ChatReply(
-        text=text,
-        finish_reason=str(choice.finish_reason),
-        input_tokens=usage.prompt_tokens,
-        output_tokens=usage.completion_tokens,
-    )
+            raise RefusedError(complaint) from error
+        except TimeoutError as error:
+            raise LostError(f"no answer within {self._config.timeout_seconds:g} s") from error
+        except self._openai.APIConnectionError as error:
+            if type(error.__cause__).__name__ in {"ConnectError", "ConnectTimeout"}:
+                raise UnreachableError(str(error)) from error
+            raise LostError(f"connection lost ({error.__cause__ or error})") from error

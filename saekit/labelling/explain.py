@@ -1,27 +1,30 @@
-"""The labeler that asks a language model: evidence of one feature in, one structured answer out."""
+"""The labelers that ask a language model: evidence of one feature in, one structured answer out."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pydantic import JsonValue
 
-from saekit.labelling.answers import UnusableAnswerError, parse_object, prompt_template
-from saekit.labelling.chat import ChatReply, ChatRequest, LLMConfig, RequestFailedError
-from saekit.labelling.contexts import Context, FeatureContexts
+from saekit.labelling.answers import UnusableAnswerError, parse_object, plain_text, prompt_template, share, whole_number
+from saekit.labelling.chat import Answer, ChatReply, ChatRequest
+from saekit.labelling.contexts import FeatureContexts
 from saekit.labelling.evidence.effects import TokenEffects
-from saekit.labelling.examples import Example, ExampleReader
-from saekit.labelling.ledger import RecordedClient
+from saekit.labelling.evidence.wording import EffectsOf, EvidenceText
+from saekit.labelling.examples import ExampleReader
+from saekit.labelling.llmconfig import ExplainerKind, LLMConfig
 from saekit.labelling.records import Label
 
-__all__ = ["EXPLAIN_PROMPT", "Explainer", "llm_labeler"]
+__all__ = ["PROMPTS", "Explainer", "joined_label", "llm_labeler"]
 
-EXPLAIN_PROMPT = "explain_v1"
-MARK_ABOVE = 0.3
-"""Tokens are marked above this share of the example's own peak, so that weak examples show marks too.
-
-Source: delphi's explainer (Paulo et al. 2024, arXiv 2410.13928) uses the same share.
-"""
+PROMPTS: dict[ExplainerKind, str] = {
+    "input": "explain_v2",
+    "raw": "explain_v2",
+    "vocabproj": "explain_output_v1",
+    "tokenchange": "explain_output_v1",
+}
+"""Prompt file of each kind that asks; its name stands in the labels."""
+AGAIN_PROMPT = "again_v1"
 LABEL_CHARACTERS = 120
+MAX_EXAMPLES = 5
 
 _SCHEMA: dict[str, JsonValue] = {
     "type": "object",
@@ -30,174 +33,190 @@ _SCHEMA: dict[str, JsonValue] = {
         "fires_on": {"type": "string"},
         "promotes": {"type": "string"},
         "suppresses": {"type": "string"},
+        "description": {"type": "string"},
         "confidence": {"type": "number"},
+        "examples": {"type": "array", "items": {"type": "integer"}},
     },
-    "required": ["label", "fires_on", "promotes", "suppresses", "confidence"],
+    "required": ["label", "fires_on", "promotes", "suppresses", "description", "confidence", "examples"],
     "additionalProperties": False,
 }
+USUAL_ANSWER = (
+    '{"label": "names of rivers and lakes in Europe", "fires_on": "Words for rivers, lakes and other inland waters, mostly in '
+    'names of places.", "promotes": "names of rivers, valleys and towns", "suppresses": "words of the sea", "description": "The '
+    "feature is active on words for inland waters, most of all in the names of rivers, and weakly on bridges and valleys. It "
+    'makes the names of towns by a river more likely.", "confidence": 0.85, "examples": [1, 2, 4, 12]}'
+)
+"""Of the usual length, for estimates."""
 
 
-def llm_labeler(config: LLMConfig) -> str:
-    """Returns the labeler's name as it stands in labels and scores."""
-    return f"llm:{config.model}"
+def llm_labeler(config: LLMConfig, kind: ExplainerKind = "raw") -> str:
+    """Returns the labeler's name as it stands in labels and scores: `llm:<model>`, with `:<kind>` for all but `raw`."""
+    return f"llm:{config.model}" if kind == "raw" else f"llm:{config.model}:{kind}"
 
 
 class Explainer:
-    """Asks for one label per feature."""
+    """Makes the questions about features of one kind, and labels of their answers."""
 
-    def __init__(self, reader: ExampleReader, contexts: FeatureContexts, config: LLMConfig) -> None:
-        self._reader = reader
-        self._contexts = contexts
+    def __init__(
+        self,
+        reader: ExampleReader,
+        contexts: FeatureContexts,
+        config: LLMConfig,
+        *,
+        kind: ExplainerKind = "raw",
+        effects: EffectsOf = lambda _: (),
+    ) -> None:
+        self.kind = kind
+        self.labeler = llm_labeler(config, kind)
+        self.purpose = f"explain:{kind}"
         self._config = config
-        self._system = prompt_template(EXPLAIN_PROMPT)
+        self._contexts = contexts
+        self._effects = effects
+        self._evidence = EvidenceText(reader, contexts, config)
+        self._system = prompt_template(PROMPTS[kind])
+        self._again = prompt_template(AGAIN_PROMPT).rstrip()
 
-    def request(self, feature: int, effects: TokenEffects | None, *, attempt: int = 0) -> ChatRequest:
-        """Returns the question about a feature, the same in every process."""
+    def has_evidence(self, feature: int) -> bool:
+        """Returns whether there is anything of the kind to be asked about."""
+        fires = self.kind in {"input", "raw"} and bool(self._contexts.firing_count[feature] > 0)
+        return fires or bool(self._effects_shown(feature))
+
+    def request(self, feature: int, *, attempt: int = 0) -> ChatRequest:
+        """Returns the question about a feature that has evidence, the same in every process."""
         config = self._config
         return ChatRequest(
             model=config.model,
             system=self._system,
-            user=self._evidence(feature, effects),
+            user="\n".join(self._lines(feature)) + (self._again if attempt else ""),
             schema_name="feature_label",
             schema=_SCHEMA,
             temperature=config.temperature,
             max_output_tokens=config.max_output_tokens * (2 if attempt else 1),
             attempt=attempt,
-        )
-
-    async def label(self, client: RecordedClient, feature: int, effects: TokenEffects | None) -> Label:
-        """Returns the feature's label, or a failed one that says why.
-
-        Raises:
-            LabelerError: no request can be answered, or a cap is reached.
-        """
-        reason = ""
-        for attempt in range(self._config.attempts):
-            try:
-                reply = await client.complete(
-                    self.request(feature, effects, attempt=attempt), purpose=f"explain {feature}"
-                )
-                return self._read(feature, reply)
-            except UnusableAnswerError as error:
-                reason = str(error)
-            except RequestFailedError as error:
-                reason = str(error)
-                break
-        return Label(
+            purpose=self.purpose,
             feature=feature,
-            labeler=llm_labeler(self._config),
-            prompt_version=EXPLAIN_PROMPT,
-            model=self._config.model,
-            status="failed",
-            reason=reason,
+            usual_answer=USUAL_ANSWER,
         )
+
+    def _effects_shown(self, feature: int) -> list[TokenEffects]:
+        found = self._effects(feature) if self.kind != "input" else ()
+        return [effects for effects in found if self.kind in {"raw", effects.kind}]
+
+    def _lines(self, feature: int) -> list[str]:
+        lines = self._evidence.texts(feature) if self.kind in {"input", "raw"} else []
+        for effects in self._effects_shown(feature):
+            lines += [*([""] if lines else []), *self._evidence.tokens(feature, effects)]
+        return lines
 
     def documents_shown(self, feature: int) -> set[int]:
-        """Returns the documents that the explainer reads for a feature."""
-        top, sample = self._shown(feature)
+        """Returns the documents that are read for a feature."""
+        if self.kind not in {"input", "raw"}:
+            return set()
+        top, sample = self._evidence.shown(feature)
         return {example.document for example in (*top, *sample)}
 
-    def _shown(self, feature: int) -> tuple[list[Example], list[Example]]:
-        """Returns the strongest examples and those over the whole range, strong to weak, no document twice."""
-        seen: set[int] = set()
+    def label(self, feature: int, answers: Sequence[Answer], *, is_last: bool) -> Label | None:
+        """Returns the label in the last of the answers about a feature.
 
-        def fresh(contexts: Sequence[Context], limit: int) -> list[Example]:
-            chosen: list[Example] = []
-            for context in contexts:
-                document = self._reader.document(context)
-                if len(chosen) < limit and document not in seen:
-                    seen.add(document)
-                    chosen.append(self._reader.of_context(context, max_act=float(self._contexts.max_act[feature])))
-            return chosen
+        Args:
+            answers: one for each attempt.
+            is_last: there will be no other attempt.
 
-        top = fresh(self._contexts.feature(feature), self._config.num_top)
-        sample = self._contexts.sample(feature)
-        # One of each stratum in turn: a feature with many weak firings still shows its strong ones.
-        by_turn = sorted(range(len(sample)), key=lambda i: (_turn(sample, i), -sample[i].act))
-        spread = fresh([sample[i] for i in by_turn], self._config.num_sample)
-        return top, sorted(spread, key=lambda example: -example.acts[example.peak])
+        Returns:
+            A failed label, with the reason, where the request failed or the last attempt cannot be used; None: ask again.
+        """
+        reply, reason = answers[-1].reply, answers[-1].reason
+        values: Mapping[str, JsonValue] = {}
+        if reply is not None:
+            try:
+                values = self._values(reply, may_be_cut=is_last)
+            except UnusableAnswerError as error:
+                if not is_last:
+                    return None
+                reason = str(error)
+        return self._made(feature, values, reason, [answer.reply for answer in answers if answer.reply is not None])
 
-    def _evidence(self, feature: int, effects: TokenEffects | None) -> str:
-        top, spread = self._shown(feature)
-        largest = float(self._contexts.max_act[feature]) or 1.0
-        lines = ["Strongest texts:"]
-        lines += [f"{number}. {self._marked(example)}" for number, example in enumerate(top, start=1)]
-        if spread:
-            lines.append("\nTexts over the whole range:")
-            lines += [
-                f"{number}. [{round(10 * example.acts[example.peak] / largest)}] {self._marked(example)}"
-                for number, example in enumerate(spread, start=1)
-            ]
-        if effects is not None:
-            show = self._reader.vocabulary.show
-            promoted = [show(token) for token, _ in effects.promoted(feature)[: self._config.num_effects]]
-            suppressed = [show(token) for token, _ in effects.suppressed(feature)[: self._config.num_effects]]
-            lines.append(f"\nMakes more likely, strongest first: {', '.join(promoted)}")
-            lines.append(f"Makes less likely, strongest first: {', '.join(suppressed)}")
-        return "\n".join(lines)
-
-    def _marked(self, example: Example) -> str:
-        """Returns the example as one line, neighbouring active tokens in one pair of marks."""
-        bar = MARK_ABOVE * example.acts[example.peak]
-        parts: list[str] = []
-        is_open = False
-        for token, act in zip(example.tokens, example.acts, strict=True):
-            # The marks are the explainer's only sign of activity, so the text's own are made plain.
-            text = (
-                self._reader.vocabulary.text(token).replace("\u00ab", "<").replace("\u00bb", ">").replace("\n", "\\n")
-            )
-            bare = text.lstrip(" ")
-            is_active = act > bar
-            if is_active != is_open:
-                parts.append(text[: len(text) - len(bare)] + "\u00ab" + bare if is_active else "\u00bb" + text)
-            else:
-                parts.append(text)
-            is_open = is_active
-        return "".join(parts).strip() + ("\u00bb" if is_open else "")
-
-    def _read(self, feature: int, reply: ChatReply) -> Label:
+    def _values(self, reply: ChatReply, *, may_be_cut: bool) -> dict[str, JsonValue]:
+        is_cut = reply.finish_reason == "length"
         try:
-            values = parse_object(reply.text, needs="label")
+            values = parse_object(reply.text, needs="label", is_cut=is_cut and may_be_cut)
         except UnusableAnswerError as error:
-            cut = reply.finish_reason == "length"
-            raise UnusableAnswerError("answer cut off at its longest" if cut else str(error)) from error
-        label = " ".join(_text(values["label"]).split())[:LABEL_CHARACTERS]
-        if not label:
+            if reply.refusal:
+                raise UnusableAnswerError(
+                    f"the model would not answer: {' '.join(reply.refusal.split())[:200]}"
+                ) from error
+            raise UnusableAnswerError("answer cut off at its longest" if is_cut else str(error)) from error
+        if not plain_text(values["label"]):
             raise UnusableAnswerError("empty label")
-        fires_on, promotes, suppresses = (_text(values.get(key)) for key in ("fires_on", "promotes", "suppresses"))
+        return values
+
+    def _made(self, feature: int, values: Mapping[str, JsonValue], reason: str, replies: Sequence[ChatReply]) -> Label:
+        costs = [reply.cost for reply in replies if reply.cost is not None]
+        label = " ".join(plain_text(values.get("label")).split())[:LABEL_CHARACTERS]
+        fires_on, promotes, suppresses = (plain_text(values.get(key)) for key in ("fires_on", "promotes", "suppresses"))
         parts = [fires_on or label]
         parts += [f"Makes more likely: {promotes}"] if promotes else []
         parts += [f"Makes less likely: {suppresses}"] if suppresses else []
+        composed = " ".join(part.rstrip(".") + "." for part in parts)
         return Label(
             feature=feature,
-            labeler=llm_labeler(self._config),
+            labeler=self.labeler,
             label=label,
-            description=" ".join(part.rstrip(".") + "." for part in parts),
+            description=(plain_text(values.get("description")) or composed) if values else "",
             fires_on=fires_on,
             promotes=promotes,
             suppresses=suppresses,
-            confidence=_share(values.get("confidence")),
-            prompt_version=EXPLAIN_PROMPT,
+            confidence=share(values.get("confidence")),
+            examples=self._examples(feature, values.get("examples")),
+            evidence=self.kind,
+            prompt_version=PROMPTS[self.kind],
             model=self._config.model,
+            input_tokens=sum(reply.input_tokens for reply in replies),
+            output_tokens=sum(reply.output_tokens for reply in replies),
+            cost=sum(costs) if costs else None,
+            status="done" if values else "failed",
+            reason=None if values else reason,
         )
 
-
-def _turn(sample: Sequence[Context], place: int) -> int:
-    """Returns how many of the same stratum come before a context."""
-    return sum(context.stratum == sample[place].stratum for context in sample[:place])
-
-
-def _text(value: JsonValue) -> str:
-    if isinstance(value, list):
-        return ", ".join(_text(item) for item in value)
-    return value.strip() if isinstance(value, str) else ""
+    def _examples(self, feature: int, said: JsonValue) -> tuple[int, ...]:
+        """Returns the places in the store of the examples that an answer names by their numbers."""
+        if self.kind not in {"input", "raw"} or not isinstance(said, list):
+            return ()
+        top, spread = self._evidence.shown(feature)
+        shown = [*top, *spread]
+        numbers = dict.fromkeys(number for item in said if (number := whole_number(item)) is not None)
+        return tuple(shown[number - 1].flat for number in numbers if 1 <= number <= len(shown))[:MAX_EXAMPLES]
 
 
-def _share(value: JsonValue) -> float | None:
-    if isinstance(value, bool):
-        return None
-    try:
-        number = float(value) if isinstance(value, int | float | str) else math.nan
-    except ValueError:
-        return None
-    return min(max(number, 0.0), 1.0) if math.isfinite(number) else None
+def joined_label(feature: int, parts: Sequence[Label], config: LLMConfig) -> Label:
+    """Returns the `concat` ensemble: the descriptions of other labels of a feature, joined; failed where none is done.
+
+    Source: Gur-Arieh et al. 2025 (arXiv 2501.08319), "Ensemble Concat": no further question is asked.
+    """
+    done = [part for part in parts if part.status == "done"]
+    by_kind = {part.evidence: part for part in done}
+    output_side = [by_kind[kind] for kind in ("tokenchange", "vocabproj") if kind in by_kind]
+    costs = [part.cost for part in parts if part.cost is not None]
+    sides = {
+        side: next((getattr(p, side) for p in output_side if getattr(p, side)), "")
+        for side in ("promotes", "suppresses")
+    }
+    return Label(
+        feature=feature,
+        labeler=llm_labeler(config, "concat"),
+        label=" / ".join(dict.fromkeys(part.label for part in done))[:LABEL_CHARACTERS],
+        description="\n".join(part.description for part in done),
+        fires_on=by_kind["input"].fires_on if "input" in by_kind else "",
+        promotes=sides["promotes"],
+        suppresses=sides["suppresses"],
+        confidence=max((part.confidence for part in done if part.confidence is not None), default=None),
+        examples=by_kind["input"].examples if "input" in by_kind else (),
+        evidence="concat",
+        prompt_version="+".join(sorted({str(part.prompt_version) for part in done})) or None,
+        model=config.model,
+        cost=sum(costs) if costs else None,
+        input_tokens=sum(part.input_tokens for part in parts),
+        output_tokens=sum(part.output_tokens for part in parts),
+        status="done" if done else "failed",
+        reason=None if done else "none of its parts is labelled",
+    )

@@ -6,14 +6,17 @@ import numpy as np
 
 from saekit.activations import StoreView
 from saekit.errors import ConfigError, DataError
-from saekit.labelling.chat import ChatClient, LLMConfig
+from saekit.labelling.chat import ChatClient
 from saekit.labelling.collect import collect_contexts, sae_fingerprint
-from saekit.labelling.llm import LLMEstimate
+from saekit.labelling.estimate import LLMEstimate
+from saekit.labelling.labelconfig import LabelConfig
+from saekit.labelling.ledger import LEDGER_NAME, Ledger
+from saekit.labelling.llmconfig import LLMConfig
 from saekit.labelling.records import Label, Score
-from saekit.labelling.stage import LabelConfig, LabelStage
-from saekit.labelling.store import LABELS_NAME, SCORES_NAME, RecordFile
+from saekit.labelling.stage import LabelStage
+from saekit.labelling.store import LABELS_NAME, SCORES_NAME, RecordFile, read_labels
 from saekit.labelling.vocabulary import Vocabulary
-from saekit.manifest import begin_stage, finish_stage, locked
+from saekit.manifest import begin_stage, finish_stage, locked, reopen_stage
 from saekit.models import LanguageModel
 from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae import SAE
@@ -33,6 +36,7 @@ def label_features(
     out: str | Path,
     config: LabelConfig | None = None,
     client: ChatClient | None = None,
+    retry_failed: bool = False,
     progress: Progress = NO_PROGRESS,
 ) -> Path:
     """Labels and scores a dictionary's features; run again after a stop, it goes on where it was.
@@ -43,9 +47,11 @@ def label_features(
         train: documents that labels may be made from.
         test: documents that labels are scored on; shares none with `train`.
         lm: the model whose activations the views hold.
-        out: folder for contexts/, effects-*.safetensors, labels.jsonl, scores.jsonl, ledger.sqlite and the manifest.
+        out: folder for contexts/, effects-*.safetensors, labels.jsonl and .parquet, scores.jsonl, label_report.json,
+            ledger.sqlite and the manifest.
         config: None: defaults.
         client: talks to the labelling model; None: the one that `config.llm` describes.
+        retry_failed: features whose labels by a labelling model failed are asked about anew; their cost stays counted.
         progress: told of every part.
 
     Returns:
@@ -62,10 +68,13 @@ def label_features(
     _check_views(sae, train, test)
     train.store.check_model(lm)
     if client is None and "llm" in config.labelers and config.llm is not None:
-        client = _openai_client(config.llm)
-    if begin_stage(out, "label", config.identity(), _inputs(sae, train, test, lm)) == "complete":
+        client = _client(config.llm)
+    state = begin_stage(out, "label", config.identity(), _inputs(sae, train, test, lm))
+    if state == "complete" and not (retry_failed and _failures(out)):
         return out
     with locked(out):
+        if retry_failed:
+            _forget_failures(out)
         counts = _stage(sae, train, test=test, lm=lm, out=out, config=config, progress=progress).run(client)
         finish_stage(out, counts)
     return out
@@ -159,8 +168,44 @@ def _chosen_features(num_features: int, config: LabelConfig) -> list[int]:
     return sorted(int(feature) for feature in drawn)
 
 
-def _openai_client(config: LLMConfig) -> ChatClient:
-    # Here and not above: the extra it needs is only asked for by those who use it.
-    from saekit.labelling.client import OpenAIChat
+def _failures(out: Path) -> list[Label]:
+    """Returns the labels that a labelling model failed to give."""
+    return [label for label in read_labels(out) if label.status == "failed" and label.evidence is not None]
+
+
+def _forget_failures(out: Path) -> None:
+    """Makes failed labels of labelling models, and what hangs on them, as if they had never been asked for."""
+    failed = _failures(out)
+    if not failed:
+        return
+    labels, scores = RecordFile(out / LABELS_NAME, Label), RecordFile(out / SCORES_NAME, Score)
+    reopen_stage(out)
+    features = {label.feature for label in failed}
+    # A joined label rests on others, which may be there after this run.
+    joined = [label for label in labels.records if label.evidence == "concat" and label.feature in features]
+    keys = {(label.feature, label.labeler) for label in (*failed, *joined)}
+    if (out / LEDGER_NAME).exists():
+        ledger = Ledger(out / LEDGER_NAME)
+        try:
+            with ledger.together():
+                for label in failed:
+                    ledger.retry(f"explain:{label.evidence}", label.feature)
+        finally:
+            ledger.close()
+    scores.remove(lambda score: (score.feature, score.labeler) in keys)
+    labels.remove(lambda label: (label.feature, label.labeler) in keys)
+
+
+def _client(config: LLMConfig) -> ChatClient:
+    # Here and not above: the extras that they need are only asked for by those who use them.
+    if config.backend == "local":
+        from saekit.labelling.local import LocalChat
+
+        return LocalChat(config)
+    if config.backend == "batch":
+        from saekit.labelling.batch import OpenAIBatch
+
+        return OpenAIBatch(config)
+    from saekit.labelling.live import OpenAIChat
 
     return OpenAIChat(config)

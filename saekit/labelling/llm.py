@@ -1,81 +1,59 @@
-"""Explains and judges many features at once through one server, in any order, each answer on disk before the next step."""
+"""Explains and judges many features at once through one labelling model; each answer is on disk before the next step."""
 
-import asyncio
-import threading
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
-from saekit.errors import LabelerError
-from saekit.labelling.chat import ChatRequest, LLMConfig
-from saekit.labelling.evidence.effects import TokenEffects
-from saekit.labelling.explain import Explainer, llm_labeler
-from saekit.labelling.ledger import RecordedClient, SpentError
+from saekit.labelling.asking import LabellingModel, ask_in_rounds
+from saekit.labelling.chat import Answer, ChatRequest
+from saekit.labelling.explain import Explainer, joined_label, llm_labeler
+from saekit.labelling.llmconfig import LLMConfig
 from saekit.labelling.records import LEXICAL, Label, Score
-from saekit.labelling.scoring.detection import Judge
+from saekit.labelling.scoring.detection import Judge, Piece
 from saekit.labelling.store import RecordFile
-from saekit.progress import NO_PROGRESS, Progress
+from saekit.progress import NO_PROGRESS, Progress, Task
 
-__all__ = ["EffectsOf", "LLMEstimate", "Questions", "explain_and_judge", "least_explained"]
-
-EffectsOf = Callable[[int], TokenEffects | None]
-"""Feature -> the token effects to show for it."""
-JobT = TypeVar("JobT")
-ResultT = TypeVar("ResultT")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LLMEstimate:
-    """What a run would ask for if every first answer is usable; nothing is sent to find out."""
-
-    num_requests: int
-    input_tokens: int
-    output_tokens: int
-    """The most that the answers may take."""
-    cost: float | None
-    """None without prices."""
-
-    def __str__(self) -> str:
-        cost = "" if self.cost is None else f", at most {self.cost:.4f} in the prices' currency"
-        return (
-            f"{self.num_requests:,} requests, about {self.input_tokens:,} input and at most "
-            f"{self.output_tokens:,} output tokens{cost}"
-        )
+__all__ = ["Questions", "explain_and_judge", "least_explained"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Questions:
     """All that a labelling model is to be asked about one dictionary."""
 
-    explainer: Explainer
+    explainers: Sequence[Explainer]
+    """One for each kind that asks."""
     judge: Judge | None
     """None: labels are not judged."""
-    effects: EffectsOf
     features: Sequence[int]
     config: LLMConfig
 
-    def estimate(self) -> LLMEstimate:
-        """Returns what they would cost, from the very prompts."""
-        requests: list[ChatRequest] = []
+    @property
+    def labelers(self) -> list[str]:
+        """Names of those whose labels are written, in order."""
+        return [llm_labeler(self.config, kind) for kind in self.config.explainers]
+
+    def requests(self, labels: Sequence[Label] = ()) -> list[ChatRequest]:
+        """Returns the first questions of the explainers and of the judge; `labels` that are not there yet are stood in for."""
+        requests = [e.request(f) for e in self.explainers for f in self.features if e.has_evidence(f)]
+        if self.judge is None:
+            return requests
+        known = {(label.feature, label.labeler): label for label in labels}
         for feature in self.features:
-            requests.append(self.explainer.request(feature, self.effects(feature)))
-            pieces = self.judge.pieces(feature) if self.judge is not None else []
-            if self.judge is not None and pieces:
-                # The label is not known yet; a sentence stands in for it.
-                stand_in = Label(feature=feature, labeler=llm_labeler(self.config), label="x" * 40, fires_on="x" * 160)
-                requests += [self.judge.request(stand_in, pieces)] * (2 if self.config.judge_lexical else 1)
-        input_tokens = sum(request.estimated_input_tokens() for request in requests)
-        output_tokens = sum(request.max_output_tokens for request in requests)
-        return LLMEstimate(
-            num_requests=len(requests),
-            input_tokens=input_tokens,
-            output_tokens=output_tokens,
-            cost=self.config.cost(input_tokens, output_tokens),
-        )
+            pieces = self.judge.pieces(feature)
+            for labeler in self.judged if pieces else ():
+                stand_in = Label(feature=feature, labeler=labeler, label="x" * 40, fires_on="some words " * 15)
+                label = known.get((feature, labeler), stand_in)
+                if label.status == "done":
+                    requests.append(self.judge.request(label, pieces))
+        return requests
+
+    @property
+    def judged(self) -> list[str]:
+        """Names of those whose labels the judge scores."""
+        return [*self.labelers, *([LEXICAL] if self.config.judge_lexical else [])]
 
 
 def explain_and_judge(
-    client: RecordedClient,
+    model: LabellingModel,
     questions: Questions,
     *,
     labels: RecordFile[Label],
@@ -85,118 +63,104 @@ def explain_and_judge(
     """Labels and judges; features already in the files are passed over, and answers in the ledger cost nothing.
 
     Raises:
-        LabelerError: the server cannot be used, or a cap is reached; what was answered is in the files.
+        LabelerError: the model cannot be used, or a cap is reached; what was answered is in the files.
     """
-
-    async def everything() -> None:
-        try:
-            await _explain_all(client, questions, labels, progress)
-            await _judge_all(client, questions, labels.records, scores, progress)
-        finally:
-            await client.close()
-
-    _run(everything())
+    for explainer in questions.explainers:
+        _explain(model, questions, explainer, labels, progress)
+    if "concat" in questions.config.explainers:
+        _join(questions, labels)
+    if questions.judge is not None:
+        _judge_all(model, questions, questions.judge, labels.records, scores, progress)
 
 
-async def _explain_all(
-    client: RecordedClient, questions: Questions, labels: RecordFile[Label], progress: Progress
+def _explain(
+    model: LabellingModel, questions: Questions, explainer: Explainer, labels: RecordFile[Label], progress: Progress
 ) -> None:
-    features, config = questions.features, questions.config
-    known = {label.feature for label in labels.records if label.labeler == llm_labeler(config)}
-    left = [feature for feature in features if feature not in known]
-    with progress.task("explanations", len(features), "features", done=len(features) - len(left)) as task:
+    known = {label.feature for label in labels.records if label.labeler == explainer.labeler}
+    asked = [feature for feature in questions.features if explainer.has_evidence(feature)]
+    left = [feature for feature in asked if feature not in known]
 
-        async def explain(feature: int) -> None:
-            labels.extend([await questions.explainer.label(client, feature, questions.effects(feature))])
-            task.advance(1)
+    with progress.task(f"explanations ({explainer.kind})", len(asked), "features", done=len(asked) - len(left)) as task:
+        advance = _counted(model, task, done=len(asked) - len(left), total=len(asked))
 
-        await _in_parallel(left, explain, config.concurrency)
+        def take(feature: int, answers: Sequence[Answer], is_last: bool) -> bool:
+            label = explainer.label(feature, answers, is_last=is_last)
+            if label is not None:
+                labels.extend([label])
+                advance()
+            return label is not None
+
+        ask_in_rounds(
+            model,
+            left,
+            request=lambda feature, attempt: explainer.request(feature, attempt=attempt),
+            take=take,
+            attempts=questions.config.attempts,
+        )
 
 
-async def _judge_all(
-    client: RecordedClient,
+def _join(questions: Questions, labels: RecordFile[Label]) -> None:
+    labeler = llm_labeler(questions.config, "concat")
+    known = {label.feature for label in labels.records if label.labeler == labeler}
+    # In the order of the source.
+    sources = [llm_labeler(questions.config, kind) for kind in ("vocabproj", "input", "tokenchange")]
+    parts = {(label.feature, label.labeler): label for label in labels.records}
+    for feature in questions.features:
+        own = [parts[feature, source] for source in sources if (feature, source) in parts]
+        if feature not in known and own:
+            labels.extend([joined_label(feature, own, questions.config)])
+
+
+def _judge_all(
+    model: LabellingModel,
     questions: Questions,
+    judge: Judge,
     labels: Sequence[Label],
     scores: RecordFile[Score],
     progress: Progress,
 ) -> None:
-    judge, config = questions.judge, questions.config
-    if judge is None:
-        return
     wanted = set(questions.features)
-    judged = {llm_labeler(config)} | ({LEXICAL} if config.judge_lexical else set())
     done = {(score.feature, score.labeler) for score in scores.records if score.scorer == "detection"}
     whole = [
-        label for label in labels if label.status == "done" and label.feature in wanted and label.labeler in judged
+        label
+        for label in labels
+        if label.status == "done" and label.feature in wanted and label.labeler in questions.judged
     ]
     left = [label for label in whole if (label.feature, label.labeler) not in done]
     with progress.task("judgements", len(whole), "labels", done=len(whole) - len(left)) as task:
+        advance = _counted(model, task, done=len(whole) - len(left), total=len(whole))
 
-        async def score(label: Label) -> None:
-            scores.extend([await judge.score(client, label)])
-            task.advance(1)
+        def take(job: tuple[Label, list[Piece]], answers: Sequence[Answer], is_last: bool) -> bool:
+            score = judge.score(*job, answers, is_last=is_last)
+            if score is not None:
+                scores.extend([score])
+                advance()
+            return score is not None
 
-        await _in_parallel(left, score, config.concurrency)
-
-
-async def _in_parallel(jobs: Sequence[JobT], work: Callable[[JobT], Awaitable[None]], concurrency: int) -> None:
-    """Runs `work` on every job, `concurrency` at a time; the first error ends it.
-
-    A spent cap lets the answers on their way arrive, as they are paid for; any other error drops them.
-    """
-    waiting = iter(jobs)
-    spent: list[SpentError] = []
-
-    async def worker() -> None:
-        for job in waiting:
-            if spent:
-                return
-            try:
-                await work(job)
-            except SpentError as error:
-                spent.append(error)
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(concurrency, len(jobs))):
-                group.create_task(worker())
-    except BaseExceptionGroup as errors:
-        raise _first(errors) from errors
-    if spent:
-        raise spent[0]
+        jobs = [(label, judge.pieces(label.feature)) for label in left]
+        for job in jobs:
+            if not job[1]:
+                take(job, [], True)
+        ask_in_rounds(
+            model,
+            [job for job in jobs if job[1]],
+            request=lambda job, attempt: judge.request(*job, attempt=attempt),
+            take=take,
+            attempts=questions.config.attempts,
+        )
 
 
-def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Returns the error to show of several that came at once: a labeler's own if there is one."""
-    own = errors.subgroup(LabelerError)
-    group = own if own is not None else errors
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+def _counted(model: LabellingModel, task: Task, *, done: int, total: int) -> Callable[[], None]:
+    """Returns what moves a bar by one, with rate, tokens and dollars beside it."""
+    figures = model.figures(done=done, total=total)
+    now = done
 
+    def advance() -> None:
+        nonlocal now
+        now += 1
+        task.advance(1, **figures(now))
 
-def _run(coroutine: Coroutine[None, None, ResultT]) -> ResultT:
-    """Runs a coroutine to its end, also where a notebook's event loop already runs in this thread."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(coroutine)
-    outcome: list[ResultT] = []
-    failure: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            outcome.append(asyncio.run(coroutine))
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=target, name="saekit-llm")
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return outcome[0]
+    return advance
 
 
 def least_explained(confidence: dict[int, float], *, num: int | None) -> list[int]:

@@ -18,7 +18,7 @@ class Label(Config):
     feature: int
     """Index of the feature in the dictionary."""
     labeler: str
-    """Who wrote it: `lexical`, or `llm:<model>`."""
+    """Who wrote it: `lexical`, `llm:<model>`, or `llm:<model>:<evidence>` where that is not `raw`."""
     label: str = ""
     """Short label for tables; empty where `status` is `failed`."""
     description: str = ""
@@ -36,10 +36,20 @@ class Label(Config):
     confidence: float | None = None
     """In [0, 1]: for `lexical` the rule's F1 on the training documents, firings weighted by squared activation; for an LLM
     what it says of itself."""
+    examples: tuple[int, ...] = ()
+    """Store index (row * T + position) of the peaks of the contexts that an LLM says its label rests on."""
+    evidence: str | None = None
+    """What an LLM's label was made from: `input`, `vocabproj`, `tokenchange`, `raw` or `concat`."""
     prompt_version: str | None = None
     """Name of the prompt template, for an LLM."""
     model: str | None = None
     """Name of the labelling model as the server was asked for it, for an LLM."""
+    input_tokens: int = 0
+    """Of the requests behind it; for `concat` those of its parts."""
+    output_tokens: int = 0
+    """Of the answers behind it."""
+    cost: float | None = None
+    """Of the requests behind it, in dollars at the day's prices; None without prices."""
     status: Literal["done", "failed"] = "done"
     """Every feature asked for ends in exactly one of the two."""
     reason: str | None = None

@@ -2,106 +2,38 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
 
 import numpy as np
-from pydantic import Field, model_validator
 
 from saekit.activations import StoreView
-from saekit.config import Config
-from saekit.labelling.chat import ChatClient, LLMConfig
-from saekit.labelling.collect import ContextConfig
+from saekit.labelling.asking import LabellingModel
+from saekit.labelling.chat import ChatClient
 from saekit.labelling.contexts import FeatureContexts
+from saekit.labelling.estimate import LLMEstimate, estimate_requests, token_counter
 from saekit.labelling.evidence.effects import TokenEffects, effects_path
-from saekit.labelling.evidence.tokenchange import (
-    TokenChangeConfig,
-    steering_contexts,
-    steering_strengths,
-    token_change,
-)
+from saekit.labelling.evidence.tokenchange import steering_contexts, steering_strengths, token_change
 from saekit.labelling.evidence.vocabproj import vocab_projection
+from saekit.labelling.evidence.wording import EffectsOf
 from saekit.labelling.examples import ExampleReader
-from saekit.labelling.explain import Explainer
-from saekit.labelling.ledger import LEDGER_NAME, Ledger, RecordedClient
+from saekit.labelling.explain import Explainer, llm_labeler
+from saekit.labelling.labelconfig import LabelConfig
+from saekit.labelling.ledger import LEDGER_NAME, Ledger
 from saekit.labelling.lexical import LexicalLabeler
-from saekit.labelling.llm import EffectsOf, LLMEstimate, Questions, explain_and_judge, least_explained
+from saekit.labelling.llm import Questions, explain_and_judge, least_explained
 from saekit.labelling.records import LEXICAL, Label, Score
+from saekit.labelling.runreport import LABEL_REPORT_NAME, LabelerReport, ledger_figures, report_labeler, write_report
 from saekit.labelling.scoring.detection import Judge
-from saekit.labelling.scoring.rule import HeldOut, RuleScoringConfig, score_rules
+from saekit.labelling.scoring.rule import HeldOut, score_rules
 from saekit.labelling.store import RecordFile
+from saekit.labelling.table import LABEL_TABLE_NAME, write_label_table
 from saekit.labelling.vocabulary import Vocabulary
-from saekit.models import LanguageModel, find_unembedding
+from saekit.models import LanguageModel, find_unembedding, load_tokenizer
 from saekit.progress import Progress
 from saekit.sae import SAE
 
-__all__ = ["LabelConfig", "LabelStage"]
+__all__ = ["LabelStage"]
 
 LABELS_PER_WRITE = 256
-
-
-class LabelConfig(Config):
-    """What to label, with which evidence, by whom, and how to score it."""
-
-    labelers: tuple[Literal["lexical", "llm"], ...] = ("lexical",)
-    """`lexical` needs nothing; `llm` needs the table `llm`, and is added where that table is given and labelers are not."""
-    max_features: int | None = Field(default=None, ge=1)
-    """Label so many features, drawn at random; None: all."""
-    contexts: ContextConfig = ContextConfig()
-    """Of the pass over the training documents."""
-    vocab_projection: bool = True
-    """Whether decoder rows are read through the unembedding."""
-    num_effect_tokens: int = Field(default=20, ge=1)
-    """Promoted and suppressed tokens kept by the vocabulary projection."""
-    token_change: TokenChangeConfig | None = TokenChangeConfig()
-    """Steering; None: none."""
-    rule_scoring: RuleScoringConfig = RuleScoringConfig()
-    """How label rules are checked on held-out documents."""
-    llm: LLMConfig | None = None
-    """The explaining and judging language model; None: none."""
-    seed: int = Field(default=0, ge=0)
-    """Of the features drawn by `max_features`."""
-
-    @model_validator(mode="after")
-    def _llm_is_named(self) -> Self:
-        if self.llm is not None and "labelers" not in self.model_fields_set:
-            # Past the freeze, as the model is not out in the world yet.
-            object.__setattr__(self, "labelers", ("lexical", "llm"))
-        if self.llm is not None and "llm" not in self.labelers:
-            raise ValueError(f"table [llm] with labelers {list(self.labelers)}: add 'llm' to them, or leave [llm] out")
-        if "llm" in self.labelers and self.llm is None:
-            raise ValueError("labeler 'llm' needs a table [llm] with a model")
-        if not self.labelers:
-            raise ValueError("needs at least one labeler")
-        return self
-
-    def identity(self) -> dict[str, object]:
-        """Returns what the result depends on: the config without caps, addresses and sizes of batches."""
-        values = self.to_dict()
-        for table, keys in _OPERATIONAL.items():
-            inner = values.get(table)
-            if isinstance(inner, dict):
-                values[table] = {key: value for key, value in inner.items() if key not in keys}
-        return values
-
-
-_OPERATIONAL = {
-    "contexts": {"batch_tokens"},
-    "token_change": {"batch_features"},
-    "llm": {
-        "api_key_env",
-        "base_url",
-        "concurrency",
-        "max_cost",
-        "max_requests",
-        "max_retries",
-        "max_tokens",
-        "max_wait_seconds",
-        "price_input",
-        "price_output",
-        "timeout_seconds",
-    },
-}
-"""Keys that a resumed run may change: what they are does not show in the labels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +54,7 @@ class LabelStage:
     progress: Progress
 
     def run(self, client: ChatClient | None) -> dict[str, object]:
-        """Does what is not done yet and returns the manifest's counts.
+        """Does what is not done yet, writes table and report, and returns the manifest's counts.
 
         Args:
             client: needed where `llm` is among the labelers.
@@ -132,9 +64,13 @@ class LabelStage:
         if "lexical" in self.config.labelers:
             self._label_lexically(lexical, effects)
         held_out = self._held_out()
+        questions: Questions | None = None
         if "llm" in self.config.labelers:
             assert client is not None, "label_features makes one"
-            counts["llm"] = self._ask(self._questions(lexical, held_out, effects), client)
+            questions = self._questions(lexical, held_out, effects)
+            counts["llm"] = self._ask(questions, client)
+        else:
+            self._write_outputs(None, None)
         counts["rule_scores"] = self._score_rules(held_out)
         counts["labels"] = self._counted_labels()
         return counts
@@ -142,17 +78,28 @@ class LabelStage:
     def estimate(self) -> LLMEstimate:
         """Returns what the labelling model would be asked; sends nothing."""
         lexical, effects = self._evidence()
-        return self._questions(lexical, self._held_out(), effects).estimate()
+        questions = self._questions(lexical, self._held_out(), effects)
+        path = self.out / LEDGER_NAME
+        ledger = Ledger(path) if path.exists() else None
+        try:
+            return self._estimated(questions, ledger)
+        finally:
+            if ledger is not None:
+                ledger.close()
+
+    def _estimated(self, questions: Questions, ledger: Ledger | None) -> LLMEstimate:
+        config = questions.config
+        name = config.tokenizer or (config.model if config.backend == "local" else None)
+        count = token_counter(self.lm.tokenizer if name is None else load_tokenizer(name))
+        return estimate_requests(questions.requests(self.labels.records), config, count=count, ledger=ledger)
 
     def _evidence(self) -> tuple[LexicalLabeler, EffectsOf]:
         projected = self._projected()
         lexical = LexicalLabeler(self.train.store, self.contexts, self.vocabulary)
         changed = self._changed(lexical)
 
-        def effects(feature: int) -> TokenEffects | None:
-            """Steering where it was paid for, the projection elsewhere."""
-            sources = (changed, projected)
-            return next((found for found in sources if found is not None and found.promoted(feature)), None)
+        def effects(feature: int) -> list[TokenEffects]:
+            return [found for found in (changed, projected) if found is not None and found.promoted(feature)]
 
         return lexical, effects
 
@@ -211,45 +158,68 @@ class LabelStage:
         with self.progress.task("lexical labels", len(self.features), "labels", done=len(done)) as task:
             for start in range(0, len(left), LABELS_PER_WRITE):
                 chunk = left[start : start + LABELS_PER_WRITE]
-                self.labels.extend(lexical.label(feature, effects(feature)) for feature in chunk)
+                self.labels.extend(lexical.label(feature, next(iter(effects(feature)), None)) for feature in chunk)
                 task.advance(len(chunk))
 
     def _questions(self, lexical: LexicalLabeler, held_out: HeldOut, effects: EffectsOf) -> Questions:
         config = self.config.llm
         assert config is not None, "checked by LabelConfig"
         firing = {f: float(lexical.confidence[f]) for f in self.features if self.contexts.firing_count[f] > 0}
+        reader = ExampleReader(self.train.store, self.vocabulary)
         return Questions(
-            explainer=Explainer(ExampleReader(self.train.store, self.vocabulary), self.contexts, config),
+            explainers=[
+                Explainer(reader, self.contexts, config, kind=kind, effects=effects)
+                for kind in config.explainers
+                if kind != "concat"
+            ],
             judge=Judge(held_out, config) if config.num_judged else None,
-            effects=effects,
             features=least_explained(firing, num=config.max_features),
             config=config,
         )
 
     def _ask(self, questions: Questions, client: ChatClient) -> dict[str, object]:
         config = questions.config
-        self.progress.say(f"labelling model {config.model!r}: {questions.estimate()}")
         ledger = Ledger(self.out / LEDGER_NAME)
         try:
-            explain_and_judge(
-                RecordedClient(client, ledger, config),
-                questions,
-                labels=self.labels,
-                scores=self.scores,
-                progress=self.progress,
-            )
-            input_tokens, output_tokens = ledger.num_tokens
-            return {
-                "model": config.model,
-                "features": len(questions.features),
-                "requests_sent": ledger.num_sent,
-                "answers": ledger.num_answers,
-                "input_tokens": input_tokens,
-                "output_tokens": output_tokens,
-                "cost": config.cost(input_tokens, output_tokens),
-            }
+            self.progress.say(f"labelling model {config.model!r}: {self._estimated(questions, ledger)}")
+            model = LabellingModel(client, ledger, config, progress=self.progress)
+            try:
+                explain_and_judge(model, questions, labels=self.labels, scores=self.scores, progress=self.progress)
+            finally:
+                # Also of a run that stops here, so that it can be seen what is missing.
+                self._write_outputs(questions, ledger)
+            return {"features": len(questions.features), **ledger_figures(ledger, config)}
         finally:
             ledger.close()
+
+    def _write_outputs(self, questions: Questions | None, ledger: Ledger | None) -> None:
+        num_features = self.sae.cfg.d_sae
+        reports: list[LabelerReport] = []
+        labelers = [LEXICAL] if "lexical" in self.config.labelers else []
+        for labeler in [*labelers, *(questions.labelers if questions is not None else [])]:
+            skipped = self._skipped(questions if labeler != LEXICAL else None, labeler)
+            reports.append(report_labeler(labeler, self.labels.records, num_features=num_features, skipped=skipped))
+            self.progress.say(str(reports[-1]))
+        llm = ledger_figures(ledger, questions.config) if ledger is not None and questions is not None else None
+        write_report(self.out / LABEL_REPORT_NAME, reports, num_features=num_features, llm=llm)
+        costs = ledger.cost_of_features() if ledger is not None else {}
+        write_label_table(self.out / LABEL_TABLE_NAME, self.labels.records, cost_of_features=costs)
+
+    def _skipped(self, questions: Questions | None, labeler: str) -> dict[int, str]:
+        """Returns feature -> why a labeler is not asked about it."""
+        drawn = set(self.features)
+        skipped = {f: "not drawn: max_features" for f in range(self.sae.cfg.d_sae) if f not in drawn}
+        if questions is None:
+            return skipped
+        asked = set(questions.features)
+        for feature in drawn - asked:
+            fires = self.contexts.firing_count[feature] > 0
+            skipped[feature] = "its token rule explains enough: llm.max_features" if fires else "never fires"
+        for feature in asked:
+            own = [e for e in questions.explainers if labeler in {e.labeler, llm_labeler(questions.config, "concat")}]
+            if not any(explainer.has_evidence(feature) for explainer in own):
+                skipped[feature] = "no evidence of this kind was gathered"
+        return skipped
 
     def _score_rules(self, held_out: HeldOut) -> dict[str, object]:
         result = score_rules(held_out, self.labels.records, config=self.config.rule_scoring, progress=self.progress)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from saekit.config import Config
 from saekit.errors import ResourceError, StoreError
 from saekit.labelling.records import Label, Score
+from saekit.manifest import atomic_write
 
 __all__ = ["LABELS_NAME", "SCORES_NAME", "RecordFile", "read_labels", "read_scores"]
 
@@ -51,7 +52,7 @@ class RecordFile(Generic[RecordT]):
         new = list(records)
         if not new:
             return
-        data = "".join(json.dumps(record.to_dict(), ensure_ascii=False) + "\n" for record in new).encode()
+        data = _lines(new)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
@@ -61,6 +62,24 @@ class RecordFile(Generic[RecordT]):
         except OSError as error:
             raise ResourceError(f"{str(self.path)!r}: cannot be written: {error.strerror or error}") from error
         self.records.extend(new)
+
+    def remove(self, is_unwanted: Callable[[RecordT], bool]) -> int:
+        """Takes records out of the file, atomically; returns how many.
+
+        Raises:
+            ResourceError: the file cannot be written.
+        """
+        kept = [record for record in self.records if not is_unwanted(record)]
+        num_removed = len(self.records) - len(kept)
+        if num_removed:
+            with atomic_write(self.path) as file:
+                file.write(_lines(kept))
+            self.records[:] = kept
+        return num_removed
+
+
+def _lines(records: Iterable[Config]) -> bytes:
+    return "".join(json.dumps(record.to_dict(), ensure_ascii=False) + "\n" for record in records).encode()
 
 
 def _read(path: Path, record_type: type[RecordT]) -> tuple[list[RecordT], int]:

@@ -1,7 +1,7 @@
 """A causal language model: loaded, read and changed at any module, its unembedding, and the token rows it reads."""
 
 from saekit.models.hooks import HookPoint, ablate, add, capture, logits, parse_hook_point, replace, resolve
-from saekit.models.load import LanguageModel, ModelConfig, load_model, save_converted
+from saekit.models.load import LanguageModel, ModelConfig, load_model, load_tokenizer, save_converted
 from saekit.models.run_from import can_run_from, later_layers, run_from
 from saekit.models.texts import Document, FileTextConfig, HubTextConfig, TextConfig, iter_documents, text_fingerprint
 from saekit.models.tokens import (
@@ -40,6 +40,7 @@ __all__ = [
     "iter_token_rows",
     "later_layers",
     "load_model",
+    "load_tokenizer",
     "logits",
     "parse_hook_point",
     "replace",

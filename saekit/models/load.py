@@ -22,7 +22,7 @@ from saekit.models.tokens import Tokenizer
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["LanguageModel", "ModelConfig", "load_model", "save_converted"]
+__all__ = ["LanguageModel", "ModelConfig", "load_model", "load_tokenizer", "save_converted"]
 
 
 class ModelConfig(Config):
@@ -114,6 +114,16 @@ def load_model(config: ModelConfig | str) -> LanguageModel:
         vocab_size=int(text_config.vocab_size),
         context_len=getattr(text_config, "max_position_embeddings", None),
     )
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """Returns the tokenizer of a hub id or a local folder, without its model.
+
+    Raises:
+        ModelError: there is none.
+    """
+    source = _Source(name, None, is_local=Path(name).is_dir())
+    return _load_tokenizer(source, ModelConfig.parse({"name": name}), f"tokenizer {name!r}")
 
 
 def save_converted(lm: LanguageModel, folder: str | Path) -> Path:

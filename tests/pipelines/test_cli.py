@@ -1,5 +1,6 @@
 """The command line: help that teaches, one line and exit code 2 for what a user can mend, nothing half-written."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 from saekit_pipelines.cli import app
 from typer.testing import CliRunner, Result
+
+from tests.saekit.labelling.bench import oracle
+from tests.saekit.labelling.stub import serving
 
 COMMANDS = [
     "run",
@@ -20,6 +24,7 @@ COMMANDS = [
     "status",
     "verify",
     "convert",
+    "export",
     "ls",
     "info",
     "pull",
@@ -252,6 +257,68 @@ def test_a_hook_point_outside_the_residual_stream_is_labelled_by_its_contexts(re
     assert result.exit_code == 0, result.output
     assert "no vocabulary projection: decoder rows are" in result.output
     assert (recipe_file.parent / "run" / "report" / "index.html").is_file()
+
+
+def test_labels_by_a_model_keep_to_the_budget_resume_and_are_asked_again_where_they_failed(
+    finished_run: tuple[Path, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(finished_run[1], tmp_path / "run", ignore=shutil.ignore_patterns("label"))
+    is_bad = True
+
+    def moody(body: dict[str, object], number: int) -> str:
+        return "no json" if is_bad and number < 2 else oracle(body, number)
+
+    with serving(moody) as server:
+        llm = f'label.llm={{model="m", base_url="{server.url}", price_input=1.0, price_output=2.0, max_features=5, attempts=1, num_judged=0}}'
+        label = ["label", finished_run[0], f"out={tmp_path / 'run'}", llm, "--sae", "topk"]
+        estimate = invoke(*label, "--dry-run")
+        assert "5 requests" in estimate.output
+        assert "about $0.0" in estimate.output
+        assert server.requests == []
+        assert "could pass max_cost 0.0001" in one_line_error(invoke(*label, "--budget", "0.0001"))
+        assert server.requests == []
+        done = invoke(*label, "--budget", "1")
+        assert done.exit_code == 0, done.output
+        assert "llm:m: 3 labelled, 2 failed (2: no JSON object with 'label' in 'no json')" in done.output
+        assert "skipped (never fires)" in done.output or "skipped (its token rule" in done.output
+        assert len(server.requests) == 5
+        is_bad = False
+        again = invoke(*label, "--retry-failed")
+        assert "llm:m: 5 labelled" in again.output
+        assert len(server.requests) == 7
+    labels = tmp_path / "labels.json"
+    assert (
+        invoke(
+            "export", finished_run[0], labels, f"out={tmp_path / 'run'}", llm, "--sae", "topk", "--to", "circuit-tracer"
+        ).exit_code
+        == 0
+    )
+    assert "1_" in next(iter(json.loads(labels.read_text())))
+
+
+def test_budget_without_a_labelling_model_is_refused(recipe_file: Path) -> None:
+    assert "missing key 'label.llm.model'" in one_line_error(invoke("label", recipe_file, "--budget", "1"))
+
+
+def test_export_names_what_it_needs(finished_run: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, _ = finished_run
+    assert "needs one of them; name it by --sae" in one_line_error(invoke("export", recipe, tmp_path))
+    assert "the recipe has topk, jumprelu" in one_line_error(invoke("export", recipe, tmp_path, "--sae", "gated"))
+    assert "give it by --as" in one_line_error(invoke("export", recipe, tmp_path, "--sae", "topk"))
+    assert "needs neuronpedia or circuit-tracer" in one_line_error(
+        invoke("export", recipe, tmp_path, "--sae", "topk", "--to", "csv")
+    )
+
+
+def test_export_writes_neuronpedias_folder(finished_run: tuple[Path, Path], tmp_path: Path) -> None:
+    names = tmp_path / "names.toml"
+    names.write_text(
+        'model_id = "tiny"\nsource_id = "1-mine-res-64"\ncreator_id = "u"\ncreator_name = "Me"\nrelease = "r"\n'
+        'model_name = "Tiny"\nnum_layers = 3\n'
+    )
+    result = invoke("export", finished_run[0], tmp_path / "np", "--sae", "topk", "--as", names)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "np" / "tiny" / "1-mine-res-64" / "explanations" / "batch-0.jsonl.gz").is_file()
 
 
 def test_convert_writes_another_librarys_format_into_a_new_folder_only(tmp_path: Path) -> None:

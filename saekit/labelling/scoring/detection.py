@@ -5,6 +5,7 @@ them is marked: neither position nor marks can give the answer away. Negatives a
 seen to be silent.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,8 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from saekit.labelling.answers import UnusableAnswerError, parse_object, prompt_template, whole_number
-from saekit.labelling.chat import ChatRequest, LLMConfig, RequestFailedError
-from saekit.labelling.ledger import RecordedClient
+from saekit.labelling.chat import Answer, ChatRequest
+from saekit.labelling.llmconfig import LLMConfig
 from saekit.labelling.records import Label, Score
 from saekit.labelling.scoring.rule import HeldOut
 
@@ -115,27 +116,26 @@ class Judge:
             temperature=self._config.temperature,
             max_output_tokens=max(self._config.max_output_tokens, 40 + 20 * len(pieces)) * (2 if attempt else 1),
             attempt=attempt,
+            purpose="judge",
+            feature=label.feature,
+            usual_answer=json.dumps({"answers": [{"id": n + 1, "active": False} for n in range(len(pieces))]}),
         )
 
-    async def score(self, client: RecordedClient, label: Label) -> Score:
-        """Returns the label's score; pieces without a usable answer count as wrong.
+    def score(self, label: Label, pieces: Sequence[Piece], answers: Sequence[Answer], *, is_last: bool) -> Score | None:
+        """Returns the label's score from the last of the judge's answers; pieces without a usable one count as wrong.
 
-        Raises:
-            LabelerError: no request can be answered, or a cap is reached.
+        Args:
+            answers: one for each attempt.
+            is_last: there will be no other attempt.
+
+        Returns:
+            None: ask again.
         """
-        pieces = self.pieces(label.feature)
-        answers: dict[int, bool] = {}
-        for attempt in range(self._config.attempts if pieces else 0):
-            try:
-                reply = await client.complete(
-                    self.request(label, pieces, attempt=attempt), purpose=f"judge {label.feature} {label.labeler}"
-                )
-            except RequestFailedError:
-                break
-            answers = read_answers(reply.text, len(pieces))
-            if len(answers) == len(pieces):
-                break
-        return score_answers(label, pieces, answers, seed=self._config.seed)
+        reply = answers[-1].reply if answers else None
+        verdicts = read_answers(reply.text, len(pieces)) if reply is not None else {}
+        if reply is not None and len(verdicts) < len(pieces) and not is_last:
+            return None
+        return score_answers(label, pieces, verdicts, seed=self._config.seed)
 
 
 def read_answers(text: str, num_pieces: int) -> dict[int, bool]:

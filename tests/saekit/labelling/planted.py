@@ -1,6 +1,7 @@
 """A planted world: documents of known words, features that are known rules over them, and a dictionary that is the identity."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ CONTEXT_LEN = 64
 
 
 class WordTokenizer:
-    """One token per listed word; enough of a tokenizer for labelling."""
+    """One token per listed word; enough of a tokenizer for labelling. Unlisted words are one token each, of no meaning."""
 
     bos_token_id = eos_token_id = pad_token_id = None
     all_special_ids: Sequence[int] = ()
@@ -35,7 +36,7 @@ class WordTokenizer:
         return len(WORDS)
 
     def __call__(self, text: str, **options: bool) -> dict[str, list[int]]:
-        return {"input_ids": [ID[text]]}
+        return {"input_ids": [ID.get(word, 0) for word in re.findall(r" ?\w+|\s|[^\w\s]", text)]}
 
     def decode(self, token_ids: Sequence[int], **options: bool) -> str:
         return "".join(WORDS[token] for token in token_ids)

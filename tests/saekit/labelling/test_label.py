@@ -1,22 +1,17 @@
 """The label stage from end to end: on planted features, on a tiny real model, and through a kill."""
 
 import json
-import os
-import signal
-import sqlite3
-import subprocess
-import sys
-import time
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from saekit.activations import ActivationStore, CacheConfig, cache_activations
-from saekit.errors import ConfigError, DataError
+from saekit.errors import ConfigError, DataError, LabelerError
 from saekit.labelling import (
-    ChatRequest,
     FeatureContexts,
     LabelConfig,
     TokenEffects,
@@ -29,13 +24,13 @@ from saekit.labelling import (
 from saekit.manifest import read_manifest
 from saekit.models import LanguageModel, load_model
 from saekit.sae import TopKConfig, TopKSAE
+from tests.saekit.labelling.batchstub import batch_serving
+from tests.saekit.labelling.bench import oracle
 from tests.saekit.labelling.planted import FakeView, WordTokenizer, World
-from tests.saekit.labelling.stub import serving
-from tests.saekit.labelling.test_llm import oracle
+from tests.saekit.labelling.stub import Fault, StubServer, serving
 
 OFFLINE: dict[str, object] = {"vocab_projection": False, "token_change": None}
 LM = SimpleNamespace(fingerprint="1" * 64, tokenizer=WordTokenizer())
-ROOT = Path(__file__).parents[3]
 
 
 def _label(world: World, out: Path, **options: object) -> Path:
@@ -175,25 +170,6 @@ def test_dictionary_of_another_width_is_refused(tiny_store, tiny_lm, tmp_path) -
         label_features(sae, train, test=test, lm=tiny_lm, out=tmp_path)
 
 
-_RUN = """
-import sys
-from types import SimpleNamespace
-from saekit.labelling import LabelConfig, label_features
-from tests.saekit.labelling.planted import WordTokenizer, make_world
-world = make_world(120)
-config = LabelConfig.parse({
-    "labelers": ["lexical", "llm"], "vocab_projection": False, "token_change": None,
-    "llm": {"model": "stub", "base_url": sys.argv[2], "concurrency": 2, "num_judged": 3},
-})
-label_features(world.sae, world.train, test=world.test, lm=SimpleNamespace(fingerprint="1" * 64, tokenizer=WordTokenizer()), out=sys.argv[1], config=config)
-"""
-
-
-def _start(out: Path, url: str) -> subprocess.Popen[bytes]:
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", _RUN, str(out), url], env=env, cwd=ROOT)
-
-
 def test_estimate_sends_nothing_and_the_run_goes_on_from_it(world, tmp_path) -> None:
     with serving(oracle) as server:
         llm = {"model": "stub", "base_url": server.url, "max_features": 3, "num_judged": 2}
@@ -222,56 +198,137 @@ def test_empty_view_is_refused(world, tmp_path) -> None:
         label_features(world.sae, world.train, test=empty, lm=LM, out=tmp_path)
 
 
-@pytest.mark.slow
-def test_killed_run_resumes_without_repeating_a_recorded_request(tmp_path) -> None:
-    def slowly(body: dict[str, object], number: int) -> object:
-        time.sleep(0.05)
-        return oracle(body, number)
-
-    with serving(slowly) as server:
-        # Once among the explanations, once among the judgements.
-        for enough in (4, 14):
-            process = _start(tmp_path, server.url)
-            while len(server.requests) < enough:
-                assert process.poll() is None, "the run ended before it was killed"
-                time.sleep(0.005)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        recorded = _recorded(tmp_path)
-        num_before = len(server.requests)
-        assert read_manifest(tmp_path).status == "running"
-        process = _start(tmp_path, server.url)
-        assert process.wait() == 0
-    asked_after = [_key(body) for body in server.requests[num_before:]]
-    assert len(recorded) >= 8
-    assert not set(asked_after) & recorded
-    assert len(asked_after) == len(set(asked_after))
-    assert _recorded(tmp_path) == {_key(body) for body in server.requests}
-    labels = read_labels(tmp_path)
-    keys = [(label.feature, label.labeler) for label in labels]
-    assert len(keys) == len(set(keys))
-    assert sorted(f for f, labeler in keys if labeler == "lexical") == list(range(11))
-    firing = [feature for feature in range(11) if feature != 5]
-    assert sorted(f for f, labeler in keys if labeler == "llm:stub") == firing
-    judged = [(s.feature, s.labeler) for s in read_scores(tmp_path) if s.scorer == "detection"]
-    assert sorted(judged) == [(feature, "llm:stub") for feature in firing]
-    assert read_manifest(tmp_path).counts["llm"]["answers"] == 20
+def _llm(server: StubServer, **options: object) -> dict[str, object]:
+    return {"model": "stub", "base_url": server.url, "num_judged": 2, "wait_seconds": 0.001, **options}
 
 
-def _recorded(folder: Path) -> set[str]:
-    with sqlite3.connect(folder / "ledger.sqlite") as db:
-        return {row[0] for row in db.execute("select key from answers")}
+def _report(folder: Path) -> dict:
+    return json.loads((folder / "label_report.json").read_text())
 
 
-def _key(body: dict) -> str:
-    """The ledger's key of a request as the server saw it."""
-    schema = body["response_format"]["json_schema"]
-    return ChatRequest(
-        model=body["model"],
-        system=body["messages"][0]["content"],
-        user=body["messages"][1]["content"],
-        schema_name=schema["name"],
-        schema=schema["schema"],
-        temperature=body["temperature"],
-        max_output_tokens=body["max_tokens"],
-    ).key()
+def _is_about(body: dict[str, object], word: str) -> bool:
+    """Whether a question shows texts in which nothing but one word is marked."""
+    return set(re.findall("\u00ab(.*?)\u00bb", str(body["messages"][1]["content"]))) == {word}  # type: ignore[index]
+
+
+def test_no_feature_vanishes_from_the_report(world, tmp_path) -> None:
+    def some_fail(body: dict[str, object], number: int) -> object:
+        return Fault(400, error={"message": "will not"}) if _is_about(body, "quasar") else oracle(body, number)
+
+    with serving(some_fail) as server:
+        prices = {"price_input": 1.0, "price_output": 2.0}
+        _label(
+            world,
+            tmp_path,
+            max_features=10,
+            llm=_llm(server, max_features=7, explainers=["raw", "vocabproj"], **prices),
+        )
+    report = _report(tmp_path)
+    assert report["features"] == len(world.names) == 11
+    for labeler in report["labelers"].values():
+        assert labeler["labelled"] + labeler["failed"] + labeler["skipped"] + labeler["missing"] == 11
+    raw = report["labelers"]["llm:stub"]
+    assert (raw["labelled"], raw["failed"], raw["skipped"]) == (6, 1, 4)
+    assert list(raw["failed_features"]) == [str(world.feature("quasar"))]
+    assert "will not" in raw["failed_features"][str(world.feature("quasar"))]
+    assert set(raw["skipped_features"]) == {
+        "never fires",
+        "not drawn: max_features",
+        "its token rule explains enough: llm.max_features",
+    }
+    projected = report["labelers"]["llm:stub:vocabproj"]
+    assert projected["skipped_features"]["no evidence of this kind was gathered"].count(",") >= 1
+    assert report["labelers"]["lexical"]["labelled"] == 10
+    llm = report["llm"]
+    assert llm["requests_sent"] == len(server.requests)
+    assert llm["cost"] == pytest.approx(sum(i + 2 * o for i, o in server.charged) / 1e6)
+    assert llm["cost_per_feature"] == pytest.approx(llm["cost"] / 6)
+
+
+def test_table_has_every_label_and_what_each_feature_cost(world, tmp_path) -> None:
+    with serving(oracle) as server:
+        _label(world, tmp_path, llm=_llm(server, max_features=3, price_input=1.0, price_output=2.0))
+    table = pq.read_table(tmp_path / "labels.parquet")
+    rows = table.to_pylist()
+    labels = sorted(read_labels(tmp_path), key=lambda label: (label.feature, label.labeler))
+    assert [(row["feature"], row["labeler"], row["label"]) for row in rows] == [
+        (label.feature, label.labeler, label.label) for label in labels
+    ]
+    assert set(table.column_names) == {*type(labels[0]).model_fields, "feature_cost"}
+    explained = [row for row in rows if row["evidence"] is not None]
+    assert len(explained) == 3
+    for row in explained:
+        # One question for the label, one for the judge.
+        assert (row["cost"], row["feature_cost"]) == (pytest.approx(120e-6), pytest.approx(240e-6))
+    assert json.loads(rows[0]["rule"])["clauses"] is not None
+    assert table.schema.metadata[b"saekit.labels"] == b"1"
+
+
+def test_failed_features_are_asked_again_on_demand_and_stay_paid(world, tmp_path) -> None:
+    is_bad = True
+
+    def moody(body: dict[str, object], number: int) -> object:
+        return "no json" if is_bad and _is_about(body, "quasar") else oracle(body, number)
+
+    quasar = world.feature("quasar")
+    with serving(moody) as server:
+        options = {"llm": _llm(server, explainers=["raw", "input", "concat"])}
+        _label(world, tmp_path, **options)
+        assert _report(tmp_path)["labelers"]["llm:stub"]["failed"] == 1
+        assert _report(tmp_path)["labelers"]["llm:stub:concat"]["failed"] == 1
+        asked = len(server.requests)
+        _label(world, tmp_path, **options)
+        assert len(server.requests) == asked
+        is_bad = False
+        config = LabelConfig.parse({**OFFLINE, **options})
+        views = {"test": world.test, "lm": LM, "out": tmp_path, "config": config, "retry_failed": True}
+        label_features(world.sae, world.train, **views)
+        # Without token effects `raw` and `input` are one question, and the judge reads the same text of all three.
+        assert len(server.requests) == asked + 2
+        assert read_manifest(tmp_path).status == "complete"
+        label_features(world.sae, world.train, **views)
+        assert len(server.requests) == asked + 2
+    own = [label for label in read_labels(tmp_path) if label.feature == quasar and label.evidence is not None]
+    assert sorted((label.evidence, label.status) for label in own) == [
+        ("concat", "done"),
+        ("input", "done"),
+        ("raw", "done"),
+    ]
+    report = _report(tmp_path)
+    assert report["labelers"]["llm:stub"]["failed"] == 0
+    assert report["llm"]["answers"] == len(server.charged)
+    judged = [
+        score.labeler for score in read_scores(tmp_path) if score.feature == quasar and score.scorer == "detection"
+    ]
+    assert sorted(judged) == ["llm:stub", "llm:stub:concat", "llm:stub:input"]
+
+
+def test_stopped_run_says_what_is_missing(world, tmp_path) -> None:
+    with serving(oracle) as server, pytest.raises(LabelerError, match="max_requests"):
+        _label(world, tmp_path, llm=_llm(server, max_requests=4))
+    raw = _report(tmp_path)["labelers"]["llm:stub"]
+    assert (raw["labelled"], raw["missing"]) == (4, 6)
+    assert len(pq.read_table(tmp_path / "labels.parquet")) == 11 + 4
+
+
+@pytest.mark.parametrize("changed", [{"concurrency": 3}, {"max_cost": 9.0, "price_input": 1.0, "price_output": 1.0}])
+def test_how_a_model_is_reached_may_change_between_runs(world, tmp_path, changed: dict[str, object]) -> None:
+    with serving(oracle) as server:
+        _label(world, tmp_path, llm=_llm(server))
+        asked = len(server.requests)
+        _label(world, tmp_path, llm=_llm(server, **changed))
+        assert len(server.requests) == asked
+        with pytest.raises(ConfigError, match="explainers"):
+            _label(world, tmp_path, llm=_llm(server, explainers=["input"]))
+
+
+def test_batches_label_the_same_as_single_questions(world, tmp_path) -> None:
+    with serving(oracle) as server:
+        _label(world, tmp_path / "single", llm=_llm(server))
+    with batch_serving(oracle) as server:
+        _label(world, tmp_path / "batch", llm=_llm(server, backend="batch", batch={"poll_seconds": 0.001}))
+    assert len(server.batches) == 2
+    by_name = lambda record: (record.feature, record.labeler)  # noqa: E731
+    for read in (read_labels, read_scores):
+        single, batch = (sorted(read(tmp_path / name), key=by_name) for name in ("single", "batch"))
+        assert single == batch

@@ -1,7 +1,6 @@
 """Explaining and judging through a stub server: every feature ends once, honestly, and no answer is paid for twice."""
 
 import asyncio
-import json
 import re
 import subprocess
 import sys
@@ -10,78 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from saekit.errors import ConfigError, LabelerError, StoreError
-from saekit.labelling import ContextConfig, Label, LLMConfig, RuleScoringConfig, Score, collect_contexts
-from saekit.labelling.answers import UnusableAnswerError, parse_object
-from saekit.labelling.chat import ChatReply, ChatRequest
-from saekit.labelling.client import OpenAIChat
-from saekit.labelling.examples import ExampleReader
-from saekit.labelling.explain import Explainer
-from saekit.labelling.ledger import Ledger, RecordedClient, SpentError
-from saekit.labelling.llm import Questions, explain_and_judge, least_explained
-from saekit.labelling.scoring.detection import Judge, Piece, read_answers, score_answers
-from saekit.labelling.scoring.rule import HeldOut
-from saekit.labelling.store import RecordFile
-from saekit.labelling.vocabulary import Vocabulary
-from tests.saekit.labelling.planted import WordTokenizer, World
-from tests.saekit.labelling.stub import Fault, StubServer, completion, serving
-
-ANSWER = json.dumps(
-    {"label": "rivers and lakes", "fires_on": "words for waters", "promotes": "", "suppresses": "", "confidence": 0.9}
+from saekit.errors import ConfigError, LabelerError
+from saekit.labelling import (
+    ChatRequest,
+    Label,
+    LLMConfig,
 )
-
-
-class Bench:
-    """Explainer and judge over the planted world, and the files they write."""
-
-    def __init__(self, world: World, folder: Path, contexts_folder: Path, **options: object) -> None:
-        self.config = LLMConfig.model_validate(
-            {"model": "stub", "wait_seconds": 0.001, "max_wait_seconds": 0.01, "num_judged": 4, **options}
-        )
-        vocabulary = Vocabulary(WordTokenizer())
-        contexts = collect_contexts(world.sae, world.train, config=ContextConfig(), out=contexts_folder)
-        self.held_out = HeldOut(world.sae, world.test, vocabulary, config=RuleScoringConfig())
-        self.explainer = Explainer(ExampleReader(world.store, vocabulary), contexts, self.config)
-        self.judge = Judge(self.held_out, self.config)
-        self.folder = folder
-        self.labels = RecordFile(folder / "labels.jsonl", Label)
-        self.scores = RecordFile(folder / "scores.jsonl", Score)
-
-    def questions(self, features: list[int]) -> Questions:
-        return Questions(
-            explainer=self.explainer, judge=self.judge, effects=lambda _: None, features=features, config=self.config
-        )
-
-    def run(self, server: StubServer, features: list[int]) -> Ledger:
-        self.config = self.config.model_copy(update={"base_url": server.url})
-        ledger = Ledger(self.folder / "ledger.sqlite")
-        client = RecordedClient(OpenAIChat(self.config), ledger, self.config)
-        explain_and_judge(client, self.questions(features), labels=self.labels, scores=self.scores)
-        return ledger
-
-
-@pytest.fixture(scope="module")
-def contexts_folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("contexts")
-
-
-@pytest.fixture
-def bench(world, tmp_path, contexts_folder):
-    return lambda **options: Bench(world, tmp_path, contexts_folder, **options)
-
-
-def _pieces_in(user: str) -> int:
-    return len(re.findall(r"^\d+\. ", user.split("Pieces:")[1], flags=re.MULTILINE))
-
-
-def oracle(body: dict[str, object], _: int) -> str:
-    """Explains with a fixed label and judges a piece active if it has a river, River or lake."""
-    user = str(body["messages"][1]["content"])  # type: ignore[index]
-    if "Pieces:" not in user:
-        return ANSWER
-    pieces = re.findall(r"^(\d+)\. (.*)$", user.split("Pieces:")[1], flags=re.MULTILINE)
-    answers = [{"id": int(n), "active": bool(re.search(r"\b([Rr]iver|lake)\b", text))} for n, text in pieces]
-    return json.dumps({"answers": answers})
+from saekit.labelling.answers import UnusableAnswerError, parse_object
+from saekit.labelling.chat import SpentError
+from saekit.labelling.estimate import estimate_requests, token_counter
+from saekit.labelling.llm import least_explained
+from saekit.labelling.scoring.detection import Piece, read_answers, score_answers
+from tests.saekit.labelling.bench import ANSWER, FIRING, oracle
+from tests.saekit.labelling.planted import WordTokenizer
+from tests.saekit.labelling.stub import Fault, StubServer, completion, serving
 
 
 def test_every_feature_is_labelled_and_judged_once(world, bench) -> None:
@@ -92,8 +33,8 @@ def test_every_feature_is_labelled_and_judged_once(world, bench) -> None:
     assert sorted(label.feature for label in lab.labels.records) == sorted(features)
     assert {label.labeler for label in lab.labels.records} == {"llm:stub"}
     assert all(label.status == "done" and label.confidence == 0.9 for label in lab.labels.records)
-    assert len(server.requests) == ledger.num_sent == ledger.num_answers == 6
-    assert ledger.num_tokens == (600, 60)
+    assert len(server.requests) == ledger.num_sent == ledger.answered.requests == 6
+    assert (ledger.answered.input, ledger.answered.output) == (600, 60)
     scores = {score.feature: score for score in lab.scores.records}
     assert sorted(scores) == sorted(features)
     river = scores[world.feature("river")]
@@ -108,7 +49,7 @@ def test_second_run_asks_nothing(world, bench) -> None:
         bench().run(server, features).close()
         asked = len(server.requests)
         again = bench()
-        again.run(server, features)
+        again.run(server, features).close()
     assert len(server.requests) == asked == 4
     assert len(again.labels.records) == len(again.scores.records) == 2
 
@@ -134,16 +75,24 @@ def _cut(text: str, finish_reason: str = "stop") -> dict[str, object]:
     return answer
 
 
+def _refused(text: str) -> dict[str, object]:
+    answer = _cut("")
+    answer["choices"][0]["message"]["refusal"] = text  # type: ignore[index]
+    return answer
+
+
 @pytest.mark.parametrize(
     ("answer", "label"),
     [
+        (f'<think>maybe {{\'label\'}} {{"label": "no"}}</think>{ANSWER}', "rivers and lakes"),
+        ('{"label": "two\nlines", "examples": [1, 2,],}', "two lines"),
         (f"```json\n{ANSWER}\n```", "rivers and lakes"),
         (f"Here you go: {ANSWER} Hope it helps {{smile}}", "rivers and lakes"),
         ('{"label": "  two \\n lines  "}', "two lines"),
         ('{"label": "x", "confidence": "0.4", "promotes": ["a", "b"], "extra": 1}', "x"),
         ('{"note": {"a": 1}} {"label": "y"}', "y"),
     ],
-    ids=["fenced", "talk around", "line breaks", "loose types", "second object"],
+    ids=["thoughts", "loose commas", "fenced", "talk around", "line breaks", "loose types", "second object"],
 )
 def test_usable_answers_are_read(bench, answer: str, label: str) -> None:
     lab = bench(num_judged=0)
@@ -156,7 +105,8 @@ def test_usable_answers_are_read(bench, answer: str, label: str) -> None:
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (_cut(ANSWER[:30], "length"), "cut off"),
+        (_cut(ANSWER[:20], "length"), "cut off"),
+        (_refused("I would rather not."), "the model would not answer: I would rather not."),
         (_cut(""), "empty answer"),
         ("no idea", "no JSON object with 'label'"),
         ('{"label": NaN}', "no JSON object"),
@@ -165,7 +115,7 @@ def test_usable_answers_are_read(bench, answer: str, label: str) -> None:
         (Fault(400, error={"message": "too long"}), "too long"),
         (Fault(500), "500"),
     ],
-    ids=["length", "null", "prose", "nan", "blank", "other key", "refused", "500 for ever"],
+    ids=["length", "refusal", "null", "prose", "nan", "blank", "other key", "refused", "500 for ever"],
 )
 def test_unusable_answers_end_in_a_failure_with_its_reason(bench, answer, reason: str) -> None:
     lab = bench(max_retries=1)
@@ -178,6 +128,17 @@ def test_unusable_answers_end_in_a_failure_with_its_reason(bench, answer, reason
     ]
     assert all(reason in str(r.reason) for r in lab.labels.records)
     assert len(server.requests) <= 24
+
+
+def test_what_is_whole_of_an_answer_that_stays_cut_off_is_used(bench) -> None:
+    lab = bench()
+    lab.judge = None
+    with serving(lambda *_: _cut(ANSWER[:60], "length")) as server:
+        lab.run(server, [0])
+    (label,) = lab.labels.records
+    assert (label.status, label.label, label.fires_on) == ("done", "rivers and lakes", "")
+    # Both attempts are paid, and stand in the label.
+    assert (len(server.requests), label.input_tokens, label.output_tokens) == (2, 200, 20)
 
 
 def test_cut_off_answer_is_asked_again_with_more_room(bench) -> None:
@@ -201,8 +162,8 @@ def test_wrong_key_stops_at_once_and_labels_nothing(bench) -> None:
     ("cap", "message", "most"),
     [
         ({"max_requests": 3}, "3 requests sent, max_requests", 3),
-        ({"max_tokens": 5000}, "could pass max_tokens 5000", 5),
-        ({"max_cost": 0.005, "price_input": 1.0, "price_output": 2.0}, "could pass max_cost", 5),
+        ({"max_tokens": 2600}, "could pass max_tokens 2,600", 7),
+        ({"max_cost": 0.0032, "price_input": 1.0, "price_output": 2.0}, "could pass max_cost", 7),
     ],
     ids=["requests", "tokens", "cost"],
 )
@@ -213,15 +174,15 @@ def test_cap_is_hard_keeps_what_is_paid_and_can_be_raised(
         lab = bench(concurrency=3, **cap)
         lab.judge = None
         with pytest.raises(SpentError, match=message):
-            lab.run(server, list(range(11)))
+            lab.run(server, FIRING)
         paid = len(server.requests)
         assert 1 <= paid <= most
         assert len(lab.labels.records) == paid
         raised = bench()
         raised.judge = None
-        raised.run(server, list(range(11)))
-    assert len(server.requests) == 11
-    assert sorted(label.feature for label in raised.labels.records) == list(range(11))
+        raised.run(server, FIRING)
+    assert len(server.requests) == 10
+    assert sorted(label.feature for label in raised.labels.records) == FIRING
 
 
 def test_cap_without_prices_is_refused() -> None:
@@ -243,13 +204,15 @@ def test_works_inside_a_running_event_loop(bench) -> None:
 def test_estimate_counts_requests_and_does_not_fall_short_of_them(world, bench) -> None:
     lab = bench(price_input=1.0, price_output=2.0)
     features = [0, 2]
-    estimate = lab.questions(features).estimate()
+    count = token_counter(WordTokenizer())
+    estimate = estimate_requests(lab.questions(features).requests(), lab.config, count=count)
     with serving(oracle) as server:
         lab.run(server, features)
     assert estimate.num_requests == len(server.requests) == 4
-    words = sum(len(user) for user in server.users()) / 4
+    words = sum(count(user) for user in server.users())
     assert words <= estimate.input_tokens
     assert estimate.cost == pytest.approx((estimate.input_tokens + 2 * estimate.output_tokens) / 1e6)
+    assert estimate.most_cost > estimate.cost
     assert "4 requests" in str(estimate)
 
 
@@ -293,7 +256,7 @@ def test_pieces_are_cut_without_regard_to_the_peak(world, bench) -> None:
 
 def test_marked_tokens_are_the_active_ones(world, bench) -> None:
     lab = bench()
-    user = lab.explainer.request(world.feature("river"), None).user
+    user = lab.explainer.request(world.feature("river")).user
     marked = re.findall("\u00ab(.*?)\u00bb", user)
     assert marked
     assert set(" ".join(marked).split()) <= {"river", "River", "lake"}
@@ -355,25 +318,6 @@ def test_objects_are_found_in_talk() -> None:
         parse_object('{"a": 1', needs="a")
 
 
-def test_ledger_keeps_answers_and_counts(tmp_path) -> None:
-    ledger = Ledger(tmp_path / "l.sqlite")
-    reply = ChatReply(text="t", finish_reason="stop", input_tokens=3, output_tokens=2, is_estimated=True)
-    ledger.record("k", reply, purpose="test")
-    ledger.count_sent()
-    ledger.close()
-    again = Ledger(tmp_path / "l.sqlite")
-    assert again.find("k") == reply
-    assert again.find("other") is None
-    assert (again.num_sent, again.num_tokens, again.num_answers) == (1, (3, 2), 1)
-    again.close()
-
-
-def test_broken_ledger_is_refused(tmp_path) -> None:
-    (tmp_path / "l.sqlite").write_text("nonsense" * 200)
-    with pytest.raises(StoreError, match="no ledger of answers"):
-        Ledger(tmp_path / "l.sqlite")
-
-
 def test_key_of_a_request_changes_with_everything_it_depends_on() -> None:
     base = {
         "model": "m",
@@ -419,7 +363,7 @@ contexts = collect_contexts(world.sae, world.train, config=ContextConfig(), out=
 explainer = Explainer(ExampleReader(world.store, vocabulary), contexts, config)
 judge = Judge(HeldOut(world.sae, world.test, vocabulary, config=RuleScoringConfig()), config)
 for feature in range(len(world.names)):
-    print(explainer.request(feature, None).key())
+    print(explainer.request(feature).key() if contexts.firing_count[feature] else "none")
     print(judge.request(Label(feature=feature, labeler="x", label="y"), judge.pieces(feature)).key())
 """
 

@@ -1,0 +1,238 @@
+"""Asks a labelling model through its ledger and its caps: `ask(requests) -> answers` is all that explainers and scorers need."""
+
+import asyncio
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TypeVar
+
+from saekit.labelling.chat import Answer, Ask, ChatClient, ChatReply, ChatRequest, SpentError
+from saekit.labelling.ledger import Ledger
+from saekit.labelling.llmconfig import LLMConfig
+from saekit.progress import NO_PROGRESS, Progress
+
+__all__ = ["LabellingModel", "ask_in_rounds"]
+
+JOBS_AT_ONCE = 20_000
+"""Jobs whose questions are in memory together: some 5 KB each."""
+JobT = TypeVar("JobT")
+ResultT = TypeVar("ResultT")
+
+
+class LabellingModel:
+    """One model behind a ledger and a budget.
+
+    Every answer is on disk before anybody sees it; a request that is in the ledger is never sent again.
+    """
+
+    def __init__(
+        self, client: ChatClient, ledger: Ledger, config: LLMConfig, *, progress: Progress = NO_PROGRESS
+    ) -> None:
+        self.ledger = ledger
+        self.config = config
+        self._client = client
+        self._progress = progress
+        self._desk: _Desk | None = None
+        interrupted = ledger.count_interrupted()
+        if interrupted:
+            progress.say(
+                f"labelling model {config.model!r}: {interrupted} requests were on their way when the last run was stopped; "
+                "they count as spent for the caps, and are asked again"
+            )
+
+    def ask(
+        self, requests: Sequence[ChatRequest], *, on_answer: Callable[[Answer], None] | None = None
+    ) -> list[Answer]:
+        """See `Ask.ask`."""
+        desk = _Desk(self.ledger, self.config, self._progress, on_answer)
+        wanted = {request.key(): request for request in requests}
+        left = [request for key, request in wanted.items() if not desk.knows(key, request)]
+        if left:
+
+            async def all_of_them() -> None:
+                try:
+                    await self._client.answer(left, desk)
+                finally:
+                    await self._client.close()
+
+            _run(all_of_them())
+        return [desk.answers[request.key()] for request in requests]
+
+    def figures(self, *, done: int, total: int) -> Callable[[int], dict[str, float | str]]:
+        """Returns what to show beside a bar that starts at `done`: done -> requests/s, tokens, dollars so far and projected."""
+        ledger, started = self.ledger, time.monotonic()
+        sent_before, cost_before = ledger.num_sent, ledger.answered.cost
+
+        def shown(now: int) -> dict[str, float | str]:
+            rate = (ledger.num_sent - sent_before) / max(time.monotonic() - started, 1e-9)
+            values: dict[str, float | str] = {
+                "requests/s": round(rate, 1),
+                "tokens": f"{ledger.answered.input + ledger.answered.output:,}",
+            }
+            if self.config.prices is not None:
+                each = (ledger.answered.cost - cost_before) / max(1, now - done)
+                values["cost"] = (
+                    f"${ledger.answered.cost:.4f} of about ${ledger.answered.cost + each * (total - now):.4f}"
+                )
+            return values
+
+        return shown
+
+
+def ask_in_rounds(
+    model: Ask,
+    jobs: Sequence[JobT],
+    *,
+    request: Callable[[JobT, int], ChatRequest],
+    take: Callable[[JobT, Sequence[Answer], bool], bool],
+    attempts: int,
+) -> None:
+    """Asks about many jobs at once, and again about those whose answers cannot be used.
+
+    Args:
+        request: (job, attempt) -> the question.
+        take: (job, its answers so far, whether this was the last attempt) -> whether the job is done with; called as answers
+            arrive. Must be true for a request that failed, and after the last attempt.
+        attempts: the most questions about one job.
+
+    Raises:
+        SpentError, LabelerError: see `Ask.ask`; jobs whose answers have arrived are taken.
+    """
+    for start in range(0, len(jobs), JOBS_AT_ONCE):
+        _ask_some(model, jobs[start : start + JOBS_AT_ONCE], request=request, take=take, attempts=attempts)
+
+
+def _ask_some(
+    model: Ask,
+    jobs: Sequence[JobT],
+    *,
+    request: Callable[[JobT, int], ChatRequest],
+    take: Callable[[JobT, Sequence[Answer], bool], bool],
+    attempts: int,
+) -> None:
+    so_far: dict[int, list[Answer]] = {index: [] for index in range(len(jobs))}
+    for attempt in range(attempts):
+        indices_of: dict[str, list[int]] = {}
+        requests = []
+        for index in so_far:
+            question = request(jobs[index], attempt)
+            indices_of.setdefault(question.key(), []).append(index)
+            requests.append(question)
+
+        def on_answer(answer: Answer, attempt: int = attempt, indices_of: dict[str, list[int]] = indices_of) -> None:
+            for index in indices_of[answer.request.key()]:
+                so_far[index].append(answer)
+                if take(jobs[index], so_far[index], attempt == attempts - 1):
+                    del so_far[index]
+
+        model.ask(requests, on_answer=on_answer)
+
+
+class _Desk:
+    """Where a client reports to during one `ask`."""
+
+    def __init__(
+        self, ledger: Ledger, config: LLMConfig, progress: Progress, on_answer: Callable[[Answer], None] | None
+    ) -> None:
+        self.answers: dict[str, Answer] = {}
+        self.ledger = ledger
+        self.config = config
+        self._progress = progress
+        self._on_answer = on_answer
+        self._input_factor = 1.0
+
+    def knows(self, key: str, request: ChatRequest) -> bool:
+        """Returns whether the ledger has the answer, and hands it out if so."""
+        known = self.ledger.find(key)
+        if known is None:
+            return False
+        reply, reason = (None, known) if isinstance(known, str) else (known, "")
+        self._hand_out(Answer(request=request, reply=reply, reason=reason))
+        return True
+
+    def sending(self, request: ChatRequest, *, batch: str | None = None) -> None:
+        """See `Desk.sending`."""
+        input_tokens, output_tokens = request.most_tokens()
+        most = (int(input_tokens * self._input_factor), output_tokens)
+        self._check_caps(most)
+        self.ledger.send(request, most, batch=batch)
+
+    def unanswered(self, request: ChatRequest, tokens: tuple[int, int] | None) -> None:
+        """See `Desk.unanswered`."""
+        self.ledger.drop(request.key(), tokens, cost=None if tokens is None else self.config.cost(*tokens))
+
+    def answered(self, request: ChatRequest, reply: ChatReply) -> None:
+        """See `Desk.answered`."""
+        cost = self.config.cost(reply.input_tokens, reply.output_tokens, cached_tokens=reply.cached_tokens)
+        reply = dataclasses.replace(reply, cost=cost)
+        # A tokenizer that needs more than was allowed for must not carry later requests past a cap.
+        self._input_factor = max(self._input_factor, reply.input_tokens / request.most_tokens()[0])
+        self.ledger.record(request.key(), reply)
+        self._hand_out(Answer(request=request, reply=reply))
+
+    def failed(self, request: ChatRequest, reason: str) -> None:
+        """See `Desk.failed`."""
+        self.ledger.fail(request, reason)
+        self._hand_out(Answer(request=request, reason=reason))
+
+    def say(self, message: str) -> None:
+        """See `Desk.say`."""
+        self._progress.say(message)
+
+    def _hand_out(self, answer: Answer) -> None:
+        self.answers[answer.request.key()] = answer
+        if self._on_answer is not None:
+            self._on_answer(answer)
+
+    def _check_caps(self, most: tuple[int, int]) -> None:
+        ledger, config = self.ledger, self.config
+        if config.max_requests is not None and ledger.num_sent >= config.max_requests:
+            raise SpentError(
+                f"labelling model: {ledger.num_sent} requests sent, max_requests {config.max_requests} allows no more; "
+                "raise it to go on"
+            )
+        tokens = [part.input + part.output for part in (ledger.answered, ledger.wasted, ledger.lost, ledger.open)]
+        if config.max_tokens is not None and sum(tokens) + sum(most) > config.max_tokens:
+            raise SpentError(
+                f"labelling model: {sum(tokens[:2]):,} tokens spent, the next request could pass max_tokens "
+                f"{config.max_tokens:,}; raise it to go on",
+                may_fit_later=sum(tokens[:3]) + sum(most) <= config.max_tokens,
+            )
+        paid = ledger.answered.cost + ledger.wasted.cost
+        certain = paid + self._cost(ledger.lost.input + most[0], ledger.lost.output + most[1])
+        if (
+            config.max_cost is not None
+            and certain + self._cost(ledger.open.input, ledger.open.output) > config.max_cost
+        ):
+            raise SpentError(
+                f"labelling model: ${paid:.4f} spent, the next request could pass max_cost {config.max_cost:g}; "
+                "raise it to go on",
+                may_fit_later=certain <= config.max_cost,
+            )
+
+    def _cost(self, input_tokens: int, output_tokens: int) -> float:
+        return self.config.cost(input_tokens, output_tokens) or 0.0
+
+
+def _run(coroutine: Coroutine[None, None, ResultT]) -> ResultT:
+    """Runs a coroutine to its end, also where a notebook's event loop already runs in this thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    outcome: list[ResultT] = []
+    failure: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            outcome.append(asyncio.run(coroutine))
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=target, name="saekit-llm")
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+    return outcome[0]

@@ -1,0 +1,84 @@
+"""What to label, with which evidence, by whom, and how labels are scored."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from saekit.config import Config
+from saekit.labelling.collect import ContextConfig
+from saekit.labelling.evidence.tokenchange import TokenChangeConfig
+from saekit.labelling.llmconfig import LLMConfig
+from saekit.labelling.scoring.rule import RuleScoringConfig
+
+__all__ = ["LabelConfig"]
+
+
+class LabelConfig(Config):
+    """What to label, with which evidence, by whom, and how to score it."""
+
+    labelers: tuple[Literal["lexical", "llm"], ...] = ("lexical",)
+    """`lexical` needs nothing; `llm` needs the table `llm`, and is added where that table is given and labelers are not."""
+    max_features: int | None = Field(default=None, ge=1)
+    """Label so many features, drawn at random; None: all."""
+    contexts: ContextConfig = ContextConfig()
+    """Of the pass over the training documents."""
+    vocab_projection: bool = True
+    """Whether decoder rows are read through the unembedding."""
+    num_effect_tokens: int = Field(default=20, ge=1)
+    """Promoted and suppressed tokens kept by the vocabulary projection."""
+    token_change: TokenChangeConfig | None = TokenChangeConfig()
+    """Steering; None: none."""
+    rule_scoring: RuleScoringConfig = RuleScoringConfig()
+    """How label rules are checked on held-out documents."""
+    llm: LLMConfig | None = None
+    """The explaining and judging language model; None: none."""
+    seed: int = Field(default=0, ge=0)
+    """Of the features drawn by `max_features`."""
+
+    @model_validator(mode="after")
+    def _llm_is_named(self) -> Self:
+        if self.llm is not None and "labelers" not in self.model_fields_set:
+            # Past the freeze, as the model is not out in the world yet.
+            object.__setattr__(self, "labelers", ("lexical", "llm"))
+        if self.llm is not None and "llm" not in self.labelers:
+            raise ValueError(f"table [llm] with labelers {list(self.labelers)}: add 'llm' to them, or leave [llm] out")
+        if "llm" in self.labelers and self.llm is None:
+            raise ValueError("labeler 'llm' needs a table [llm] with a model")
+        if not self.labelers:
+            raise ValueError("needs at least one labeler")
+        return self
+
+    def identity(self) -> dict[str, object]:
+        """Returns what the result depends on: the config without caps, addresses and sizes of batches."""
+        values = self.to_dict()
+        for table, keys in _OPERATIONAL.items():
+            inner = values.get(table)
+            if isinstance(inner, dict):
+                values[table] = {key: value for key, value in inner.items() if key not in keys}
+        return values
+
+
+_OPERATIONAL = {
+    "contexts": {"batch_tokens"},
+    "token_change": {"batch_features"},
+    "llm": {
+        "api_key_env",
+        "backend",
+        "base_url",
+        "batch",
+        "concurrency",
+        "give_up_after",
+        "local_batch",
+        "max_cost",
+        "max_requests",
+        "max_retries",
+        "max_tokens",
+        "max_wait_seconds",
+        "price_cached_input",
+        "price_input",
+        "price_output",
+        "timeout_seconds",
+        "tokenizer",
+    },
+}
+"""Keys that a resumed run may change: what they are does not show in the labels."""
