@@ -7,16 +7,19 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from saekit.activations import ActivationStore, CacheConfig, PairedStore, StoreView, cache_activations
+    from saekit.activations import ActivationStore, CacheConfig, JoinedStore, PairedStore, StoreView, cache_activations
     from saekit.errors import SaekitError
     from saekit.evaluation import EvaluationConfig, evaluate
     from saekit.hub import load_sae, load_saes, save_sae
     from saekit.labelling import LabelConfig, compare_labels, label_features
-    from saekit.models import LanguageModel, ModelConfig, capture, load_model
+    from saekit.models import LanguageModel, ModelConfig, load_model
     from saekit.report import build_report
     from saekit.sae import (
+        MLSAE,
         SAE,
         BatchTopKConfig,
+        BatchTopKCrosscoder,
+        BatchTopKCrosscoderConfig,
         BatchTopKSAE,
         Dictionary,
         GatedConfig,
@@ -27,30 +30,45 @@ if TYPE_CHECKING:
         MatryoshkaBatchTopKSAE,
         MatryoshkaTopKConfig,
         MatryoshkaTopKSAE,
+        MLSAEConfig,
         MultiLayerDictionary,
         ReLUConfig,
+        ReLUCrosscoder,
+        ReLUCrosscoderConfig,
         ReLUSAE,
         SAEOutput,
         TopKConfig,
+        TopKCrosscoder,
+        TopKCrosscoderConfig,
         TopKSAE,
         Transcoder,
         TranscoderConfig,
     )
-    from saekit.training import TrainConfig, Trainer
+    from saekit.splice import Attached, attach, capture
+    from saekit.training import TrainConfig, Trainer, train_together
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "saekit.activations": ("ActivationStore", "CacheConfig", "PairedStore", "StoreView", "cache_activations"),
+    "saekit.activations": (
+        "ActivationStore",
+        "CacheConfig",
+        "JoinedStore",
+        "PairedStore",
+        "StoreView",
+        "cache_activations",
+    ),
     "saekit.errors": ("SaekitError",),
     "saekit.evaluation": ("EvaluationConfig", "evaluate"),
     "saekit.hub": ("load_sae", "load_saes", "save_sae"),
     "saekit.labelling": ("LabelConfig", "compare_labels", "label_features"),
-    "saekit.models": ("LanguageModel", "ModelConfig", "capture", "load_model"),
+    "saekit.models": ("LanguageModel", "ModelConfig", "load_model"),
     "saekit.report": ("build_report",),
     "saekit.sae": (
         "SAE",
         "BatchTopKConfig",
+        "BatchTopKCrosscoder",
+        "BatchTopKCrosscoderConfig",
         "BatchTopKSAE",
         "GatedConfig",
         "GatedSAE",
@@ -60,34 +78,47 @@ _HOMES = {
         "MatryoshkaBatchTopKSAE",
         "MatryoshkaTopKConfig",
         "MatryoshkaTopKSAE",
+        "MLSAE",
+        "MLSAEConfig",
         "ReLUConfig",
+        "ReLUCrosscoder",
+        "ReLUCrosscoderConfig",
         "ReLUSAE",
         "SAEOutput",
         "TopKConfig",
+        "TopKCrosscoder",
+        "TopKCrosscoderConfig",
         "TopKSAE",
         "Transcoder",
         "TranscoderConfig",
         "Dictionary",
         "MultiLayerDictionary",
     ),
-    "saekit.training": ("TrainConfig", "Trainer"),
+    "saekit.splice": ("Attached", "attach", "capture"),
+    "saekit.training": ("TrainConfig", "Trainer", "train_together"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "MLSAE",
     "SAE",
     "ActivationStore",
+    "Attached",
     "BatchTopKConfig",
+    "BatchTopKCrosscoder",
+    "BatchTopKCrosscoderConfig",
     "BatchTopKSAE",
     "CacheConfig",
     "Dictionary",
     "EvaluationConfig",
     "GatedConfig",
     "GatedSAE",
+    "JoinedStore",
     "JumpReLUConfig",
     "JumpReLUSAE",
     "LabelConfig",
     "LanguageModel",
+    "MLSAEConfig",
     "MatryoshkaBatchTopKConfig",
     "MatryoshkaBatchTopKSAE",
     "MatryoshkaTopKConfig",
@@ -96,16 +127,21 @@ __all__ = [
     "MultiLayerDictionary",
     "PairedStore",
     "ReLUConfig",
+    "ReLUCrosscoder",
+    "ReLUCrosscoderConfig",
     "ReLUSAE",
     "SAEOutput",
     "SaekitError",
     "StoreView",
     "TopKConfig",
+    "TopKCrosscoder",
+    "TopKCrosscoderConfig",
     "TopKSAE",
     "TrainConfig",
     "Trainer",
     "Transcoder",
     "TranscoderConfig",
+    "attach",
     "build_report",
     "cache_activations",
     "capture",
@@ -116,6 +152,7 @@ __all__ = [
     "load_sae",
     "load_saes",
     "save_sae",
+    "train_together",
 ]
 
 

@@ -2,11 +2,16 @@
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from tests.saekit.hub.hub_server import HubServer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -136,3 +141,38 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
         return made[family]
 
     return make
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> "Iterator[HubServer]":
+    """A local server that huggingface_hub takes for the hub, without a login; its caches are empty folders."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    from tests.saekit.hub.hub_server import HubServer
+
+    server = HubServer()
+    for name, value in {
+        "ENDPOINT": server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_CACHE": str(tmp_path / "cache" / "hub"),
+        "HF_ASSETS_CACHE": str(tmp_path / "cache" / "assets"),
+        "HF_TOKEN_PATH": str(tmp_path / "cache" / "token"),
+        # Its own protocol for storage, which no local server speaks; it then uses the older one.
+        "HF_HUB_DISABLE_XET": True,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    close_session()
+    yield server
+    close_session()
+    server.close()
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that would have been slept, and no sleep."""
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    return waited

@@ -18,8 +18,9 @@ ROOMS: dict[str, set[str]] = {
     "models": set(),
     "sae": set(),
     "activations": {"models"},
-    "training": {"sae", "activations"},
+    "training": {"models", "sae", "activations"},
     "hub": {"sae"},
+    "splice": {"models", "sae"},
     "labelling": {"models", "activations", "sae"},
     "evaluation": {"models", "activations", "sae"},
     "report": {"labelling", "evaluation", "activations"},
@@ -28,6 +29,7 @@ ROOMS: dict[str, set[str]] = {
 ONLY_IN = {
     "zarr": "saekit/activations/",
     "accelerate": "saekit/training/",
+    "bitsandbytes": "saekit/training/low_bit.py",
     "openai": "saekit/labelling/client.py",
     "transformers": "saekit/models/",
     "datasets": "saekit/models/",

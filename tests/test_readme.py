@@ -1,5 +1,6 @@
 """The README's code runs as written, on a tiny model in place of GPT-2 and a local file in place of the hub's dataset."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -7,10 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from saekit_pipelines.cli import app
 from saekit_pipelines.recipe import load_recipe
+from safetensors.torch import load_file, save_file
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from saekit.models import load_model
 
 ROOT = Path(__file__).parents[1]
 RELEASED = ROOT / "tests" / "fixtures" / "dictionaries" / "gemmascope_res"
+GPT2_SAE = "jbloom/GPT2-Small-SAEs-Reformatted:blocks.8.hook_resid_pre"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -23,9 +32,52 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
 
 
+@pytest.fixture(scope="session")
+def gpt2_sae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Such a folder as that release has, of the tiny GPT-2's width: read before its last layer, with centred weights."""
+    folder = tmp_path_factory.mktemp("released") / "blocks.2.hook_resid_pre"
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"W_enc": (32, 64), "b_enc": (64,), "W_dec": (64, 32), "b_dec": (32,)}
+    folder.mkdir()
+    save_file(
+        {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()},
+        folder / "sae_weights.safetensors",
+    )
+    config = {"hook_point": "blocks.2.hook_resid_pre", "model_name": "gpt2-small", "d_in": 32, "d_sae": 64}
+    (folder / "cfg.json").write_text(json.dumps(config | {"prepend_bos": True}), encoding="utf-8")
+    return folder
+
+
+def test_features_of_a_sentence_take_six_lines(
+    tiny_model_dir: Callable[[str], Path], gpt2_sae: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = (block for block in blocks("python") if "sk.capture(lm, " in block)
+    lines = [line for line in block.splitlines() if line.strip()]
+    assert len(lines) == 6
+    code = block.replace("openai-community/gpt2", str(tiny_model_dir("gpt2"))).replace(GPT2_SAE, str(gpt2_sae))
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    # By hand: the residual stream before block 2 less its mean, behind a BOS token.
+    lm = load_model(str(tiny_model_dir("gpt2")))
+    ids = [lm.tokenizer.bos_token_id, *lm.tokenizer("The river rose and the mill still turns.")["input_ids"]]
+    hidden = lm.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[2][0, 1:]
+    weights = load_file(gpt2_sae / "sae_weights.safetensors")
+    x = hidden - hidden.mean(dim=-1, keepdim=True) - weights["b_dec"]
+    acts = torch.relu(x @ weights["W_enc"] + weights["b_enc"]).amax(dim=0)
+    expected = [(int(f), float(acts[f])) for f in acts.argsort(descending=True)[:5]]
+    assert [re.fullmatch(r"feature (\d+): ([\d.]+)", line) is not None for line in printed] == [True] * 5
+    for line, (feature, value) in zip(printed, expected, strict=True):
+        assert line.startswith(f"feature {feature}: ")
+        assert float(line.split(": ")[1]) == pytest.approx(value, abs=0.006)
+
+
 @pytest.mark.slow
 def test_python_code_runs(
-    tiny_model_dir: Callable[[str], Path], many_documents_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model_dir: Callable[[str], Path],
+    many_documents_file: Path,
+    gpt2_sae: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stand_ins = {
         '"openai-community/gpt2"': repr(str(tiny_model_dir("gpt2"))),
@@ -40,6 +92,7 @@ def test_python_code_runs(
         "test_fraction=0.01": "test_fraction=0.2",
         "W_dec[123]": "W_dec[12]",
         "google/gemma-scope-2b-pt-res:layer_20/width_16k/average_l0_71": str(RELEASED),
+        GPT2_SAE: str(gpt2_sae),
     }
     code = "\n".join(blocks("python"))
     for written, stand_in in stand_ins.items():
@@ -57,9 +110,13 @@ def test_python_code_runs(
 def test_commands_are_there(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     program, *arguments = command
-    if program == "saekit":
-        assert arguments[0] == "run"
+    if program == "saekit" and arguments[0] == "run":
         load_recipe(arguments[1], arguments[2:])
+        return
+    if program == "saekit":
+        group = get_command(app)
+        assert isinstance(group, TyperGroup)
+        group.commands[arguments[0]].make_context(arguments[0], arguments[1:])
         return
     assert program.startswith("scripts/")
     done = subprocess.run([program, "--help"], capture_output=True, text=True, check=True)

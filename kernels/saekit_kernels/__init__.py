@@ -1,5 +1,6 @@
 """Sparse encode, decode and optimizer kernels for sparse autoencoders; needs torch alone, and is usable without saekit."""
 
+from saekit_kernels.auxk import auxk
 from saekit_kernels.backend import Backend, BackendError, ResolvedBackend, resolve_backend
 from saekit_kernels.decode import decode
 from saekit_kernels.encode import encode_batch_topk, encode_threshold, encode_topk
@@ -17,6 +18,7 @@ __all__ = [
     "ThresholdCode",
     "TopKCode",
     "adam_step",
+    "auxk",
     "decode",
     "encode_batch_topk",
     "encode_threshold",

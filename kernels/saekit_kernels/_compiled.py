@@ -6,7 +6,8 @@ Figures in comments: AMD EPYC (Zen 3, AVX2), one thread, torch 2.13, N = 2048, D
 import torch
 from torch import Tensor
 
-from saekit_kernels import _build, _cpu, _cpu_dense, _cpu_optim, _memory
+from saekit_kernels import _build, _cpu, _cpu_optim, _dense, _memory
+from saekit_kernels._quantize import Kind
 from saekit_kernels.primitives import AdamStep
 from saekit_kernels.sparse_code import Entries, ReverseIndex
 
@@ -45,12 +46,19 @@ def threshold(x: Tensor, weight: Tensor, bias: Tensor, bound: Tensor) -> tuple[T
     return torch.cat(pre_acts), torch.cat(indices), offsets
 
 
+def candidates(x: Tensor, weight: Tensor, bias: Tensor, count: int, kind: Kind) -> tuple[Tensor, Tensor]:
+    """See `Primitives.candidates`. Bounds exist for one chunk of rows at a time."""
+    if not _is_float32(x, weight, bias):
+        return _cpu.candidates(x, weight, bias, count, kind)
+    return _cpu.candidates_by(_largest_columns, x, weight, bias, count, kind)
+
+
 def gather_sum(
     values: Tensor, entries: Entries, weight: Tensor, *, bias: Tensor | None = None, dtype: torch.dtype
 ) -> Tensor:
     """See `Primitives.gather_sum`."""
     operands = (values, weight) if bias is None else (values, weight, bias)
-    if not _is_float32(*operands) or _cpu_dense.is_dense(entries, len(weight)):
+    if not _is_float32(*operands) or _dense.is_dense(entries, len(weight)):
         return _cpu.gather_sum(values, entries, weight, bias=bias, dtype=dtype)
     values, weight = values.contiguous(), weight.contiguous()
     out = _memory.empty(entries.num_rows, weight.shape[1], dtype=torch.float32)
@@ -61,7 +69,7 @@ def gather_sum(
 
 def gather_dot(rows: Tensor, entries: Entries, weight: Tensor, *, dtype: torch.dtype) -> Tensor:
     """See `Primitives.gather_dot`."""
-    if not _is_float32(rows, weight) or _cpu_dense.is_dense(entries, len(weight)):
+    if not _is_float32(rows, weight) or _dense.is_dense(entries, len(weight)):
         return _cpu.gather_dot(rows, entries, weight, dtype=dtype)
     rows, weight = rows.contiguous(), weight.contiguous()
     out = rows.new_empty(entries.indices.numel())
@@ -71,7 +79,7 @@ def gather_dot(rows: Tensor, entries: Entries, weight: Tensor, *, dtype: torch.d
 
 def scatter_sum(values: Tensor, reverse: ReverseIndex, rows: Tensor, *, dtype: torch.dtype) -> Tensor:
     """See `Primitives.scatter_sum`."""
-    if not _is_float32(values, rows) or _cpu_dense.is_dense(reverse.entries, reverse.num_features):
+    if not _is_float32(values, rows) or _dense.is_dense(reverse.entries, reverse.num_features):
         return _cpu.scatter_sum(values, reverse, rows, dtype=dtype)
     values, rows = values.contiguous(), rows.contiguous()
     out = _memory.empty(reverse.num_features, rows.shape[1], dtype=torch.float32)
@@ -102,9 +110,20 @@ def adam(
         _cpu_optim.adam(weight, grad, moments, step, scale=scale, shadow=shadow)
         return
     in_pass = shadow if shadow is not None and shadow.dtype == torch.bfloat16 else None
-    numbers = (float(scale), step.step_size, step.beta1, step.beta2, step.eps, step.root_correction)
+    corrected = float(step.step_size), step.beta1, step.beta2, step.eps, float(step.root_correction)
     row = _row_length(weight, is_unit_norm=step.is_unit_norm)
-    _run("adam", weight, grad.contiguous(), *moments, in_pass, weight.numel(), row, *numbers, int(step.is_unit_norm))
+    _run(
+        "adam",
+        weight,
+        grad.contiguous(),
+        *moments,
+        in_pass,
+        weight.numel(),
+        row,
+        float(scale),
+        *corrected,
+        int(step.is_unit_norm),
+    )
     if shadow is not None and in_pass is None:
         shadow.copy_(weight)
 
@@ -118,6 +137,13 @@ def gradient_square(grad: Tensor, weight: Tensor | None) -> Tensor:
     rows = None if weight is None else weight.contiguous()
     _run("gradient_square", rows, grad.contiguous(), squares, grad.numel(), row)
     return squares.sum()
+
+
+def _largest_columns(z: Tensor, count: int) -> Tensor:
+    """Columns [B, count] of the largest of each row."""
+    columns = torch.empty(len(z), count, dtype=torch.int64)
+    _run("topk", z, z.new_zeros(z.shape[1]), z.new_empty(len(z), count), columns, *z.shape, count)
+    return columns
 
 
 def _row_length(tensor: Tensor, *, is_unit_norm: bool) -> int:

@@ -12,10 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saekit_kernels import _dense
+from saekit_kernels._product_triton import INTERPRETED
 from saekit_kernels.sparse_code import Entries, ReverseIndex
 
 MAX_ENTRIES = 256
 BLOCK_ENTRIES = 16
+# From this density on a matrix product is cheaper than gathers through the second-level cache (modelled, not measured; AuxK comes
+# here). Interpreted, the kernels are wanted.
+MIN_DENSITY = 2.0 if INTERPRETED else 0.01
 
 
 @triton.jit
@@ -122,6 +127,9 @@ def gather_sum(
     values: Tensor, entries: Entries, weight: Tensor, *, bias: Tensor | None = None, dtype: torch.dtype
 ) -> Tensor:
     """See `Primitives.gather_sum`."""
+    if _is_dense(entries, len(weight)):
+        out = _dense.gather_sum(values.reshape(-1).float(), entries, weight.float())
+        return (out if bias is None else out + bias).to(dtype)
     values, weight = values.contiguous(), weight.contiguous()
     num_columns = weight.shape[1]
     out = weight.new_empty(entries.num_rows, num_columns, dtype=dtype)
@@ -137,6 +145,8 @@ def gather_sum(
 
 def gather_dot(rows: Tensor, entries: Entries, weight: Tensor, *, dtype: torch.dtype) -> Tensor:
     """See `Primitives.gather_dot`."""
+    if _is_dense(entries, len(weight)):
+        return _dense.gather_dot(rows.float(), entries, weight.float()).to(dtype)
     rows, weight = rows.contiguous(), weight.contiguous()
     num_columns = weight.shape[1]
     out = weight.new_empty(entries.indices.numel(), dtype=dtype)
@@ -150,6 +160,9 @@ def gather_dot(rows: Tensor, entries: Entries, weight: Tensor, *, dtype: torch.d
 
 def scatter_sum(values: Tensor, reverse: ReverseIndex, rows: Tensor, *, dtype: torch.dtype) -> Tensor:
     """See `Primitives.scatter_sum`."""
+    if _is_dense(reverse.entries, reverse.num_features):
+        values, rows = values.reshape(-1).float(), rows.float()
+        return _dense.scatter_sum(values, reverse.entries, reverse.num_features, rows).to(dtype)
     values, rows = values.contiguous(), rows.contiguous()
     num_features, num_columns, num_entries = reverse.num_features, rows.shape[1], values.numel()
     out = rows.new_empty(num_features, num_columns, dtype=dtype)
@@ -183,12 +196,19 @@ def feature_sum(values: Tensor, reverse: ReverseIndex, *, dtype: torch.dtype) ->
     """See `Primitives.feature_sum`."""
     # index_add_ would add atomically, in any order; this walks each feature's entries.
     ordered = values.reshape(-1).to(torch.float32)[reverse.order]
-    return torch.segment_reduce(ordered, "sum", offsets=reverse.offsets, initial=0.0).to(dtype)
+    # unsafe: the offsets are ours, and checking them would wait for the device.
+    return torch.segment_reduce(ordered, "sum", offsets=reverse.offsets, initial=0.0, unsafe=True).to(dtype)
 
 
 def block_columns(num_columns: int) -> int:
     """Columns per program: all of a narrow row, 256 of a wide one."""
     return min(256, max(16, int(triton.next_power_of_2(num_columns))))
+
+
+def _is_dense(entries: Entries, num_features: int) -> bool:
+    """Whether products of blocks of rows are the faster sums, and neither wait for the device nor add in any order."""
+    is_possible = entries.is_unique and entries.width is not None
+    return is_possible and _dense.is_dense(entries, num_features, min_density=MIN_DENSITY)
 
 
 def _starts(counts: Tensor) -> Tensor:

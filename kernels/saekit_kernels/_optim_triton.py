@@ -29,9 +29,12 @@ def _rest(gradient, weight):
 def adam_kernel(
     weight_ptr, grad_ptr, mean_ptr, square_ptr, shadow_ptr, scale_ptr, size, length,
     step_size, beta1, beta2, eps, root_correction,
-    IS_UNIT_NORM: tl.constexpr, HAS_SHADOW: tl.constexpr, BLOCK: tl.constexpr,
+    IS_UNIT_NORM: tl.constexpr, HAS_SHADOW: tl.constexpr, ARE_POINTERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adam on one row of `length` elements; the last may be shorter."""
+    """Adam on one row of `length` elements; the last may be shorter. ARE_POINTERS: of step_size and root_correction."""
+    if ARE_POINTERS:
+        step_size = tl.load(step_size)
+        root_correction = tl.load(root_correction)
     columns = tl.arange(0, BLOCK)
     places = tl.program_id(0).to(tl.int64) * length + columns
     is_inside = (columns < length) & (places < size)
@@ -83,14 +86,18 @@ def adam(
     if length > MAX_ROW:
         reference.adam(weight, grad, moments, step, scale=scale, shadow=shadow)
         return
-    # In device memory, so that a scale that was computed there is not waited for.
-    factor = torch.as_tensor(scale, dtype=torch.float32, device=weight.device)
-    numbers = (step.step_size, step.beta1, step.beta2, step.eps, step.root_correction)
+    factor = _on_device(scale, weight)
+    step_size, root_correction = step.step_size, step.root_correction
+    are_pointers = isinstance(step_size, Tensor) or isinstance(root_correction, Tensor)
+    if are_pointers:
+        step_size, root_correction = _on_device(step_size, weight), _on_device(root_correction, weight)
+    numbers = (step_size, step.beta1, step.beta2, step.eps, root_correction)
     block, num_warps = launch(length)
     if weight.numel():
         adam_kernel[(triton.cdiv(weight.numel(), length),)](
             weight, grad.contiguous(), *moments, weight if shadow is None else shadow, factor, weight.numel(), length,
-            *numbers, IS_UNIT_NORM=step.is_unit_norm, HAS_SHADOW=shadow is not None, BLOCK=block, num_warps=num_warps,
+            *numbers, IS_UNIT_NORM=step.is_unit_norm, HAS_SHADOW=shadow is not None, ARE_POINTERS=are_pointers,
+            BLOCK=block, num_warps=num_warps,
         )  # fmt: skip
 
 
@@ -107,6 +114,14 @@ def gradient_square(grad: Tensor, weight: Tensor | None) -> Tensor:
         IS_UNIT_NORM=weight is not None, BLOCK=block, num_warps=num_warps,
     )  # fmt: skip
     return squares.sum(dtype=torch.float64)
+
+
+def _on_device(value: Tensor | float, like: Tensor) -> Tensor:
+    """A scalar beside `like`, float32; nothing is waited for where it was computed there."""
+    if isinstance(value, Tensor):
+        return value.to(like.device, torch.float32)
+    # A fill, not a copy from the host, which would be one more wait.
+    return torch.full((), value, dtype=torch.float32, device=like.device)
 
 
 def row_length(tensor: Tensor, *, is_unit_norm: bool) -> int:

@@ -8,14 +8,16 @@ threshold, so a NaN or +inf pre-activation is selected, reaches the returned val
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from saekit_kernels._batch import batch_topk
-from saekit_kernels.backend import Backend, load_primitives, resolve_backend
+from saekit_kernels._candidates import topk as topk_of_candidates
+from saekit_kernels._quantize import Kind
+from saekit_kernels.backend import Backend, BackendError, load_primitives, resolve_backend
 from saekit_kernels.primitives import Primitives, compute_dtype, without_autocast
 from saekit_kernels.sparse_code import BatchTopKCode, ReverseIndex, ThresholdCode, TopKCode, reverse_index
 
@@ -28,10 +30,19 @@ if TYPE_CHECKING:
         reverse: ReverseIndex
 
 
+_SelectPairs = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 _Select = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, backend: Backend = "auto") -> TopKCode:
+def encode_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    *,
+    candidates: Kind | None = None,
+    backend: Backend = "auto",
+) -> TopKCode:
     """relu of the k largest entries of z = x @ W_enc + b_enc of each token, exactly.
 
     Selection is by value, largest first, and by lowest index among equals. Selected entries that are not positive
@@ -43,22 +54,33 @@ def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, backend: Bac
         W_enc: [D, F]; fastest as the transposed view of contiguous [F, D] memory.
         b_enc: [F].
         k: 1 to F.
+        candidates: "int8" or "fp8" (e4m3) scores all entries in that precision first, and only the best of them in full. The
+            result is the same: it is proven per token from bounds on what 8 bits lose, and tokens without proof go the plain
+            way. int8 has the tighter bound where no element of a row stands out. On a device the call waits for the number of
+            those tokens. None, the default, scores everything in full; nothing else is measured to be faster yet.
         backend: see `resolve_backend`.
 
     Returns:
         values [N, k] and indices [N, k] int64; differentiable with respect to x, W_enc and b_enc.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or k is out of range.
-        BackendError: a forced backend cannot run.
+        ValueError: shapes, dtypes or devices do not fit, k is out of range, or `candidates` is unknown.
+        BackendError: a forced backend cannot run, or the device has no products of 8-bit floats.
 
     Source: Gao et al. 2024, arXiv 2406.04093, section 2.3 (TopK activation).
     """
-    _check_operands("encode_topk", x, W_enc, b_enc)
+    check_operands("encode_topk", x, W_enc, b_enc)
     _check_k("encode_topk", k, W_enc)
+    _check_candidates(candidates, x)
     primitives = load_primitives(resolve_backend(backend, x, W_enc, b_enc))
+
+    def select(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        if candidates is None:
+            return primitives.topk(x, weight, bias, k)
+        return topk_of_candidates(primitives, x, weight, bias, k, candidates)
+
     with without_autocast(x):
-        values, indices = _EncodeTopK.apply(x, W_enc, b_enc, k, primitives)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        values, indices = _EncodeTopK.apply(x, W_enc, b_enc, select, primitives)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return TopKCode(values, indices)
 
 
@@ -86,7 +108,7 @@ def encode_batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, backen
 
     Source: Bussmann et al. 2024, arXiv 2412.06410, section 3 (BatchTopK).
     """
-    _check_operands("encode_batch_topk", x, W_enc, b_enc)
+    check_operands("encode_batch_topk", x, W_enc, b_enc)
     _check_k("encode_batch_topk", k, W_enc)
     primitives = load_primitives(resolve_backend(backend, x, W_enc, b_enc))
 
@@ -131,7 +153,7 @@ def encode_threshold(
 
     Source: Rajamanoharan et al. 2024, arXiv 2407.14435, sections 3 and 4 (JumpReLU and its kernel estimates).
     """
-    _check_operands("encode_threshold", x, W_enc, b_enc)
+    check_operands("encode_threshold", x, W_enc, b_enc)
     if threshold.shape != b_enc.shape or not threshold.is_floating_point() or threshold.device != x.device:
         found = f"{threshold.dtype} {list(threshold.shape)} on {threshold.device}"
         raise ValueError(
@@ -153,14 +175,14 @@ def encode_threshold(
 class _EncodeTopK(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: "_Context", x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, primitives: Primitives
+        ctx: "_Context", x: Tensor, W_enc: Tensor, b_enc: Tensor, select: "_SelectPairs", primitives: Primitives
     ) -> tuple[Tensor, Tensor]:
-        values, indices = primitives.topk(x, W_enc.T, b_enc, k)
+        values, indices = select(x, W_enc.T, b_enc)
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, W_enc, b_enc, values)
         ctx.primitives = primitives
-        ctx.reverse = reverse_index(indices, W_enc.shape[1])
+        ctx.reverse = reverse_index(indices, W_enc.shape[1], is_unique=True)
         return values, indices
 
     @staticmethod
@@ -187,7 +209,7 @@ class _EncodeRows(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, W_enc, b_enc)
         ctx.primitives = primitives
-        ctx.reverse = reverse_index(indices, W_enc.shape[1], offsets=offsets)
+        ctx.reverse = reverse_index(indices, W_enc.shape[1], offsets=offsets, is_unique=True)
         return pre_acts, indices, offsets
 
     @staticmethod
@@ -216,16 +238,25 @@ def _linear_gradients(
     return grad_x, grad_weight, grad_bias
 
 
+def _check_candidates(candidates: Kind | None, x: Tensor) -> None:
+    if candidates is not None and candidates not in get_args(Kind):
+        raise ValueError(f"encode_topk: candidates is {candidates!r}, needs None or one of {', '.join(get_args(Kind))}")
+    if candidates == "fp8" and x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 9):
+        found = torch.cuda.get_device_name(x.device)
+        raise BackendError(f"encode_topk: candidates is 'fp8' on {found}, needs sm_89 or later; take 'int8'")
+
+
 def _check_k(where: str, k: int, W_enc: Tensor) -> None:
     if not 1 <= k <= W_enc.shape[1]:
         raise ValueError(f"{where}: k is {k}, needs 1 to d_sae = {W_enc.shape[1]}")
 
 
-def _check_operands(where: str, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
+def check_operands(where: str, x: Tensor, W_enc: Tensor, b_enc: Tensor, *, may_be_empty: bool = False) -> None:
+    """Refuses operands of a linear map that do not fit together."""
     if x.ndim != 2 or W_enc.ndim != 2 or b_enc.ndim != 1:
         shapes = f"x {list(x.shape)}, W_enc {list(W_enc.shape)}, b_enc {list(b_enc.shape)}"
         raise ValueError(f"{where}: {shapes}, needs x [N, D], W_enc [D, F], b_enc [F]")
-    if x.shape[1] != W_enc.shape[0] or W_enc.shape[1] != b_enc.shape[0] or 0 in W_enc.shape:
+    if x.shape[1] != W_enc.shape[0] or W_enc.shape[1] != b_enc.shape[0] or (0 in W_enc.shape and not may_be_empty):
         shapes = f"x {list(x.shape)}, W_enc {list(W_enc.shape)}, b_enc {list(b_enc.shape)}"
         raise ValueError(
             f"{where}: {shapes}, needs x [N, D], W_enc [D, F], b_enc [F] with equal D and F, none of them 0"

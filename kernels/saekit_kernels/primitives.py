@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from saekit_kernels._quantize import Kind
 from saekit_kernels.sparse_code import Entries, ReverseIndex
 
 
@@ -15,33 +16,39 @@ from saekit_kernels.sparse_code import Entries, ReverseIndex
 class AdamStep:
     """What one step of Adam multiplies by.
 
-    lr: learning rate.
+    lr: learning rate; a scalar tensor is read on its device, so that a captured CUDA graph follows it.
     beta1, beta2: decay rates of the moments.
     eps: added to the root of the second moment.
-    number: which step this is; 1 is the first.
+    number: which step this is; 1 is the first. A scalar tensor as for lr.
     is_unit_norm: rows of the weight have norm 1, before and after.
     """
 
-    lr: float
-    number: int
+    lr: float | Tensor
+    number: int | Tensor
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     is_unit_norm: bool = False
 
     def __post_init__(self) -> None:
-        if self.number < 1:
+        if isinstance(self.number, int) and self.number < 1:
             raise ValueError(f"adam_step: step.number is {self.number}, needs 1 for the first step")
 
     @property
-    def step_size(self) -> float:
+    def step_size(self) -> float | Tensor:
         """The learning rate over the first moment's bias correction."""
-        return self.lr / (1.0 - self.beta1**self.number)
+        return self.lr / (1.0 - self._power(self.beta1))
 
     @property
-    def root_correction(self) -> float:
+    def root_correction(self) -> float | Tensor:
         """The root of the second moment's bias correction."""
-        return math.sqrt(1.0 - self.beta2**self.number)
+        rest = 1.0 - self._power(self.beta2)
+        return rest.sqrt() if isinstance(rest, Tensor) else math.sqrt(rest)
+
+    def _power(self, beta: float) -> float | Tensor:
+        number = self.number
+        # float64: close to 1, a power in float32 would leave few digits of what it lacks to 1.
+        return torch.pow(beta, number.double()) if isinstance(number, Tensor) else float(beta**number)
 
 
 class Primitives(Protocol):
@@ -59,6 +66,21 @@ class Primitives(Protocol):
         Returns:
             values [N, k] in the compute dtype and indices [N, k] int64, largest first, equal ones by rising index;
             NaN ranks above every number.
+        """
+
+    def candidates(self, x: Tensor, weight: Tensor, bias: Tensor, count: int, kind: Kind) -> tuple[Tensor, Tensor]:
+        """The entries of z = x @ weight.T + bias whose upper bounds, from 8-bit products, are largest in each row.
+
+        Args:
+            x: [N, D].
+            weight: [F, D].
+            bias: [F].
+            count: 1 to F.
+            kind: in which eight bits.
+
+        Returns:
+            columns [N, count] int64, rising in each row, and a number that no entry outside them exceeds [N]; +inf for
+            rows that cannot be scored.
         """
 
     def threshold(self, x: Tensor, weight: Tensor, bias: Tensor, bound: Tensor) -> tuple[Tensor, Tensor, Tensor]:

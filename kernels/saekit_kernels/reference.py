@@ -13,6 +13,7 @@ with d z the gradient of the stored values, zero where relu clipped.
 import torch
 from torch import Tensor
 
+from saekit_kernels._quantize import Kind, feature_bias, quantize, token_margin
 from saekit_kernels.primitives import AdamStep, compute_dtype
 from saekit_kernels.sparse_code import Entries, ReverseIndex
 
@@ -28,6 +29,16 @@ def topk(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tenso
     z = pre_activations(x, weight, bias)
     ordered, order = torch.sort(z, dim=1, descending=True, stable=True)
     return ordered[:, :k].relu(), order[:, :k].contiguous()
+
+
+def candidates(x: Tensor, weight: Tensor, bias: Tensor, count: int, kind: Kind) -> tuple[Tensor, Tensor]:
+    """See `Primitives.candidates`."""
+    dtype = compute_dtype(x, weight, bias)
+    tokens, features = quantize(x.to(dtype), kind), quantize(weight.to(dtype), kind)
+    products = (tokens.codes.to(dtype) @ features.codes.to(dtype).T) * tokens.scale[:, None] * features.scale
+    margin = (tokens.norm + tokens.rest)[:, None] * features.rest + token_margin(tokens, kind)[:, None] * features.norm
+    bounds, columns = torch.topk(products + margin + feature_bias(bias.to(dtype), features), count, dim=1)
+    return columns.sort(dim=1).values, torch.where(tokens.is_left_out, torch.inf, bounds[:, -1])
 
 
 def threshold(x: Tensor, weight: Tensor, bias: Tensor, bound: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -54,12 +54,14 @@ class Entries:
     num_rows: N.
     width: K for pairs, None for CSR.
     csr_offsets: [N + 1] for CSR, None for pairs.
+    is_unique: no index stands twice in a row, as in every encoder's code.
     """
 
     indices: Tensor
     num_rows: int
     width: int | None = None
     csr_offsets: Tensor | None = None
+    is_unique: bool = False
 
     @property
     def row_offsets(self) -> Tensor:
@@ -136,7 +138,9 @@ class ReverseIndex:
 _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def reverse_index(indices: Tensor, num_features: int, *, offsets: Tensor | None = None) -> ReverseIndex:
+def reverse_index(
+    indices: Tensor, num_features: int, *, offsets: Tensor | None = None, is_unique: bool = False
+) -> ReverseIndex:
     """The reverse index of a code, the same object for every op that is given the same `indices` tensor.
 
     It lives as long as `indices` or a graph that uses it.
@@ -145,8 +149,9 @@ def reverse_index(indices: Tensor, num_features: int, *, offsets: Tensor | None 
         indices: [N, K] pairs, or [nnz] with `offsets`.
         num_features: F.
         offsets: [N + 1] of a CSR code.
+        is_unique: no index stands twice in a row.
     """
-    entries = entries_of(indices, offsets)
+    entries = entries_of(indices, offsets, is_unique=is_unique)
     known = _known.get(indices)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     if isinstance(known, ReverseIndex) and known.describes(entries, num_features):
         return known
@@ -155,13 +160,13 @@ def reverse_index(indices: Tensor, num_features: int, *, offsets: Tensor | None 
     return made
 
 
-def entries_of(indices: Tensor, offsets: Tensor | None) -> Entries:
+def entries_of(indices: Tensor, offsets: Tensor | None, *, is_unique: bool) -> Entries:
     """The view of a code's places that the primitives take."""
     # detach: an alias, so that the registry's values never keep their own keys alive.
     flat = indices.detach().reshape(-1)
     if offsets is not None:
-        return Entries(indices=flat, num_rows=offsets.numel() - 1, csr_offsets=offsets.detach())
-    return Entries(indices=flat, num_rows=indices.shape[0], width=indices.shape[1])
+        return Entries(indices=flat, num_rows=offsets.numel() - 1, csr_offsets=offsets.detach(), is_unique=is_unique)
+    return Entries(indices=flat, num_rows=indices.shape[0], width=indices.shape[1], is_unique=is_unique)
 
 
 def _version(tensor: Tensor) -> int:

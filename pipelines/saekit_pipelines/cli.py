@@ -1,27 +1,24 @@
 """The command line: thin commands over `stages`; one line and exit code 2 for everything a user can mend."""
 
-import functools
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from saekit.errors import SaekitError
 from saekit.progress import NO_PROGRESS, Progress
+from saekit_pipelines import hub_commands
 from saekit_pipelines.console import make_progress
+from saekit_pipelines.guard import EXIT_USER_ERROR
+from saekit_pipelines.guard import guarded as _guarded
 
 if TYPE_CHECKING:
     from saekit.evaluation import EvaluationTable
 
 __all__ = ["app", "main"]
-
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     name="saekit",
@@ -30,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Sparse dictionaries of language models: cache activations, train SAEs, label, evaluate and browse their features.\n\n"
-    "Every command reads one recipe and works in the recipe's folder. Run a command again to resume it; a finished stage is skipped.\n\n"
+    "A stage reads one recipe and works in the recipe's folder. Run a command again to resume it; a finished stage is skipped.\n\n"
     "[dim]Example:[/dim]  saekit run pipelines/recipes/gpt2_resid8_topk.toml out=runs/try cache.num_tokens=1_000_000",
 )
 
@@ -45,6 +42,12 @@ Overrides = Annotated[
 ]
 SaeName = Annotated[str | None, typer.Option("--sae", help="Only the SAE of this name, e.g. topk.", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and what it costs, then stop.")]
+Together = Annotated[
+    bool,
+    typer.Option(
+        "--together", help="Train SAEs that read the same tokens in the same order on one read; same bits, more memory."
+    ),
+]
 LabelDryRun = Annotated[
     bool,
     typer.Option(
@@ -66,29 +69,9 @@ RetryFailed = Annotated[
 ]
 
 
-P = ParamSpec("P")
-
-
-def _guarded(command: Callable[P, None]) -> Callable[P, None]:
-    """What a user can mend is one line and exit code 2; Ctrl-C says that nothing is lost."""
-
-    @functools.wraps(command)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except SaekitError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(EXIT_USER_ERROR) from error
-        except KeyboardInterrupt as interrupt:
-            typer.echo("interrupted: what is done is kept; run the same command again to resume", err=True)
-            raise typer.Exit(EXIT_INTERRUPTED) from interrupt
-
-    return guarded
-
-
 @app.command(epilog="Example:  saekit run pipelines/recipes/gpt2_resid8_topk.toml --dry-run")
 @_guarded
-def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False, together: Together = False) -> None:
     """Run every stage of a recipe: cache, train, label, evaluate, report."""
     from saekit_pipelines.stages import Pipeline
 
@@ -96,7 +79,7 @@ def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False
     if dry_run:
         _print_plan(pipeline.plan())
         return
-    index = pipeline.run()
+    index = pipeline.run(together=together)
     _print_metrics("held-out documents", pipeline.summary())
     typer.echo(f"report: {index}")
 
@@ -116,11 +99,11 @@ def cache(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = Fal
 
 @app.command(epilog="Example:  accelerate launch -m saekit_pipelines train RECIPE.toml --sae topk")
 @_guarded
-def train(recipe: RecipePath, overrides: Overrides = None, sae: SaeName = None) -> None:
+def train(recipe: RecipePath, overrides: Overrides = None, sae: SaeName = None, together: Together = False) -> None:
     """Train the recipe's SAEs on the cached activations."""
     from saekit_pipelines.stages import Pipeline
 
-    Pipeline.load(recipe, overrides or [], progress=_progress()).train(sae)
+    Pipeline.load(recipe, overrides or [], progress=_progress()).train(sae, together=together)
 
 
 @app.command(epilog="Example:  saekit label RECIPE.toml --sae topk label.max_features=500 --budget 2")
@@ -256,21 +239,29 @@ def verify(
     typer.echo(f"{folder}: every shard is as it was written")
 
 
-@app.command(epilog="Example:  saekit convert EleutherAI/sae-llama-3-8b-32x:layers.10 mine --to saelens")
+@app.command(
+    epilog="Example:  saekit convert EleutherAI/sae-llama-3-8b-32x:layers.10 mine --to saelens",
+    rich_help_panel=hub_commands.PANEL,
+)
 @_guarded
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Any reference to a dictionary.", show_default=False)],
     target: Annotated[Path, typer.Argument(metavar="DST", help="A new folder.", show_default=False)],
-    to: Annotated[str, typer.Option("--to", help="saekit, saelens, sparsify or dictionary_learning.")] = "saekit",
+    to: Annotated[
+        str, typer.Option("--to", help="saekit, saelens, sparsify, dictionary_learning or circuit-tracer.")
+    ] = "saekit",
 ) -> None:
-    """Write a dictionary in another library's format."""
+    """Write a dictionary in another library's format; for circuit-tracer, every layer of a set."""
     from saekit.errors import ConfigError
-    from saekit.hub import load_sae, save_sae
+    from saekit.hub import convert_sae
 
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise ConfigError(f"convert: {str(target)!r} is not empty, needs a new folder")
-    save_sae(load_sae(source), target, format=to)
+    convert_sae(source, target, format=to)
     typer.echo(f"{target}: {to}")
+
+
+hub_commands.register(app)
 
 
 def _progress() -> Progress:

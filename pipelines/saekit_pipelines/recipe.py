@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import Field
 
@@ -11,8 +11,9 @@ from saekit.config import Config, apply_overrides, read_toml
 from saekit.errors import ConfigError
 from saekit.evaluation import EvaluationConfig
 from saekit.labelling import LabelConfig
-from saekit.sae import AnySAEConfig, TranscoderConfig
+from saekit.sae import AnySAEConfig, SitesConfig, TranscoderConfig
 from saekit.training import TrainConfig
+from saekit_pipelines.sweep import expand_sweeps
 
 __all__ = ["Recipe", "ReportConfig", "SplitConfig", "TrainRun", "load_recipe"]
 
@@ -34,8 +35,12 @@ class TrainRun(Config):
 
     hook_point: str | None = None
     """Which cached hook point to train on; may be left out where the cache has only one."""
+    hook_points: tuple[str, ...] | None = Field(default=None, min_length=2)
+    """For a crosscoder or a multi-layer SAE: which cached hook points it is trained on, in order; may be left out where it is all."""
     target_hook_point: str | None = None
     """For a transcoder: which cached hook point's activations are predicted from those of `hook_point`."""
+    start_from: str | None = None
+    """Name of an SAE of the recipe that stands before this one, whose weights this one goes on from; with `init = "given"`."""
     sae: AnySAEConfig
     """The architecture: `kind`, `d_sae`, `k`, ...; `d_in` is the hook point's width and may be left out."""
     training: TrainConfig
@@ -75,17 +80,45 @@ class Recipe(Config):
         return Path(self.out).expanduser()
 
     def hook_point(self, name: str) -> str:
-        """Returns the hook point of the SAE called `name`.
+        """Returns the hook point of the SAE called `name`; the first of several.
 
         Raises:
             ConfigError: the run names none and the cache has several, or it names one that is not cached.
         """
+        if several := self.hook_points(name):
+            return several[0]
         asked, cached = self.train[name].hook_point, self.cache.hook_points
         if asked is None and len(cached) > 1:
             raise ConfigError(f"train.{name}: no hook_point, needs one of {', '.join(cached)}")
         if asked is not None and asked not in cached:
             raise ConfigError(f"train.{name}.hook_point: found {asked!r}, the cache has {', '.join(cached)}")
         return asked or cached[0]
+
+    def hook_points(self, name: str) -> tuple[str, ...]:
+        """Returns the hook points of the crosscoder or multi-layer SAE called `name`; none for others.
+
+        Raises:
+            ConfigError: it names one that is not cached, one twice, or a single one; or it is an SAE of one hook point.
+        """
+        run, cached = self.train[name], self.cache.hook_points
+        where = f"train.{name}.hook_points"
+        if not isinstance(run.sae, SitesConfig):
+            if run.hook_points is not None:
+                raise ConfigError(f"{where}: found {', '.join(run.hook_points)}, {run.sae.kind!r} takes one hook_point")
+            return ()
+        if run.hook_point is not None:
+            raise ConfigError(f"train.{name}.hook_point: found {run.hook_point!r}, {run.sae.kind!r} takes hook_points")
+        asked = cached if run.hook_points is None else run.hook_points
+        foreign = [hook_point for hook_point in asked if hook_point not in cached]
+        if foreign:
+            raise ConfigError(f"{where}: found {foreign[0]!r}, the cache has {', '.join(cached)}")
+        if len(asked) < 2 or len(set(asked)) < len(asked):
+            raise ConfigError(f"{where}: found {', '.join(asked)}, {run.sae.kind!r} needs at least two different ones")
+        if run.sae.num_sites not in {0, len(asked)}:
+            raise ConfigError(
+                f"train.{name}.sae.num_sites: found {run.sae.num_sites}, hook_points are {len(asked)}; leave it out to take it"
+            )
+        return asked
 
     def target_hook_point(self, name: str) -> str | None:
         """Returns the hook point that the SAE called `name` predicts; None but for transcoders.
@@ -103,17 +136,51 @@ class Recipe(Config):
             )
         return run.target_hook_point
 
+    def check_start(self, name: str) -> None:
+        """Checks where the SAE called `name` takes its first weights from.
+
+        Raises:
+            ConfigError: from an SAE that does not come before it, has another shape or hook point, or without `init = "given"`.
+        """
+        run = self.train[name]
+        where, init = f"train.{name}.start_from", run.training.init
+        if (run.start_from is None) != (init == "tied"):
+            needs = (
+                "needs 'given' for start_from"
+                if run.start_from is not None
+                else "needs start_from, the SAE to go on from"
+            )
+            raise ConfigError(f"train.{name}.training.init: found {init!r}, {needs}")
+        if run.start_from is None:
+            return
+        before = list(self.train)[: list(self.train).index(name)]
+        if run.start_from not in before:
+            raise ConfigError(
+                f"{where}: found {run.start_from!r}, needs an SAE before it: {', '.join(before) or 'none is'}"
+            )
+        start = self.train[run.start_from]
+        if start.sae != run.sae or self.hook_point(run.start_from) != self.hook_point(name):
+            raise ConfigError(f"{where}: {run.start_from!r} has another sae table or hook point, needs the same ones")
+
+
+_SWEPT_FIELDS = {
+    "sae": frozenset(name for cfg in get_args(get_args(AnySAEConfig)[0]) for name in cfg.model_fields),
+    "training": frozenset(TrainConfig.model_fields),
+}
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Returns the recipe at `path` with `key=value` overrides applied.
+    """Returns the recipe at `path` with `key=value` overrides applied and sweeps spelled out.
 
     Raises:
         ConfigError: one line that names the key, what was found and what is needed.
     """
-    recipe = Recipe.parse(apply_overrides(read_toml(path), overrides), where=f"recipe {str(path)!r}")
+    values = expand_sweeps(apply_overrides(read_toml(path), overrides), fields=_SWEPT_FIELDS)
+    recipe = Recipe.parse(values, where=f"recipe {str(path)!r}")
     for name, run in recipe.train.items():
         recipe.hook_point(name)
         recipe.target_hook_point(name)
+        recipe.check_start(name)
         kept = int(recipe.cache.num_tokens * (1 - recipe.split.test_fraction))
         if run.training.batch_size > kept:
             raise ConfigError(

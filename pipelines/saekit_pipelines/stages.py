@@ -4,24 +4,32 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from saekit.activations import ActivationStore, PairedStore, StoreView, cache_activations, plan_cache
+from saekit.activations import (
+    ActivationStore,
+    JoinedStore,
+    PairedStore,
+    StoreView,
+    cache_activations,
+    plan_cache,
+)
 from saekit.errors import ConfigError, SaekitError
 from saekit.evaluation import Evaluation, EvaluationTable, evaluate, read_evaluation, summary_table
 from saekit.hub import load_sae
 from saekit.labelling import estimate_labels, label_features
-from saekit.manifest import Manifest, check_same_config, manifest_sha256, read_manifest, write_json
+from saekit.manifest import check_same_config, manifest_sha256, read_manifest, write_json
 from saekit.models import LanguageModel, capture, load_model
-from saekit.progress import NO_PROGRESS, Progress, Task
+from saekit.progress import NO_PROGRESS, Progress
 from saekit.report import ReportRun, build_report
-from saekit.sae import SAE, SAEConfig, TranscoderConfig, build_sae
-from saekit.training import Trainer
+from saekit.sae import SAE, build_sae
+from saekit.training import Trainer, train_together
+from saekit_pipelines.named import NamedProgress
 from saekit_pipelines.recipe import Recipe, load_recipe
+from saekit_pipelines.widths import sized, taken_from_store
 
 __all__ = ["RUN_NAME", "Pipeline"]
 
@@ -56,13 +64,17 @@ class Pipeline:
         return load_model(self.recipe.cache.model)
 
     def store(self, name: str) -> ActivationStore:
-        """Returns the finished activation store at the hook point of the SAE called `name`; of pairs for a transcoder.
+        """Returns the finished activation store at the hook point of the SAE called `name`.
+
+        It is one of pairs for a transcoder, and joined where the SAE has several hook points.
 
         Raises:
             ConfigError: it was cached with other values than the recipe has now.
         """
         self._check_cached()
         folder = self.stage_folder("cache")
+        if several := self.recipe.hook_points(name):
+            return JoinedStore([ActivationStore.open(folder, hook_point) for hook_point in several])
         store = ActivationStore.open(folder, self.recipe.hook_point(name))
         target = self.recipe.target_hook_point(name)
         return store if target is None else PairedStore(store, ActivationStore.open(folder, target))
@@ -94,16 +106,20 @@ class Pipeline:
             found = {key: manifest.config.get(key) for key in ("sae", "training", "split")}
             sae = run.sae.to_dict()
             # Widths that a recipe leaves out are 0 in it, and those of the store in what was trained.
-            sae |= {key: _width(manifest, key) for key in ("d_in", "d_out") if sae.get(key) == 0}
+            sae |= taken_from_store(sae, manifest)
             check_same_config(folder, found, {"sae": sae, "training": run.training.to_dict(), "split": split})
 
-    def run(self) -> Path:
-        """Runs every stage and returns the report's page; where all is done already, says so without loading a model."""
+    def run(self, *, together: bool = False) -> Path:
+        """Runs every stage and returns the report's page; where all is done already, says so without loading a model.
+
+        Args:
+            together: see `train`.
+        """
         if self._is_finished():
             self.progress.say(f"{self.recipe.name}: finished already, nothing to do")
             return self._index()
         self.cache()
-        self.train()
+        self.train(together=together)
         self.label()
         self.evaluate()
         index = self.report()
@@ -120,21 +136,38 @@ class Pipeline:
         with self._timed("cache", self.stage_folder("cache")):
             cache_activations(self.recipe.cache, self.stage_folder("cache"), lm=self.lm, progress=self.progress)
 
-    def train(self, only: str | None = None) -> None:
-        """Trains the recipe's SAEs, or the one called `only`."""
-        for name in self._names(only):
+    def train(self, only: str | None = None, *, together: bool = False) -> None:
+        """Trains the recipe's SAEs, or the one called `only`.
+
+        Args:
+            together: whether those that read the same tokens in the same order share one read of the cache; the SAEs are the
+                same, bit for bit.
+        """
+        names = self._names(only)
+        alone = [name for name in names if not together or self.recipe.train[name].start_from is not None]
+        shared = [name for name in names if name not in alone]
+        if shared:
+            started = time.monotonic()
+            train_together({self.stage_folder("train", n): self._trainer(n) for n in shared}, progress=self.progress)
+            self.progress.say(f"train: {len(shared)} SAEs done in {time.monotonic() - started:,.1f} s")
+        for name in alone:
             folder = self.stage_folder("train", name)
-            config = self.recipe.train[name]
-            train, test = self.views(name)
-            sae = build_sae(
-                _sized(config.sae, train.store), seed=config.training.seed, hook_point=train.store.hook_point
-            )
             with self._timed(f"train {name}", folder):
-                Trainer(sae, train, config.training, test=test).fit(folder, progress=_Named(self.progress, name))
+                self._trainer(name).fit(folder, progress=NamedProgress(self.progress, name))
+
+    def _trainer(self, name: str) -> Trainer:
+        config = self.recipe.train[name]
+        train, test = self.views(name)
+        cfg = sized(config.sae, train.store)
+        sae = build_sae(cfg, seed=config.training.seed, hook_point=train.store.hook_point)
+        if config.start_from is not None:
+            sae.load_state_dict(self.sae(config.start_from).state_dict())
+        lm = self.lm if config.training.objective is not None else None
+        return Trainer(sae, train, config.training, test=test, lm=lm)
 
     def label(self, only: str | None = None, *, retry_failed: bool = False) -> None:
         """Labels and scores the features of the trained SAEs; `retry_failed`: those too whose labels failed before."""
-        for name in self._reconstructing(only, "label"):
+        for name in self._names(only):
             folder = self.stage_folder("label", name)
             train, test = self.views(name)
             with self._timed(f"label {name}", folder):
@@ -146,7 +179,7 @@ class Pipeline:
                     out=folder,
                     config=self.recipe.label,
                     retry_failed=retry_failed,
-                    progress=_Named(self.progress, name),
+                    progress=NamedProgress(self.progress, name),
                 )
 
     def label_estimates(self, only: str | None = None) -> list[tuple[str, str]]:
@@ -158,7 +191,7 @@ class Pipeline:
             ConfigError: the recipe has no labelling model.
         """
         rows = []
-        for name in self._reconstructing(only, "label"):
+        for name in self._names(only):
             train, test = self.views(name)
             estimate = estimate_labels(
                 self.sae(name),
@@ -167,14 +200,14 @@ class Pipeline:
                 lm=self.lm,
                 out=self.stage_folder("label", name),
                 config=self.recipe.label,
-                progress=_Named(self.progress, name),
+                progress=NamedProgress(self.progress, name),
             )
             rows.append((f"label {name}", str(estimate)))
         return rows
 
     def evaluate(self, only: str | None = None) -> None:
         """Measures the trained SAEs on the held-out documents."""
-        for name in self._reconstructing(only, "evaluate"):
+        for name in self._names(only):
             folder = self.stage_folder("evaluate", name)
             train, test = self.views(name)
             with self._timed(f"evaluate {name}", folder):
@@ -185,7 +218,7 @@ class Pipeline:
                     config=self.recipe.evaluate,
                     out=folder,
                     train=train,
-                    progress=_Named(self.progress, name),
+                    progress=NamedProgress(self.progress, name),
                 )
 
     def report(self) -> Path:
@@ -243,15 +276,16 @@ class Pipeline:
         return summary_table(self._evaluations(None))
 
     def _evaluations(self, only: str | None) -> dict[str, Evaluation]:
-        names = [name for name in self._names(only) if self.recipe.target_hook_point(name) is None]
-        return {name: read_evaluation(self.stage_folder("evaluate", name)) for name in names}
+        return {name: read_evaluation(self.stage_folder("evaluate", name)) for name in self._names(only)}
 
     def _check_widths(self) -> None:
         for name, run in self.recipe.train.items():
-            if run.sae.d_in:
-                hook_point = self.recipe.hook_point(name)
-                one_token = torch.zeros(1, 1, dtype=torch.long, device=self.lm.device)
-                width = capture(self.lm, one_token, [hook_point])[hook_point].shape[-1]
+            if not run.sae.d_in:
+                continue
+            hook_points = self.recipe.hook_points(name) or (self.recipe.hook_point(name),)
+            one_token = torch.zeros(1, 1, dtype=torch.long, device=self.lm.device)
+            for hook_point, hidden in capture(self.lm, one_token, hook_points).items():
+                width = hidden.shape[-1]
                 if run.sae.d_in != width:
                     raise ConfigError(
                         f"train.{name}.sae.d_in: found {run.sae.d_in}, {hook_point!r} of {self.lm.name!r} is {width} wide;"
@@ -273,7 +307,9 @@ class Pipeline:
             return plan_cache(self.recipe.cache, self.stage_folder("cache"), lm=self.lm).summary()
         if stage == "train" and name is not None:
             run = self.recipe.train[name]
-            return f"{run.sae.kind}, d_sae {run.sae.d_sae:,}, {run.training.num_tokens:,} tokens in {run.training.num_steps:,} steps"
+            sites = len(self.recipe.hook_points(name))
+            kind = f"{run.sae.kind} of {sites} hook points" if sites else run.sae.kind
+            return f"{kind}, d_sae {run.sae.d_sae:,}, {run.training.num_tokens:,} tokens in {run.training.num_steps:,} steps"
         if stage == "label":
             most = self.recipe.label.max_features
             return f"{', '.join(self.recipe.label.labelers)}, {'all' if most is None else f'{most:,}'} features"
@@ -281,10 +317,7 @@ class Pipeline:
 
     def _stages(self) -> list[tuple[str, str | None]]:
         per_sae: list[tuple[str, str | None]] = [
-            (s, n)
-            for s in ("train", "label", "evaluate")
-            for n in self.recipe.train
-            if s == "train" or self.recipe.target_hook_point(n) is None
+            (s, n) for s in ("train", "label", "evaluate") for n in self.recipe.train
         ]
         return [("cache", None), *per_sae, ("report", None)]
 
@@ -292,16 +325,6 @@ class Pipeline:
         if only is not None and only not in self.recipe.train:
             raise ConfigError(f"--sae {only!r}: the recipe has {', '.join(self.recipe.train)}")
         return [only] if only is not None else list(self.recipe.train)
-
-    def _reconstructing(self, only: str | None, stage: str) -> list[str]:
-        """Returns the SAEs' names without transcoders, and says of each of those that the stage is left out."""
-        names = []
-        for name in self._names(only):
-            if self.recipe.target_hook_point(name) is None:
-                names.append(name)
-            else:
-                self.progress.say(f"{stage} {name}: left out, needs an SAE that reconstructs what it reads")
-        return names
 
     def _if_finished(self, stage: str, name: str) -> Path | None:
         folder = self.stage_folder(stage, name)
@@ -326,28 +349,3 @@ class Pipeline:
             return recorded == self._record() and self._index().is_file()
         except (OSError, ValueError, SaekitError):
             return False
-
-
-def _width(manifest: Manifest, key: str) -> object:
-    sae = manifest.config.get("sae")
-    return sae.get(key) if isinstance(sae, dict) else None
-
-
-def _sized(cfg: SAEConfig, store: ActivationStore) -> SAEConfig:
-    """Returns the config with the widths of the store that it is trained on."""
-    if isinstance(cfg, TranscoderConfig) and isinstance(store, PairedStore):
-        return cfg.with_d_in(store.inputs.d_in).with_d_out(store.targets.d_in)
-    return cfg.with_d_in(store.d_in)
-
-
-class _Named:
-    """Puts an SAE's name before the tasks of a stage that several SAEs pass through."""
-
-    def __init__(self, progress: Progress, name: str) -> None:
-        self._progress, self._name = progress, name
-
-    def task(self, name: str, total: int, unit: str, *, done: int = 0) -> AbstractContextManager[Task]:
-        return self._progress.task(f"{self._name}: {name}", total, unit, done=done)
-
-    def say(self, message: str) -> None:
-        self._progress.say(f"{self._name}: {message}")

@@ -2,8 +2,8 @@
 
 from saekit.activations.collect import cache_activations
 from saekit.activations.config import CacheConfig
+from saekit.activations.joined import JoinedStore, PairedStore
 from saekit.activations.mixing import Mixing, measure_mixing
-from saekit.activations.pairs import PairedStore
 from saekit.activations.plan import CachePlan, plan_cache
 from saekit.activations.rows import MASSIVE, NORMAL, PADDING, SPECIAL
 from saekit.activations.shuffle import ShuffledBatches
@@ -22,6 +22,7 @@ __all__ = [
     "ActivationStore",
     "CacheConfig",
     "CachePlan",
+    "JoinedStore",
     "Mixing",
     "PairedStore",
     "ShuffledBatches",

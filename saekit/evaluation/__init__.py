@@ -10,7 +10,7 @@ from saekit.evaluation.record import (
     read_evaluation,
     summary_table,
 )
-from saekit.evaluation.stage import EvaluationConfig, evaluate
+from saekit.evaluation.stage import EvaluationConfig, evaluate, sae_fingerprint
 
 __all__ = [
     "Evaluation",
@@ -22,5 +22,6 @@ __all__ = [
     "Histogram",
     "evaluate",
     "read_evaluation",
+    "sae_fingerprint",
     "summary_table",
 ]

@@ -3,7 +3,7 @@
 from types import MappingProxyType
 from typing import NamedTuple
 
-__all__ = ["METRICS", "MetricInfo", "definitions"]
+__all__ = ["METRICS", "SITE_METRICS", "MetricInfo", "definitions", "metric_at", "metric_info"]
 
 
 class MetricInfo(NamedTuple):
@@ -82,7 +82,25 @@ METRICS: MappingProxyType[str, MetricInfo] = MappingProxyType(
         "kl_recovered_mean": MetricInfo("KL recovered, mean ablation", 4, "1 - kl / kl_mean"),
     }
 )
-"""Every metric of a row, in the order of the tables."""
+"""Every metric of a row, in the order of the tables; the mean over hook points where a dictionary has several."""
+
+SITE_METRICS = ("fvu", "l0", "delta_ce", "ce_recovered_zero", "ce_recovered_mean")
+"""Those that are also given for each hook point, where a dictionary has several."""
+
+
+def metric_at(name: str, hook_point: str) -> str:
+    """Returns the name of a metric at one of several hook points."""
+    return f"{name}@{hook_point}"
+
+
+def metric_info(name: str) -> MetricInfo:
+    """Returns what a metric is, at all hook points or at the one that its name says."""
+    bare, _, hook_point = name.partition("@")
+    info = METRICS[bare]
+    if not hook_point:
+        return info
+    return MetricInfo(f"{info.title} at {hook_point}", info.digits, f"{info.definition}; at {hook_point} alone")
+
 
 _OTHERS = {
     "interval": "95 % percentile interval over a bootstrap of documents: documents, not tokens, are drawn with replacement,"
@@ -97,6 +115,8 @@ _OTHERS = {
     "kl_mean": "kl of the mean ablation",
     "mean": "null row: answers mu, the mean of the evaluated tokens, for every token",
     "pca": "null row: projection on the first principal components of training tokens, as many as the SAE has active features",
+    "linear": "null row of a transcoder: the least-squares affine map from what is read to what is predicted, fitted on training"
+    " tokens; its L0 is the width of what is read",
     "random": "null row: random unit decoder, tied encoder around the training mean, the SAE's own activation rule at the same"
     " L0, one gain fitted on training tokens",
 }

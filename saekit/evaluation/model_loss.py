@@ -69,6 +69,7 @@ def model_loss_sums(
     *,
     batch_sequences: int,
     device: torch.device,
+    reads: Sequence[str] = (),
     progress: Progress = NO_PROGRESS,
 ) -> dict[str, Sums]:
     """Returns every candidate's per-document sums: positions, ce, kl and those of `REFERENCE`, each `[num_documents]`.
@@ -78,6 +79,8 @@ def model_loss_sums(
         candidates: the rows of the table; one of them is named `mean`.
         batch_sequences: token rows a forward.
         device: where the candidates' weights are.
+        reads: hook points whose activations, side by side and of the clean forward, the candidates are given; none: those of
+            `hook_point`.
 
     Raises:
         NonFiniteError: the model's loss is NaN or Inf under a candidate.
@@ -85,7 +88,7 @@ def model_loss_sums(
     variants = [_clean(), _zero(), *candidates]
     num_documents = int(rows.documents[rows.is_counted].max()) + 1
     totals = {v.name: torch.zeros(2, num_documents, dtype=torch.float64) for v in variants}
-    forward = _PatchedForward.of(lm, hook_point)
+    forward = _PatchedForward.of(lm, hook_point, tuple(reads) or (hook_point,))
     with progress.task("model loss", int(rows.is_counted.sum()), "tokens") as task:
         for start in range(0, len(rows.tokens), batch_sequences):
             part = slice(start, start + batch_sequences)
@@ -119,7 +122,8 @@ def _clean() -> Candidate:
 
 
 def _zero() -> Candidate:
-    return Candidate(name="zero", title="zero ablation", reconstruct=lambda x: Reconstruction(torch.zeros_like(x)))
+    # One column, for a hook point of any width.
+    return Candidate(name="zero", title="zero ablation", reconstruct=lambda x: Reconstruction(x.new_zeros(len(x), 1)))
 
 
 @torch.no_grad()
@@ -130,10 +134,10 @@ def _batch_losses(
     padding = rows.is_padding[part]
     attention_mask = torch.from_numpy((~padding).astype(np.int64)) if padding.any() else None
     batch = _Batch(tokens, attention_mask)
-    hidden = forward.hidden(batch)
+    hidden, read = forward.hidden(batch)
     is_counted = torch.from_numpy(rows.is_counted[part]).to(hidden.device)
     is_replaced = torch.from_numpy(rows.is_replaced[part]).to(hidden.device)
-    x = hidden[is_replaced].to(device=device, dtype=torch.float32)
+    x = read[is_replaced].to(device=device, dtype=torch.float32)
     states: dict[str, Tensor] = {}
     for variant in variants:
         patched = hidden
@@ -194,25 +198,28 @@ class _PatchedForward:
 
     lm: LanguageModel
     hook_point: str
+    reads: tuple[str, ...]
     unembedding: Unembedding | None
 
     @classmethod
-    def of(cls, lm: LanguageModel, hook_point: str) -> "_PatchedForward":
+    def of(cls, lm: LanguageModel, hook_point: str, reads: tuple[str, ...]) -> "_PatchedForward":
         # Asked here, because the first answer for a model takes forwards that must run to their end.
         can_run_from(lm, hook_point)
         try:
             unembedding = find_unembedding(lm)
         except ModelError:
-            return cls(lm, hook_point, None)
+            return cls(lm, hook_point, reads, None)
         point = parse_hook_point(hook_point)
         module = lm.model.get_submodule(point.path)
         is_behind = module is unembedding.head or (module is unembedding.norm and point.side == "output")
-        return cls(lm, hook_point, None if is_behind else unembedding)
+        return cls(lm, hook_point, reads, None if is_behind else unembedding)
 
-    def hidden(self, batch: _Batch) -> Tensor:
-        """Returns the true hidden states at the hook point `[B, T, D]`."""
-        found = capture(self.lm, batch.tokens, [self.hook_point], attention_mask=batch.attention_mask)
-        return found[self.hook_point]
+    def hidden(self, batch: _Batch) -> tuple[Tensor, Tensor]:
+        """Returns the true hidden states at the hook point `[B, T, D]`, and those that are read, side by side."""
+        names = list(dict.fromkeys([self.hook_point, *self.reads]))
+        found = capture(self.lm, batch.tokens, names, attention_mask=batch.attention_mask)
+        read = [found[name] for name in self.reads]
+        return found[self.hook_point], read[0] if len(read) == 1 else torch.cat(read, dim=-1)
 
     def states(self, batch: _Batch, hidden: Tensor) -> Tensor:
         """Returns what `logits` reads, `[B, T, ...]`, if the hidden states at the hook point are `hidden`."""

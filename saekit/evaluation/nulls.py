@@ -21,6 +21,7 @@ from saekit.sae.activation import GroupMax, TopK
 
 __all__ = [
     "fit_sample",
+    "linear_candidate",
     "mean_candidate",
     "measured_l0",
     "pca_candidate",
@@ -82,6 +83,25 @@ def pca_candidate(x: Tensor, num_components: int) -> Candidate:
         title=f"PCA, {num_components} components",
         reconstruct=reconstruct,
         constant_l0=float(num_components),
+    )
+
+
+def linear_candidate(rows: Tensor, d_in: int) -> Candidate:
+    """Returns the affine map from the first `d_in` columns of `rows` to the others that fits them best, in float64."""
+    wide = rows.double()
+    mean = wide.mean(dim=0)
+    x, y = torch.split(wide - mean, [d_in, rows.shape[1] - d_in], dim=1)
+    gram = x.T @ x
+    # A millionth of the mean square keeps directions that the sample lacks from being made up.
+    gram.diagonal().add_(1e-6 * gram.diagonal().mean())
+    weight = torch.linalg.solve(gram, x.T @ y)
+    bias = (mean[d_in:] - mean[:d_in] @ weight).float()
+    matrix = weight.float()
+    return Candidate(
+        name="linear",
+        title="linear map",
+        reconstruct=lambda rows: Reconstruction(rows[:, :d_in] @ matrix + bias),
+        constant_l0=float(d_in),
     )
 
 

@@ -16,25 +16,30 @@ from saekit.progress import NO_PROGRESS, Progress
 
 __all__ = [
     "RECONSTRUCTION_METRICS",
+    "WHOLE",
     "Candidate",
     "Reconstruction",
     "ReconstructionSums",
     "TokenReader",
     "mean_activation",
+    "part_sums",
     "reconstruction_sums",
 ]
+
+WHOLE = slice(None)
+"""All columns of a row."""
 
 Int64Array = npt.NDArray[np.int64]
 
 TokenReader = Callable[[Int64Array], Tensor]
-"""Flat token positions, ascending -> activations `[N, d_in]` in any float dtype."""
+"""Flat token positions, ascending -> rows of activations in any float dtype."""
 
 
 class Reconstruction(NamedTuple):
-    """What a candidate makes of `[N, d_in]` activations."""
+    """What a candidate makes of rows of activations."""
 
     x_hat: Tensor
-    """`[N, d_in]`."""
+    """As wide as what is to be reconstructed: `[N, d_in]`, or the asked parts of a row side by side."""
     top_acts: Tensor | None = None
     """Active features' values `[N, K]`, 0 at unused places; None for candidates without features."""
     top_indices: Tensor | None = None
@@ -50,7 +55,7 @@ class Candidate:
     title: str
     """For people."""
     reconstruct: Callable[[Tensor], Reconstruction]
-    """`[N, d_in]` float32 raw activations -> reconstruction."""
+    """Rows of float32 raw activations -> reconstruction."""
     num_features: int = 0
     """Size of its dictionary; 0 where there is none that could be sparse or dead."""
     constant_l0: float = 0.0
@@ -89,7 +94,6 @@ def mean_activation(read: TokenReader, flat: Int64Array, *, batch_tokens: int) -
     return total / len(flat)
 
 
-@torch.no_grad()
 def reconstruction_sums(
     candidates: Sequence[Candidate],
     read: TokenReader,
@@ -101,18 +105,48 @@ def reconstruction_sums(
     device: torch.device,
     progress: Progress = NO_PROGRESS,
 ) -> dict[str, ReconstructionSums]:
-    """Returns every candidate's per-document sums from one pass over the tokens.
+    """Returns every candidate's per-document sums where whole rows are reconstructed; see `part_sums`."""
+    (sums,) = part_sums(
+        candidates,
+        read,
+        flat,
+        parts=(WHOLE,),
+        documents=documents,
+        mean=mean,
+        batch_tokens=batch_tokens,
+        device=device,
+        progress=progress,
+    )
+    return sums
+
+
+@torch.no_grad()
+def part_sums(
+    candidates: Sequence[Candidate],
+    read: TokenReader,
+    flat: Int64Array,
+    *,
+    parts: Sequence[slice],
+    documents: Int64Array,
+    mean: Tensor,
+    batch_tokens: int,
+    device: torch.device,
+    progress: Progress = NO_PROGRESS,
+) -> list[dict[str, ReconstructionSums]]:
+    """Returns, for each part of a row, every candidate's per-document sums there, from one pass over the tokens.
 
     Args:
         flat: positions of the tokens, `[N]` ascending.
+        parts: columns of a row that are reconstructed apart from each other; candidates answer them side by side.
         documents: row of the sums that each token counts into, `[N]`, from 0.
-        mean: what `variance` is taken around, `[d_in]` float64.
+        mean: what `variance` is taken around, as wide as a row, float64.
 
     Raises:
         NonFiniteError: a candidate answers NaN or Inf.
     """
     num_documents = int(documents.max()) + 1 if len(documents) else 0
-    columns = {c.name: torch.zeros(len(_COLUMNS), num_documents, dtype=torch.float64) for c in candidates}
+    shape = (len(parts), len(_COLUMNS), num_documents)
+    columns = {c.name: torch.zeros(shape, dtype=torch.float64) for c in candidates}
     firings = {c.name: torch.zeros(c.num_features, dtype=torch.int64) for c in candidates}
     with progress.task("reconstruction", len(flat), "tokens") as task:
         for start in range(0, len(flat), batch_tokens):
@@ -120,21 +154,31 @@ def reconstruction_sums(
             x = read(flat[chosen]).to(device=device, dtype=torch.float32)
             rows = torch.from_numpy(documents[chosen])
             wide = _widened(x)
-            centred_squared = (wide - mean.to(wide.device)).square().sum(dim=-1)
+            targets = [wide[:, part] for part in parts]
+            centred = (wide - mean.to(wide.device)).square()
+            squares = [centred[:, part].sum(dim=-1) for part in parts]
             for candidate in candidates:
                 made = candidate.reconstruct(x)
-                figures, fired = _token_figures(candidate, made, wide, centred_squared)
-                if not bool(torch.isfinite(figures).all()):
-                    raise NonFiniteError(
-                        f"evaluate: {candidate.title!r} reconstructs tokens as NaN or Inf, needs finite weights"
-                    )
-                columns[candidate.name].index_add_(1, rows, figures.cpu())
+                active, fired = _active(candidate, made)
+                answers = torch.split(made.x_hat, [target.shape[1] for target in targets], dim=-1)
+                for place, (target, x_hat, square) in enumerate(zip(targets, answers, squares, strict=True)):
+                    figures = _token_figures(target, x_hat, square, active)
+                    if not bool(torch.isfinite(figures).all()):
+                        raise NonFiniteError(
+                            f"evaluate: {candidate.title!r} reconstructs tokens as NaN or Inf, needs finite weights"
+                        )
+                    columns[candidate.name][place].index_add_(1, rows, figures.cpu())
                 firings[candidate.name] += fired.cpu()
             task.advance(len(rows))
-    return {
-        c.name: ReconstructionSums(dict(zip(_COLUMNS, columns[c.name].numpy(), strict=True)), firings[c.name].numpy())
-        for c in candidates
-    }
+    return [
+        {
+            c.name: ReconstructionSums(
+                dict(zip(_COLUMNS, columns[c.name][place].numpy(), strict=True)), firings[c.name].numpy()
+            )
+            for c in candidates
+        }
+        for place in range(len(parts))
+    ]
 
 
 _COLUMNS = ("tokens", "variance", "error", "x_hat_squared", "x_hat_dot_x", "cosine", "norm_ratio", "active")
@@ -145,11 +189,19 @@ def _widened(x: Tensor) -> Tensor:
     return x.double() if x.device.type in {"cpu", "cuda"} else x.cpu().double()
 
 
-def _token_figures(
-    candidate: Candidate, made: Reconstruction, x: Tensor, centred_squared: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The sums' addends `[8, N]` float64, and each feature's firings `[num_features]`."""
-    x_hat = made.x_hat.to(x.device).double()
+def _active(candidate: Candidate, made: Reconstruction) -> tuple[Tensor, Tensor]:
+    """Active features of each token `[N]`, and each feature's firings `[num_features]`."""
+    if made.top_acts is None or made.top_indices is None:
+        active = torch.full((len(made.x_hat),), candidate.constant_l0, dtype=torch.float64)
+        return active, torch.zeros(candidate.num_features, dtype=torch.int64)
+    is_active = made.top_acts > 0
+    fired = torch.bincount(made.top_indices[is_active], minlength=candidate.num_features)
+    return is_active.sum(dim=-1), fired
+
+
+def _token_figures(x: Tensor, x_hat: Tensor, centred_squared: Tensor, active: Tensor) -> Tensor:
+    """The sums' addends `[8, N]` float64."""
+    x_hat = x_hat.to(x.device).double()
     x_norm = torch.linalg.vector_norm(x, dim=-1)
     x_hat_norm = torch.linalg.vector_norm(x_hat, dim=-1)
     dot = torch.linalg.vecdot(x_hat, x)
@@ -157,13 +209,6 @@ def _token_figures(
     norms = x_norm * x_hat_norm
     cosine = torch.where(norms > 0, dot / norms, 0.0)
     norm_ratio = torch.where(x_norm > 0, x_hat_norm / x_norm, 0.0)
-    if made.top_acts is None or made.top_indices is None:
-        active = torch.full_like(dot, candidate.constant_l0)
-        fired = torch.zeros(candidate.num_features, dtype=torch.int64)
-    else:
-        is_active = made.top_acts > 0
-        active = is_active.sum(dim=-1).to(dot)
-        fired = torch.bincount(made.top_indices[is_active], minlength=candidate.num_features)
     error = (x - x_hat).square().sum(dim=-1)
-    columns = [torch.ones_like(dot), centred_squared, error, x_hat_norm.square(), dot, cosine, norm_ratio, active]
-    return torch.stack(columns), fired
+    squares = [centred_squared, error, x_hat_norm.square(), dot, cosine, norm_ratio]
+    return torch.stack([torch.ones_like(dot), *squares, active.to(dot)])

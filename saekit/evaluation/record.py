@@ -16,7 +16,7 @@ from safetensors.numpy import save as save_arrays
 
 from saekit.config import Config
 from saekit.errors import FormatError
-from saekit.evaluation.definitions import METRICS
+from saekit.evaluation.definitions import METRICS, metric_at, metric_info
 from saekit.manifest import atomic_write, manifest_sha256, write_json
 
 __all__ = [
@@ -83,7 +83,8 @@ class EvaluationRow(Config):
     title: str
     """What the row is, for people: `PCA, 32 components`."""
     metrics: dict[str, Figure]
-    """Metric -> figure; every metric is there, undefined ones with the value None."""
+    """Metric -> figure; every metric is there, undefined ones with the value None. Of several hook points these are the means,
+    beside `<metric>@<hook point>`."""
     difference: dict[str, Figure] = Field(default_factory=dict)
     """Metric -> the SAE's value minus this row's, paired over documents; empty in the SAE's own row."""
 
@@ -113,7 +114,7 @@ class Evaluation(Config):
     """What an evaluation found."""
 
     hook_point: str
-    """Where the evaluated activations were taken."""
+    """Where the evaluated activations were taken, for a transcoder those that it predicts; several separated by commas."""
     rows: tuple[EvaluationRow, ...]
     """The SAE first, then the null rows."""
     reference: dict[str, float | None] = Field(default_factory=dict)
@@ -167,15 +168,21 @@ class Evaluation(Config):
         """Share of the SAE's features that fire on no evaluated token."""
         return self.value("dead_fraction")
 
+    def metric_names(self) -> list[str]:
+        """Returns the metrics that any row has, in the order of the tables; those of one hook point below those of all."""
+        sites = self.hook_point.split(",")
+        names = [name for bare in METRICS for name in (bare, *(metric_at(bare, site) for site in sites))]
+        return [name for name in names if any(name in row.metrics for row in self.rows)]
+
     def table(self, *, metrics: Sequence[str] | None = None) -> EvaluationTable:
         """Returns metrics down, dictionaries across; metrics that no row has are left out."""
-        names = METRICS if metrics is None else metrics
+        names = self.metric_names() if metrics is None else metrics
         shown = [name for name in names if any(row.metrics[name].value is not None for row in self.rows)]
         return EvaluationTable(
             header=["metric", *(row.title for row in self.rows)],
             rows=[
-                [METRICS[name].title, *(row.metrics[name].format(METRICS[name].digits) for row in self.rows)]
-                for name in shown
+                [info.title, *(row.metrics[name].format(info.digits) for row in self.rows)]
+                for name, info in ((name, metric_info(name)) for name in shown)
             ],
         )
 

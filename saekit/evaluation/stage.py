@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,24 +19,18 @@ from saekit.evaluation.bootstrap import Sums
 from saekit.evaluation.decoder import decoder_neighbors
 from saekit.evaluation.definitions import definitions
 from saekit.evaluation.model_loss import model_loss_sums
-from saekit.evaluation.nulls import (
-    fit_sample,
-    mean_candidate,
-    measured_l0,
-    pca_candidate,
-    random_candidate,
-    sae_candidate,
-)
-from saekit.evaluation.reconstruction import Candidate, ReconstructionSums, mean_activation, reconstruction_sums
+from saekit.evaluation.nulls import fit_sample
+from saekit.evaluation.places import Place, check_rows, find_places
+from saekit.evaluation.reconstruction import Candidate, ReconstructionSums, mean_activation, part_sums
 from saekit.evaluation.record import Evaluation, FeatureMeasures, read_evaluation, write_evaluation
-from saekit.evaluation.selection import Selection
-from saekit.evaluation.table import MeasuredRow, cosine_histogram, density_histogram, reference_losses
+from saekit.evaluation.selection import LossRows, Selection
+from saekit.evaluation.table import MeasuredRow, SiteSums, cosine_histogram, density_histogram, reference_losses
 from saekit.manifest import begin_stage, finish_stage, locked
 from saekit.models import LanguageModel
 from saekit.progress import NO_PROGRESS, Progress
-from saekit.sae import SAE, Transcoder
+from saekit.sae import SAE, Crosscoder
 
-__all__ = ["EvaluationConfig", "evaluate"]
+__all__ = ["EvaluationConfig", "evaluate", "sae_fingerprint"]
 
 # Below this, percentile intervals of a ratio cover its true value clearly less often than they say.
 _FEW_DOCUMENTS = 20
@@ -50,7 +44,8 @@ class EvaluationConfig(Config):
     num_loss_tokens: int = Field(default=8_192, ge=0)
     """Positions of the CE and KL figures, out of the same rows; 0 leaves these figures out."""
     nulls: tuple[Literal["pca", "random"], ...] = ("pca", "random")
-    """Null rows beside the mean vector, which is always there."""
+    """Null rows beside the mean vector, which is always there. A transcoder has `linear` in their place, as they reconstruct what
+    they read; a crosscoder has no random one."""
     pca_components: int | None = Field(default=None, ge=1)
     """Components of the PCA row; None: as many as the SAE has active features."""
     num_fit_tokens: int = Field(default=32_768, ge=1)
@@ -79,14 +74,15 @@ def evaluate(
     """Measures an SAE and its null rows on held-out tokens.
 
     Args:
-        view: held-out tokens, such as the second half of `store.split()`.
+        view: held-out tokens, such as the second half of `store.split()`: of a `PairedStore` for a transcoder, of a `JoinedStore`
+            for a crosscoder or a multi-layer SAE.
         lm: the model that wrote the store; None leaves CE and KL out.
         out: folder for the artifact; None keeps the result in memory. A finished folder of the same config and inputs is
             read instead.
         train: where the null rows are fitted; None: ordinary tokens of the store's other documents.
 
     Raises:
-        ConfigError: a transcoder, the SAE's width is not the store's, `train` shares documents with `view`, or `out` holds something else.
+        ConfigError: the SAE's width is not the store's, `train` shares documents with `view`, or `out` holds something else.
         StoreError: `lm` is not the model that wrote the store.
         DataError: the view has no tokens.
         NonFiniteError: the SAE answers NaN or Inf.
@@ -117,18 +113,13 @@ def evaluate(
 
 def _checked_train(sae: SAE, view: StoreView, train: StoreView | None) -> StoreView:
     store = view.store
-    if isinstance(sae, Transcoder):
-        raise ConfigError("evaluate: found a transcoder, needs an SAE that reconstructs what it reads")
-    if sae.d_in != store.d_in:
-        raise ConfigError(
-            f"evaluate: the SAE has d_in {sae.d_in}, {store.hook_point!r} of cache {str(store.path)!r} has width"
-            f" {store.d_in}; evaluate it where it was trained"
-        )
+    check_rows(sae, view)
     is_own = ~np.isin(store.documents(), view.documents)
     if train is None:
         return StoreView(store, is_own & (store.kinds() == NORMAL))
     if train.d_in != store.d_in:
         raise ConfigError(f"evaluate: training tokens of width {train.d_in}, needs the test tokens' {store.d_in}")
+    check_rows(sae, train)
     shared = np.intersect1d(view.store.document_keys()[view.documents], train.store.document_keys()[train.documents])
     if len(shared):
         raise ConfigError(
@@ -138,14 +129,19 @@ def _checked_train(sae: SAE, view: StoreView, train: StoreView | None) -> StoreV
     return train
 
 
-def _inputs(sae: SAE, view: StoreView, train: StoreView, lm: LanguageModel | None) -> dict[str, str]:
+def sae_fingerprint(sae: SAE) -> str:
+    """Returns the identity of a dictionary: the hash of its config and weights, as an evaluation's manifest names it."""
     weights = hashlib.sha256(sae.cfg.model_dump_json().encode())
     for name, value in sorted(sae.state_dict().items()):
         weights.update(name.encode())
         weights.update(np.ascontiguousarray(value.detach().float().cpu().numpy()).data)
+    return weights.hexdigest()
+
+
+def _inputs(sae: SAE, view: StoreView, train: StoreView, lm: LanguageModel | None) -> dict[str, str]:
     inputs = {
         "cache": view.store.sha256,
-        "sae": weights.hexdigest(),
+        "sae": sae_fingerprint(sae),
         "test tokens": hashlib.sha256(view.indices.data).hexdigest(),
         "training tokens": hashlib.sha256(train.store.sha256.encode() + train.indices.tobytes()).hexdigest(),
     }
@@ -166,94 +162,136 @@ def _measure(
         progress.say(
             f"{num_documents} held-out documents: intervals from fewer than {_FEW_DOCUMENTS} are too narrow to rely on"
         )
-    mean = mean_activation(view.read, selection.flat, batch_tokens=config.batch_tokens)
-    candidates = [sae_candidate(sae), mean_candidate(mean), *_fitted_nulls(sae, train, config, progress)]
-    ordinary, massive = _reconstructions(selection, candidates, mean, config, sae.W_dec.device, progress)
-    loss: dict[str, Sums] = {}
     rows = selection.loss_rows(config.num_loss_tokens)
-    if lm is not None and rows.is_counted.any():
-        loss = model_loss_sums(
-            lm,
-            view.store.hook_point,
-            rows,
-            candidates,
-            batch_sequences=config.batch_sequences,
-            device=sae.W_dec.device,
-            progress=progress,
-        )
+    measured_places = [
+        _measure_place(place, selection, rows, lm, config, progress) for place in find_places(sae, view, train)
+    ]
+    candidates = measured_places[0].candidates
+    sites = {c.name: [site for place in measured_places for site in place.sites[c.name]] for c in candidates}
+    firings = {
+        c.name: np.sum([place.sites[c.name][0].ordinary.firings for place in measured_places], axis=0)
+        for c in candidates
+    }
     measured = [
-        MeasuredRow.of(
-            c,
-            ordinary[c.name],
-            massive=massive[c.name].sums if massive else None,
-            loss=loss.get(c.name),
-            num_bootstrap=config.num_bootstrap,
-            seed=config.seed,
-        )
+        MeasuredRow.of(c, sites[c.name], firings=firings[c.name], num_bootstrap=config.num_bootstrap, seed=config.seed)
         for c in candidates
     ]
-    features = _features(sae, ordinary["sae"].firings, num_tokens, progress)
+    # Each place reads every token once: where there are several, a feature has as many occasions to fire.
+    num_samples = num_tokens * len(measured_places)
+    features = _features(sae, firings["sae"], num_samples, progress)
+    has_loss = sites["sae"][0].loss is not None
     return Evaluation(
-        hook_point=view.store.hook_point,
+        hook_point=",".join(site.hook_point for site in sites["sae"]),
         rows=tuple(row.row(measured[0]) for row in measured),
-        reference=reference_losses(loss.get("sae")),
+        reference=reference_losses(sites["sae"]),
         num_tokens=num_tokens,
         num_documents=num_documents,
-        num_loss_tokens=int(rows.is_counted.sum()) if loss else 0,
+        num_loss_tokens=int(rows.is_counted.sum()) if has_loss else 0,
         num_massive=len(selection.massive),
         num_bootstrap=config.num_bootstrap,
-        density=density_histogram(ordinary["sae"].firings, num_tokens),
+        density=density_histogram(firings["sae"], num_samples),
         decoder_cosine=cosine_histogram(features.decoder_max_cosine),
         definitions=definitions(),
         features=features,
     )
 
 
+class _MeasuredPlace(NamedTuple):
+    """The rows of the table at one place, and what was summed for each at its hook points."""
+
+    candidates: list[Candidate]
+    sites: dict[str, list[SiteSums]]
+
+
+def _measure_place(
+    place: Place,
+    selection: Selection,
+    rows: LossRows,
+    lm: LanguageModel | None,
+    config: EvaluationConfig,
+    progress: Progress,
+) -> _MeasuredPlace:
+    device = place.sae.W_dec.device
+    mean = mean_activation(place.view.read, selection.flat, batch_tokens=config.batch_tokens)
+    candidates = [place.candidate(), place.mean_row(mean), *_fitted_nulls(place, config, progress)]
+    ordinary, massive = _reconstructions(place, selection, candidates, mean, config, progress)
+    loss: dict[str, Sums] = {}
+    if lm is not None and rows.is_counted.any():
+        if place.has_model_loss:
+            loss = model_loss_sums(
+                lm,
+                place.hook_points[0],
+                rows,
+                candidates,
+                batch_sequences=config.batch_sequences,
+                device=device,
+                reads=place.reads,
+                progress=progress,
+            )
+        else:
+            progress.say("CE and KL are left out: a crosscoder reads hook points behind those that it would replace")
+    sites = {
+        c.name: [
+            SiteSums(name, ordinary[at][c.name], massive[at][c.name].sums if massive else None, loss.get(c.name))
+            for at, name in enumerate(place.hook_points)
+        ]
+        for c in candidates
+    }
+    return _MeasuredPlace(candidates, sites)
+
+
 def _reconstructions(
+    place: Place,
     selection: Selection,
     candidates: Sequence[Candidate],
     mean: Tensor,
     config: EvaluationConfig,
-    device: torch.device,
     progress: Progress,
-) -> tuple[dict[str, ReconstructionSums], dict[str, ReconstructionSums]]:
-    """Returns the sums over ordinary tokens and over massive ones; the latter are empty where there are none."""
+) -> tuple[list[dict[str, ReconstructionSums]], list[dict[str, ReconstructionSums]]]:
+    """Returns the sums at each hook point over ordinary tokens and over massive ones; the latter are empty where there are none."""
 
-    def sums(flat: npt.NDArray[np.int64], progress: Progress) -> dict[str, ReconstructionSums]:
-        return reconstruction_sums(
+    def sums(flat: npt.NDArray[np.int64], progress: Progress) -> list[dict[str, ReconstructionSums]]:
+        return part_sums(
             candidates,
-            selection.view.read,
+            place.view.read,
             flat,
+            parts=place.parts,
             documents=selection.documents_of(flat),
             mean=mean,
             batch_tokens=config.batch_tokens,
-            device=device,
+            device=place.sae.W_dec.device,
             progress=progress,
         )
 
-    return sums(selection.flat, progress), sums(selection.massive, NO_PROGRESS) if len(selection.massive) else {}
+    return sums(selection.flat, progress), sums(selection.massive, NO_PROGRESS) if len(selection.massive) else []
 
 
-def _fitted_nulls(sae: SAE, train: StoreView, config: EvaluationConfig, progress: Progress) -> list[Candidate]:
+def _fitted_nulls(place: Place, config: EvaluationConfig, progress: Progress) -> list[Candidate]:
     if not config.nulls:
         return []
+    train = place.train
     if train.num_tokens == 0:
         progress.say(f"no training tokens to fit the null rows {', '.join(config.nulls)} on: they are left out")
         return []
-    x = fit_sample(train.read, train.indices, num_tokens=config.num_fit_tokens, seed=config.seed).to(sae.W_dec.device)
-    l0 = measured_l0(sae, x, batch_tokens=config.batch_tokens)
-    nulls = []
-    if "pca" in config.nulls:
-        nulls.append(pca_candidate(x, config.pca_components or max(1, round(l0))))
-    if "random" in config.nulls:
-        nulls.append(random_candidate(sae, x, l0=l0, seed=config.seed))
-    return nulls
+    x = fit_sample(train.read, train.indices, num_tokens=config.num_fit_tokens, seed=config.seed)
+    made = place.null_rows(
+        config.nulls,
+        x.to(place.sae.W_dec.device),
+        num_components=config.pca_components,
+        batch_tokens=config.batch_tokens,
+        seed=config.seed,
+    )
+    left_out = [name for name in config.nulls if name not in {null.name for null in made}]
+    if left_out:
+        progress.say(f"null rows left out, without meaning for a {type(place.sae).__name__}: {', '.join(left_out)}")
+    return made
 
 
-def _features(sae: SAE, firings: npt.NDArray[np.int64], num_tokens: int, progress: Progress) -> FeatureMeasures:
-    neighbors = decoder_neighbors(sae.W_dec, progress=progress)
+def _features(sae: SAE, firings: npt.NDArray[np.int64], num_samples: int, progress: Progress) -> FeatureMeasures:
+    rows = sae.normalized_decoder() if isinstance(sae, Crosscoder) else sae.W_dec
+    neighbors = decoder_neighbors(rows, progress=progress)
     return FeatureMeasures(
-        density=(firings / num_tokens).astype(np.float32),
+        density=(firings / num_samples).astype(np.float32),
         decoder_max_cosine=neighbors.cosines[:, 0].numpy(),
         neighbor_indices=neighbors.indices.numpy(),
         neighbor_cosines=neighbors.cosines.numpy(),

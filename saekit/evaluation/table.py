@@ -1,21 +1,33 @@
 """From per-document sums to the rows, references and histograms of an evaluation."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from saekit.evaluation.bootstrap import Resampled, Statistic, Sums
-from saekit.evaluation.definitions import METRICS
+from saekit.evaluation.bootstrap import Float64Array, Resampled, Statistic, Sums
+from saekit.evaluation.definitions import METRICS, SITE_METRICS, metric_at
 from saekit.evaluation.model_loss import LOSS_METRICS, REFERENCE
 from saekit.evaluation.reconstruction import RECONSTRUCTION_METRICS, Candidate, ReconstructionSums
 from saekit.evaluation.record import EvaluationRow, Figure, Histogram
 
-__all__ = ["MeasuredRow", "cosine_histogram", "density_histogram", "reference_losses"]
+__all__ = ["MeasuredRow", "SiteSums", "cosine_histogram", "density_histogram", "reference_losses"]
 
 _MASSIVE_METRICS: Mapping[str, Statistic] = {"fvu_massive": RECONSTRUCTION_METRICS["fvu"]}
+
+
+class SiteSums(NamedTuple):
+    """What was summed for one candidate at one hook point."""
+
+    hook_point: str
+    ordinary: ReconstructionSums
+    """Over ordinary tokens."""
+    massive: Sums | None = None
+    """Over massive ones; None where there are none."""
+    loss: Sums | None = None
+    """Of the language model's losses; None where they were not measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -32,19 +44,21 @@ class MeasuredRow:
     def of(
         cls,
         candidate: Candidate,
-        ordinary: ReconstructionSums,
+        sites: Sequence[SiteSums],
         *,
-        massive: Sums | None,
-        loss: Sums | None,
+        firings: npt.NDArray[np.int64],
         num_bootstrap: int,
         seed: int,
     ) -> Self:
-        """Resamples a candidate's sums; rows of one table need the same `num_bootstrap` and `seed`."""
-        given = ((ordinary.sums, RECONSTRUCTION_METRICS), (massive, _MASSIVE_METRICS), (loss, LOSS_METRICS))
-        parts = tuple(
-            (Resampled.of(sums, num_bootstrap, seed=seed), metrics) for sums, metrics in given if sums is not None
+        """Resamples a candidate's sums; rows of one table need the same hook points, `num_bootstrap` and `seed`."""
+        given = (
+            ({site.hook_point: site.ordinary.sums for site in sites}, RECONSTRUCTION_METRICS),
+            ({site.hook_point: site.massive for site in sites if site.massive is not None}, _MASSIVE_METRICS),
+            ({site.hook_point: site.loss for site in sites if site.loss is not None}, LOSS_METRICS),
         )
-        return cls(candidate=candidate, firings=ordinary.firings, parts=parts)
+        merged = [_over_sites(sums, metrics) for sums, metrics in given if sums]
+        parts = tuple((Resampled.of(sums, num_bootstrap, seed=seed), metrics) for sums, metrics in merged)
+        return cls(candidate=candidate, firings=firings, parts=parts)
 
     def row(self, sae: "MeasuredRow") -> EvaluationRow:
         """Returns the row of the table, with its paired differences from the SAE's row (none in that row itself)."""
@@ -62,11 +76,34 @@ class MeasuredRow:
         )
 
 
-def reference_losses(loss: Sums | None) -> dict[str, float | None]:
-    """Returns the losses in nats that all rows share; None each where none were measured."""
-    if loss is None:
+def _over_sites(sums: Mapping[str, Sums], metrics: Mapping[str, Statistic]) -> tuple[Sums, Mapping[str, Statistic]]:
+    """Returns the sums of all hook points under names of their own, with the metrics' means over hook points and some of each."""
+    if len(sums) == 1:
+        return next(iter(sums.values())), metrics
+    joined = {metric_at(name, site): values for site, own in sums.items() for name, values in own.items()}
+
+    def at(site: str, statistic: Statistic) -> Statistic:
+        return lambda s: statistic({name: s[metric_at(name, site)] for name in sums[site]})
+
+    def mean(statistic: Statistic) -> Statistic:
+        def over(s: Sums) -> Float64Array:
+            return np.asarray(np.mean([at(site, statistic)(s) for site in sums], axis=0))
+
+        return over
+
+    of_all = {name: mean(statistic) for name, statistic in metrics.items()}
+    of_each = {
+        metric_at(name, site): at(site, metrics[name]) for name in SITE_METRICS if name in metrics for site in sums
+    }
+    return joined, of_all | of_each
+
+
+def reference_losses(sites: Sequence[SiteSums]) -> dict[str, float | None]:
+    """Returns the losses in nats that all rows share, the mean over hook points; None each where none were measured."""
+    losses = [site.loss for site in sites if site.loss is not None]
+    if not losses:
         return dict.fromkeys(REFERENCE)
-    return {name: float(loss[name].sum() / loss["positions"].sum()) for name in REFERENCE}
+    return {name: float(np.mean([loss[name].sum() / loss["positions"].sum() for loss in losses])) for name in REFERENCE}
 
 
 def density_histogram(firings: npt.NDArray[np.int64], num_tokens: int) -> Histogram:

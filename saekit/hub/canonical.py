@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from saekit.errors import ConfigError
+from saekit.hub.headers import is_true
 from saekit.sae.activation import Activation
 from saekit.sae.dictionary import Dictionary, DictionaryConfig
 from saekit.sae.site import Site
 
-__all__ = ["Canonical", "projected"]
+__all__ = ["Canonical", "checked_scale", "projected", "threshold_over"]
 
 _CHUNK = 4096
 
@@ -21,6 +22,26 @@ def projected(bias: Tensor, W_enc: Tensor) -> Tensor:
     wide = bias.double()
     parts = [wide @ W_enc[:, start : start + _CHUNK].double() for start in range(0, W_enc.shape[1], _CHUNK)]
     return torch.cat(parts)
+
+
+def checked_scale(factor: float) -> float:
+    """Returns a factor by which float32 weights can be multiplied.
+
+    Raises:
+        ConfigError: it is not above 0, or so far from 1 that weights would vanish or overflow.
+    """
+    if not 1e-15 < factor < 1e15:
+        raise ConfigError(f"a scale of {factor}, needs one between 1e-15 and 1e15")
+    return factor
+
+
+def threshold_over(threshold: Tensor, norms: Tensor) -> Tensor:
+    """Returns the t for which `p > t` says what `p * norms > threshold` does, for every finite p; both broadcast.
+
+    A feature of norm 0 is compared as 0: it is never active at a threshold of 0 or more, and always below.
+    """
+    most = torch.finfo(torch.float32).max
+    return torch.nan_to_num(threshold / norms, nan=most, posinf=most, neginf=-most)
 
 
 @dataclass(kw_only=True)
@@ -60,14 +81,14 @@ class Canonical:
             self.extra["b_glu"] = (self.extra["b_glu"].double() - projected(pre_bias, self.extra["W_glu"])).float()
 
     def scale_input(self, factor: float) -> None:
-        """Folds an encoder that reads `factor * x`."""
-        self.W_enc.mul_(factor)
+        """Folds an encoder that reads `factor * x`; raises as `checked_scale` does."""
+        self.W_enc.mul_(checked_scale(factor))
         if "W_glu" in self.extra:
             self.extra["W_glu"].mul_(factor)
 
     def scale_output(self, factor: float) -> None:
-        """Folds a reconstruction that is multiplied by `factor`."""
-        self.W_dec.mul_(factor)
+        """Folds a reconstruction that is multiplied by `factor`; raises as `checked_scale` does."""
+        self.W_dec.mul_(checked_scale(factor))
         self.b_dec.mul_(factor)
 
     def scale_features(self, factor: Tensor | float) -> None:
@@ -78,7 +99,12 @@ class Canonical:
 
         Args:
             factor: [F] or one number.
+
+        Raises:
+            ConfigError: a factor is not finite.
         """
+        if isinstance(factor, Tensor) and not is_true(torch.isfinite(factor).all()):
+            raise ConfigError("decoder rows whose norms overflow, needs smaller weights")
         self.W_enc.mul_(factor)
         self.b_enc = self.b_enc * factor
         # A row of zeros writes nothing whatever it is divided by.
@@ -99,7 +125,7 @@ class Canonical:
         units: str,
         site: Site | None,
         site_out: Site | None = None,
-        norm: Mapping[str, object] | None = None,
+        options: Mapping[str, object] | None = None,
     ) -> Dictionary:
         """Returns the dictionary.
 
@@ -108,7 +134,7 @@ class Canonical:
             units: what the activations are measured in, for the record.
             site: where the input is read.
             site_out: where the reconstruction belongs, if elsewhere.
-            norm: `norm` and `undo_norm` of the config, where tokens are normalised.
+            options: further fields of the config: `norm`, `undo_norm`, `joins_heads`.
         """
         cfg = DictionaryConfig.model_validate(
             {
@@ -118,7 +144,7 @@ class Canonical:
                 "activation": activation,
                 "site": site,
                 "site_out": site_out,
-                **(norm or {}),
+                **(options or {}),
             }
         )
         tensors = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}

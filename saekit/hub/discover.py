@@ -4,15 +4,16 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
-__all__ = ["config_names", "dictionaries"]
+__all__ = ["config_names", "dictionaries", "unreadable"]
 
 # What the formats call their configs; other JSON files beside them are records of something else.
 _CONFIG = re.compile(
-    r"(cfg|config|hyperparams|.+_cfg)\.json|(conf|config|final_config|wandb-config|wanb-config)\.ya?ml"
+    r"(cfg|config|hyperparams|activation_scaler|.+_cfg)\.json|(conf|config|final_config|wandb-config|wanb-config)\.ya?ml"
 )
 # A folder that holds one of these is a dictionary.
 _FOLDER_FILES = {
     "sae_weights.safetensors",
+    "activation_whitening.safetensors",
     "sae.safetensors",
     "params.npz",
     "params.safetensors",
@@ -27,9 +28,7 @@ _LAYER_FILES = re.compile(
 )
 _SUFFIXES = {".safetensors", ".npz", ".pt", ".pth"}
 # What trainers write beside their weights.
-_OTHER = re.compile(
-    r"sparsity|optimizer|scheduler|trainer_state|activations_store|activation_whitening|activation_scaler|training_args"
-)
+_OTHER = re.compile(r"sparsity|optimizer|scheduler|trainer_state|activations_store|activation_scaler|training_args")
 
 
 def dictionaries(names: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
@@ -44,7 +43,8 @@ def dictionaries(names: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
     for name in sorted(names):
         path = PurePosixPath(name)
         folder = "" if str(path.parent) == "." else str(path.parent)
-        if path.suffix not in _SUFFIXES or any(part.startswith(".") for part in path.parts):
+        # A listing from elsewhere may name places outside its folder.
+        if path.suffix not in _SUFFIXES or path.is_absolute() or any(part.startswith(".") for part in path.parts):
             continue
         if path.name in _FOLDER_FILES or _LAYER_FILES.fullmatch(path.name):
             found.setdefault(folder, []).append(name)
@@ -54,6 +54,17 @@ def dictionaries(names: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
         elif not _OTHER.search(path.name):
             found.setdefault(name, []).append(name)
     return {name: tuple(files) for name, files in found.items()}
+
+
+def unreadable(names: Iterable[str]) -> str | None:
+    """Returns what is known to hold dictionaries among file names and is not read, and why; None where nothing is."""
+    for name in names:
+        for part in PurePosixPath(name).parts:
+            if part.endswith(".dcp"):
+                return f"{part!r} is a checkpoint of torch.distributed, which is a pickle; save it as safetensors"
+            if part.endswith((".pkl", ".pkl.gz", ".pickle")):
+                return f"{part!r} is a raw pickle, which runs what it names; convert it where it cannot do harm"
+    return None
 
 
 def config_names(names: Iterable[str], files: Iterable[str]) -> list[str]:

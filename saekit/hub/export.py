@@ -10,14 +10,19 @@ from torch import Tensor
 
 from saekit.errors import ConfigError
 from saekit.hub.canonical import Canonical
-from saekit.hub.hooks import tl_name
+from saekit.hub.export_circuit_tracer import write_cross_layer, write_layer
+from saekit.hub.export_terms import inexpressible
 from saekit.manifest import atomic_write, write_json
-from saekit.sae.activation import Activation, Gated, GroupMax, JumpReLU, ReLU, TopK
+from saekit.sae.activation import Activation, Gated, GroupMax, JumpReLU, MatchingPursuit, ReLU, TopK
 from saekit.sae.base import SAE
 from saekit.sae.dictionary import Dictionary
 from saekit.sae.gated import GatedSAE
+from saekit.sae.hook_names import tl_name
+from saekit.sae.multilayer import MultiLayerDictionary
+from saekit.sae.peer_surface import model_name
 from saekit.sae.relu import ReLUSAE
-from saekit.sae.site import Site
+from saekit.sae.site import parse_site
+from saekit.sae.sites import SitesSAE
 from saekit.sae.threshold import ThresholdSAE
 from saekit.sae.topk import TopKSAE
 from saekit.sae.transcoder import Transcoder
@@ -38,7 +43,10 @@ def as_dictionary(sae: SAE) -> Dictionary:
         return Dictionary(sae.cfg, kept, source=sae.source)
     activation: Activation
     extra: dict[str, Tensor] = {}
+    refused = ConfigError(f"export: a {type(sae).__name__}, needs a dictionary of one site and one token")
     match sae:
+        case SitesSAE():
+            raise refused
         case TopKSAE():
             activation = TopK(k=sae.cfg.k)
             skip = sae.W_skip if isinstance(sae, Transcoder) else None
@@ -54,19 +62,21 @@ def as_dictionary(sae: SAE) -> Dictionary:
             # Thresholds below 0 count as 0 in training, where relu makes the same of them.
             extra["threshold"] = sae.threshold.detach().float().cpu().clamp_min(0).expand(sae.d_sae).clone()
         case _:
-            raise ConfigError(f"export: a {type(sae).__name__}, needs a dictionary of one site and one token")
+            raise refused
     weights = {name: getattr(sae, name).detach().float().cpu().clone() for name in sorted(_FOLDED)}
     canonical = Canonical(**weights, extra=extra)
     if sae.cfg.apply_b_dec_to_input:
         canonical.subtract_from_input(canonical.b_dec)
-    site = None if sae.hook_point is None else _site(sae.hook_point)
+    site = None if sae.hook_point is None else parse_site(sae.hook_point)
     target = sae.source.get("target_hook_point")
-    site_out = _site(target) if isinstance(target, str) else None
+    site_out = parse_site(target) if isinstance(target, str) else None
     return canonical.build(activation, units="pre-activations of raw input", site=site, site_out=site_out)
 
 
 def save_sae(sae: SAE, folder: str | Path, *, format: str = "saekit") -> None:
     """Writes a dictionary into a folder in a library's format.
+
+    circuit-tracer's sets of transcoders are written a layer at a time into one folder, layers 0 to the last without gaps.
 
     Args:
         format: `saekit`, or a key of `TARGETS`.
@@ -80,11 +90,14 @@ def save_sae(sae: SAE, folder: str | Path, *, format: str = "saekit") -> None:
         return
     if format not in TARGETS:
         raise ConfigError(f"export: format {format!r}, needs saekit, {', '.join(TARGETS)}")
+    if isinstance(sae, MultiLayerDictionary) and format == "circuit-tracer":
+        write_cross_layer(sae, Path(folder))
+        return
     TARGETS[format](as_dictionary(sae), Path(folder))
 
 
 def _write_saelens(sae: Dictionary, folder: Path) -> None:
-    activation, is_transcoder = sae.cfg.activation, _is_transcoder(sae)
+    activation, maps_elsewhere = sae.cfg.activation, sae.is_transcoder
     parts = _Parts(sae)
     parts.refuse("saelens", "W_glu", "score_scale")
     config: dict[str, object] = {"d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": "float32", "device": "cpu"}
@@ -101,11 +114,15 @@ def _write_saelens(sae: Dictionary, folder: Path) -> None:
         case Gated():
             base = "gated"
             tensors |= {"b_gate": tensors.pop("b_enc"), "b_mag": parts["b_mag"], "r_mag": parts["r_mag"]}
+        case MatchingPursuit():
+            base = "matching_pursuit"
+            tensors = parts.stored({"W_dec", "b_dec"})
+            config |= activation.model_dump(exclude={"kind"})
         case _:
-            raise _inexpressible("saelens", f"activation {activation.to_dict()}")
-    if is_transcoder:
+            raise inexpressible("saelens", f"activation {activation.to_dict()}")
+    if maps_elsewhere:
         if base not in {"standard", "jumprelu"} or sae.cfg.norm != "none":
-            raise _inexpressible("saelens", f"a transcoder with {activation.kind} and norm {sae.cfg.norm!r}")
+            raise inexpressible("saelens", f"a transcoder with {activation.kind} and norm {sae.cfg.norm!r}")
         skip = "skip_" if sae.W_skip is not None else ""
         base = f"{'jumprelu_' if base == 'jumprelu' else ''}{skip}transcoder"
         config["d_out"] = sae.d_out
@@ -113,10 +130,11 @@ def _write_saelens(sae: Dictionary, folder: Path) -> None:
             tensors["W_skip"] = parts["W_skip"].T
     norms = {"none": "none", "layer_norm": "layer_norm", "constant_norm": "constant_norm_rescale"}
     if sae.cfg.norm != "none" and not sae.cfg.undo_norm:
-        raise _inexpressible("saelens", "an input norm that is not undone")
+        raise inexpressible("saelens", "an input norm that is not undone")
     config |= {
         "architecture": base,
-        "apply_b_dec_to_input": False,
+        # Matching pursuit has its one bias at both ends; elsewhere it is folded into b_enc.
+        "apply_b_dec_to_input": isinstance(activation, MatchingPursuit),
         "normalize_activations": norms[sae.cfg.norm],
         "reshape_activations": "none",
         "metadata": {"sae_lens_version": "6.0.0", "sae_lens_training_version": None, **_saelens_hooks(sae)},
@@ -125,17 +143,17 @@ def _write_saelens(sae: Dictionary, folder: Path) -> None:
 
 
 def _write_sparsify(sae: Dictionary, folder: Path) -> None:
-    activation, is_transcoder = sae.cfg.activation, _is_transcoder(sae)
+    activation, maps_elsewhere = sae.cfg.activation, sae.is_transcoder
     parts = _Parts(sae)
     parts.refuse("sparsify", "W_glu", "score_scale", norm=True)
     if not isinstance(activation, GroupMax) and not (
         isinstance(activation, TopK) and (activation.by, activation.negative) == ("value", "zero")
     ):
         # It reads `signed` from no config since September 2024, so that signed top-k would be computed wrongly there.
-        raise _inexpressible("sparsify", f"activation {activation.to_dict()}; it has top-k after relu, and groupmax")
+        raise inexpressible("sparsify", f"activation {activation.to_dict()}; it has top-k after relu, and groupmax")
     if sae.d_in != sae.d_out:
-        raise _inexpressible("sparsify", f"{sae.d_in} wide input and {sae.d_out} wide output")
-    if not is_transcoder:
+        raise inexpressible("sparsify", f"{sae.d_in} wide input and {sae.d_out} wide output")
+    if not maps_elsewhere:
         parts.center()
     tensors = {
         "encoder.weight": parts["W_enc"].T,
@@ -153,7 +171,7 @@ def _write_sparsify(sae: Dictionary, folder: Path) -> None:
         "k": activation.k,
         "multi_topk": False,
         "skip_connection": sae.W_skip is not None,
-        "transcode": is_transcoder,
+        "transcode": maps_elsewhere,
         "d_in": sae.d_in,
     }
     _write(folder, "sae.safetensors", tensors, "cfg.json", config)
@@ -163,8 +181,8 @@ def _write_dictionary_learning(sae: Dictionary, folder: Path) -> None:
     activation = sae.cfg.activation
     parts = _Parts(sae)
     parts.refuse("dictionary_learning", "W_glu", "score_scale", "W_skip", norm=True)
-    if _is_transcoder(sae):
-        raise _inexpressible("dictionary_learning", "a transcoder")
+    if sae.is_transcoder:
+        raise inexpressible("dictionary_learning", "a transcoder")
     trainer: dict[str, object] = {"activation_dim": sae.d_in, "dict_size": sae.d_sae}
     match activation:
         case ReLU():
@@ -182,7 +200,7 @@ def _write_dictionary_learning(sae: Dictionary, folder: Path) -> None:
             name, tensors = "GatedAutoEncoder", parts.linear(encoder_bias="gate_bias", decoder_bias="decoder_bias")
             tensors |= {"mag_bias": parts["b_mag"], "r_mag": parts["r_mag"]}
         case _:
-            raise _inexpressible("dictionary_learning", f"activation {activation.to_dict()}")
+            raise inexpressible("dictionary_learning", f"activation {activation.to_dict()}")
     trainer["dict_class"] = name
     with atomic_write(folder / "ae.pt") as file:
         torch.save({key: value.contiguous() for key, value in tensors.items()}, file)
@@ -193,6 +211,7 @@ TARGETS: Mapping[str, Callable[[Dictionary, Path], None]] = {
     "saelens": _write_saelens,
     "sparsify": _write_sparsify,
     "dictionary_learning": _write_dictionary_learning,
+    "circuit-tracer": write_layer,
 }
 """Name -> writer of every foreign format."""
 
@@ -233,26 +252,13 @@ class _Parts:
         """Checks that the dictionary has none of these weights, and no norm where `norm` says so."""
         found = [name for name in names if getattr(self.sae, name) is not None]
         if found:
-            raise _inexpressible(target, ", ".join(found))
+            raise inexpressible(target, ", ".join(found))
         if norm and self.sae.cfg.norm != "none":
-            raise _inexpressible(target, f"norm {self.sae.cfg.norm!r}")
-
-
-def _is_transcoder(sae: Dictionary) -> bool:
-    return sae.W_skip is not None or sae.d_in != sae.d_out or sae.cfg.site_out not in {None, sae.cfg.site}
-
-
-def _inexpressible(target: str, what: str) -> ConfigError:
-    return ConfigError(f"export: {target} cannot express {what}, needs a dictionary without it")
-
-
-def _site(hook_point: str) -> Site:
-    path, _, side = hook_point.partition(":")
-    return Site.model_validate({"path": path, "side": side or "output"})
+            raise inexpressible(target, f"norm {self.sae.cfg.norm!r}")
 
 
 def _saelens_hooks(sae: Dictionary) -> dict[str, object]:
-    hooks: dict[str, object] = {"model_name": _model_name(sae.source)}
+    hooks: dict[str, object] = {"model_name": model_name(sae.source)}
     if sae.cfg.site is not None and sae.cfg.site.transform == "centered":
         hooks["model_from_pretrained_kwargs"] = {"center_writing_weights": True}
     for key, site in (("hook_name", sae.cfg.site), ("hook_name_out", sae.cfg.site_out)):
@@ -261,19 +267,6 @@ def _saelens_hooks(sae: Dictionary) -> dict[str, object]:
             # A module path alone would lose the step that the hook name implies.
             hooks[f"hf_{key}"] = f"{site.path}.{site.side}" if site.transform == "none" else None
     return hooks
-
-
-def _model_name(source: Mapping[str, object]) -> str | None:
-    """Returns the model that a dictionary's record names, its own or that of the peer's config."""
-    records = [source, source.get("metadata")]
-    while records:
-        record = records.pop(0)
-        if isinstance(record, dict):
-            for key in ("model_name", "base_model", "lm_name", "model"):
-                if isinstance(record.get(key), str):
-                    return str(record[key])
-            records += [value for key, value in record.items() if key != "files"]
-    return None
 
 
 def _write(

@@ -1,21 +1,23 @@
 """One released dictionary on disk: its files, its config as it stands, and its tensors, taken by name and checked."""
 
-import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import torch
-import yaml
 from torch import Tensor
 
 from saekit.errors import FormatError
-from saekit.hub.containers import Container, TensorHeader, open_container
+from saekit.hub.containers import open_container
+from saekit.hub.copying import float32_copy
+from saekit.hub.headers import Container, TensorHeader, reason
+from saekit.hub.strict import parse_json, parse_yaml, printable
 
 __all__ = ["Release", "Weights", "read_mapping"]
 
-_MAX_CONFIG_BYTES = 10_000_000
+_MAX_CONFIG_BYTES = 1_000_000
 
 _T = TypeVar("_T")
 
@@ -29,8 +31,11 @@ class Weights:
         values: what else the files hold.
     """
 
-    def __init__(self, paths: Iterable[Path]) -> None:
+    def __init__(self, paths: Iterable[Path], opener: Callable[[Path], Container] = open_container) -> None:
         """Opens the files and reads their headers.
+
+        Args:
+            opener: how a file is opened.
 
         Raises:
             FormatError: a file cannot be read, or two hold a tensor of the same name.
@@ -41,11 +46,11 @@ class Weights:
         self._taken: set[str] = set()
         names = []
         for path in paths:
-            container = open_container(path)
+            container = opener(path)
             names.append(str(path))
             twice = self._home.keys() & container.headers.keys()
             if twice:
-                raise FormatError(f"{str(path)!r}: holds {sorted(twice)[0]} again, needs each tensor once")
+                raise FormatError(f"{str(path)!r}: holds {printable(twice, 1)} again, needs each tensor once")
             self.headers |= container.headers
             self.values |= container.values
             self._home |= dict.fromkeys(container.headers, container)
@@ -65,7 +70,7 @@ class Weights:
             FormatError: it is not there, or has another number of axes.
         """
         if name not in self.headers:
-            raise FormatError(f"{self.where}: has {', '.join(sorted(self.headers)[:12])}, needs also {name}")
+            raise FormatError(f"{self.where}: has {printable(self.headers)}, needs also {name}")
         shape = self.headers[name].shape
         if len(shape) != num_dims or 0 in shape:
             raise FormatError(f"{self.where}: {name} is {list(shape)}, needs {num_dims} axes, none of them 0")
@@ -84,9 +89,8 @@ class Weights:
         if not header.is_floating_point:
             raise FormatError(f"{self.where}: {name} is {header.dtype}, needs floating point")
         self._taken.add(name)
-        tensor = self._home[name].tensor(name).to(torch.float32)
-        low, high = tensor.aminmax()
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        tensor, is_finite = float32_copy(self._home[name].tensor(name))
+        if not is_finite:
             raise FormatError(f"{self.where}: {name} has NaN or Inf, needs finite weights")
         return tensor
 
@@ -109,9 +113,10 @@ class Weights:
             raise FormatError(f"{self.where}: {name} is {value}, needs a finite number")
         return value
 
-    def is_all_nan(self, name: str) -> bool:
-        """Whether a tensor is NaN throughout, by which some formats say that it is not used."""
-        return bool(torch.isnan(self._home[name].tensor(name)).all())
+    def has_nan(self, name: str) -> bool:
+        """Whether a tensor holds NaN, by which some formats say that it is not used."""
+        tensor = self._home[name].tensor(name)
+        return not tensor.is_meta and bool(torch.isnan(tensor).any())
 
     def finish(self, *ignored: str) -> None:
         """Checks that every tensor was taken: one that nobody reads might change the function.
@@ -124,7 +129,7 @@ class Weights:
         """
         left = sorted(self.headers.keys() - self._taken - set(ignored))
         if left:
-            raise FormatError(f"{self.where}: also holds {', '.join(left)}, needs only tensors that the format knows")
+            raise FormatError(f"{self.where}: also holds {printable(left)}, needs only tensors that the format knows")
 
 
 @dataclass(kw_only=True)
@@ -143,14 +148,20 @@ class Release:
     """Hub repository."""
     revision: str | None = None
     """Commit of the repository."""
+    opener: Callable[[Path], Container] = open_container
+    """How its files are opened."""
     _weights: Weights | None = field(default=None, repr=False)
 
     @property
     def weights(self) -> Weights:
         """All weights files together, opened at first use."""
         if self._weights is None:
-            self._weights = Weights(self.folder / name for name in self.files)
+            self._weights = self.open(*self.files)
         return self._weights
+
+    def open(self, *names: str) -> Weights:
+        """Returns some of the weights files, opened together."""
+        return Weights((self.folder / name for name in names), self.opener)
 
     @property
     def values(self) -> Mapping[str, object]:
@@ -184,7 +195,7 @@ class Release:
         """Returns a config value of a kind; int serves for float.
 
         Raises:
-            FormatError: it is missing or of another kind.
+            FormatError: it is missing, of another kind, or not finite.
         """
         values = self.config if config is None else config
         value = values.get(key)
@@ -192,6 +203,8 @@ class Release:
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise FormatError(f"{self.ref!r}: config: {key} is {value!r}, needs {kind.__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise FormatError(f"{self.ref!r}: config: {key} is {value!r}, needs a finite number")
         return value
 
     def flag(self, key: str, default: bool, *, config: Mapping[str, object] | None = None) -> bool:
@@ -221,17 +234,9 @@ def read_mapping(path: Path) -> Mapping[str, object]:
         if size > _MAX_CONFIG_BYTES:
             raise ValueError(f"{size} bytes are too many")
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else _read_yaml(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise FormatError(f"{str(path)!r}: cannot be read: {reason}, needs a config") from error
+        content = parse_json(text) if path.suffix == ".json" else parse_yaml(text)
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{str(path)!r}: cannot be read: {reason(error)}, needs a config") from error
     if not isinstance(content, dict):
         raise FormatError(f"{str(path)!r}: holds a {type(content).__name__}, needs a mapping")
     return {str(key): value for key, value in content.items()}
-
-
-def _read_yaml(text: str) -> object:
-    # A few nested aliases can stand for more text than fits the memory.
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-        raise yaml.YAMLError("holds an alias, needs every value written out")
-    return yaml.safe_load(text)

@@ -3,7 +3,7 @@
 import fnmatch
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,19 +12,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from saekit.errors import ConfigError, FormatError
-from saekit.hub.discover import config_names, dictionaries
+from saekit.hub.discover import config_names, dictionaries, unreadable
+from saekit.hub.headers import is_true, reason
 from saekit.hub.place import Place, locate, shown
 from saekit.hub.release import Release, read_mapping
+from saekit.hub.strict import parse_json
 from saekit.hub.table import FORMATS, recognise
 from saekit.manifest import file_sha256
 from saekit.sae.base import SAE
 from saekit.sae.checkpoint import CFG_NAME, WEIGHTS_NAME, load_sae_folder
 from saekit.sae.dictionary import Dictionary
 from saekit.sae.released import RELEASED_KINDS, build_released
-from saekit.sae.site import Site
-from saekit.sae.temporal import TemporalDictionary
+from saekit.sae.sequence import SequenceSAE
+from saekit.sae.site import Site, parse_site
 
-__all__ = ["load_sae", "load_saes"]
+__all__ = ["check_hashes", "load_sae", "load_saes", "read_release", "the_one"]
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,8 @@ def load_sae(
     """Returns the dictionary that `ref` names, computing what its release defines.
 
     A folder that saekit wrote gives the class that was trained. Anything else is read by its format, into a `Dictionary`, a
-    `MultiLayerDictionary` (the layer is the last axis but one of its input) or a `TemporalDictionary`, without gradients.
+    `MultiLayerDictionary` (the layer is the last axis but one of its input), or a `TemporalDictionary` or `LorsaDictionary`
+    (whole sequences), without gradients.
     Nothing in the files is run: pickles are read as tensors, numbers and texts only.
 
     Args:
@@ -53,13 +56,14 @@ def load_sae(
         revision: branch, tag or commit on the hub.
         hook_point: overrides where the dictionary reads: a module path, or one with ":input".
         format: a name of `saekit.hub.table.FORMATS`, for files that are not recognised.
-        sha256: what the weights file must hash to; a mapping from file name where there are several.
+        sha256: what the weights file must hash to; a mapping from file name where there are several, in which configs may
+            stand too.
 
     Raises:
         FormatError: `ref` names nothing that can be read, several dictionaries, or files that are not what they claim.
     """
     place = locate(ref, revision)
-    sae = _load(place, _the_one(place), format=format, sha256=sha256)
+    sae = _load(place, the_one(place), format=format, sha256=sha256)
     if hook_point is not None:
         _place_at(sae, hook_point)
     return sae.to(device=device, dtype=dtype)
@@ -95,22 +99,24 @@ def load_saes(
 
 def _place_at(sae: SAE, hook_point: str) -> None:
     sae.hook_point = hook_point
-    if isinstance(sae, Dictionary | TemporalDictionary):
-        path, _, side = hook_point.partition(":")
-        if not path or side not in {"", "input", "output"}:
-            raise ConfigError(f"hook point {hook_point!r}: needs a module path, ':input' or ':output' behind it")
-        site = Site(path=path, side="input" if side == "input" else "output")
-        sae.cfg = sae.cfg.model_copy(update={"site": site})
+    if isinstance(sae, Dictionary | SequenceSAE):
+        sae.cfg = sae.cfg.model_copy(update={"site": parse_site(hook_point)})
 
 
-def _the_one(place: Place) -> str:
+def the_one(place: Place) -> str:
+    """Returns the name of the one dictionary of a place.
+
+    Raises:
+        FormatError: there is none, or there are several, which the message names.
+    """
     found = dictionaries(place.names)
     if "" in found:
         return ""
     if not found:
+        known = unreadable(place.names)
         raise FormatError(
             f"sae {place.ref!r}: no {CFG_NAME} and no weights of a dictionary, needs the output folder of a training run"
-            " or a release"
+            f" or a release{f'; {known}' if known else ''}"
         )
     if len(found) > 1:
         kind = "SAEs" if any(name in place.names for name in found) else "SAE folders"
@@ -124,10 +130,12 @@ def _load(place: Place, name: str, *, format: str | None, sha256: str | Mapping[
     files = dictionaries(place.names)[name]
     folder = place.folder_of(files)
     configs = {Path(config).name: folder / config for config in config_names(place.names, files)}
+    _check_links(place, folder, [*files, *(path.relative_to(folder).as_posix() for path in configs.values())])
     own = folder / name
     is_own = format is None and _is_own(own / CFG_NAME)
     hashes = {} if is_own and sha256 is None else {file: file_sha256(folder / file) for file in files}
-    _check_hashes(place.name_of(name), hashes, sha256)
+    hashes_of_configs = {} if is_own and sha256 is None else {key: file_sha256(path) for key, path in configs.items()}
+    check_hashes(place.name_of(name), hashes, hashes_of_configs, sha256)
     if is_own:
         return _load_own(own)
     release = Release(
@@ -138,27 +146,36 @@ def _load(place: Place, name: str, *, format: str | None, sha256: str | Mapping[
         repo=place.repo,
         revision=place.revision,
     )
-    sae = _read(release, format)
+    sae = read_release(release, format)
     _warn_of_transform(release.ref, sae)
-    sae.source["files"] = hashes | {config: file_sha256(path) for config, path in configs.items()}
+    sae.source["files"] = hashes | hashes_of_configs
     return sae.requires_grad_(False).eval()
 
 
-def _read(release: Release, format: str | None) -> SAE:
+def read_release(release: Release, format: str | None = None) -> SAE:
+    """Returns the dictionary of a release, with its record but for the hashes of its files.
+
+    Args:
+        format: as in `load_sae`.
+
+    Raises:
+        FormatError: the files are of no known format, or not what they claim.
+    """
     name = recognise(release, format)
     try:
         sae = FORMATS[name].read(release)
     except (ConfigError, ValidationError) as error:
         # A value of the peer's config that ours does not admit, such as k = 0.
-        reason = str(error) if isinstance(error, ConfigError) else "; ".join(e["msg"] for e in error.errors())
+        cause = str(error) if isinstance(error, ConfigError) else "; ".join(e["msg"] for e in error.errors())
         raise FormatError(
-            f"{release.ref!r}: read as {name!r}: {reason}, needs a config that fits its weights"
+            f"{release.ref!r}: read as {name!r}: {cause}, needs a config that fits its weights"
         ) from error
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+    except FormatError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         # A config may hold a list where a text belongs, and so on: it is input that nobody checked before.
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         raise FormatError(
-            f"{release.ref!r}: read as {name!r}: {reason}, needs a config and weights of that format"
+            f"{release.ref!r}: read as {name!r}: {type(error).__name__}: {reason(error)}, needs a config and weights of that format"
         ) from error
     pickled = {"pickled": release.values} if release.values else {}
     sae.source = {
@@ -167,24 +184,67 @@ def _read(release: Release, format: str | None) -> SAE:
         "repo": release.repo,
         "revision": release.revision,
         "units": sae.source["units"],
-        # Through JSON, so that the record can be saved; what JSON cannot hold stands there as text.
-        "metadata": json.loads(json.dumps({**release.configs, **pickled}, default=str), parse_constant=str),
+        "prepend_bos": _prepends_bos(release),
+        "metadata": _record(release.ref, {**release.configs, **pickled}),
     }
+    _check_finite(release.ref, sae)
     return sae
+
+
+def _record(ref: str, values: Mapping[str, object]) -> object:
+    """Returns values through JSON, so that they can be saved; what JSON cannot hold stands there as text."""
+    try:
+        return json.loads(json.dumps(values, default=str, skipkeys=True), parse_constant=str)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{ref!r}: config: {reason(error)}, needs values that JSON can hold") from error
+
+
+def _check_finite(ref: str, sae: SAE) -> None:
+    """Checks what the folds have made; the large matrices were finite when they were read, and their scales are."""
+    for name, parameter in sae.named_parameters():
+        is_vector = not name.startswith(("W_", "decoders", "attention"))
+        if is_vector and not is_true(torch.isfinite(parameter).all()):
+            raise FormatError(
+                f"{ref!r}: {name} has NaN or Inf after its scales, needs others in the config or the weights"
+            )
+
+
+def _check_links(place: Place, folder: Path, names: Sequence[str]) -> None:
+    """Refuses links that lead out of the folder: whoever made it would choose what of the reader's disk is read and kept."""
+    home = folder.resolve()
+    allowed = [home]
+    if place.is_file and place.hub is None:
+        allowed.append((folder / place.names[0]).resolve().parent)
+    # The hub's cache holds a revision as links into its own blobs.
+    allowed += [above.parent.parent / "blobs" for above in (home, *home.parents) if above.parent.name == "snapshots"]
+    for name in names:
+        target = (folder / name).resolve()
+        if not any(target.is_relative_to(root) for root in allowed):
+            raise FormatError(f"{str(folder / name)!r}: a link to {str(target)!r}, needs a file inside {str(folder)!r}")
+
+
+def _prepends_bos(release: Release) -> bool | None:
+    """Whether the release's texts began with a BOS token; None where its files do not say."""
+    pickled = release.values.get("cfg")
+    for config in (*release.configs.values(), pickled):
+        if isinstance(config, dict):
+            for values in (config, config.get("metadata")):
+                if isinstance(values, dict) and isinstance(values.get("prepend_bos"), bool):
+                    return bool(values["prepend_bos"])
+    return None
 
 
 def _warn_of_transform(ref: str, sae: SAE) -> None:
     site = getattr(sae.cfg, "site", None) or next(iter(getattr(sae.cfg, "sites", None) or ()), None)
     if isinstance(site, Site) and site.transform != "none":
-        log.warning(
-            "%s: reads %s after the step %r; give it sae.cfg.site.values(hidden, module)", ref, site, site.transform
-        )
+        log.warning("%s: reads %s after the step %r; saekit.capture takes it", ref, site, site.transform)
 
 
 def _is_own(path: Path) -> bool:
     try:
-        return bool(json.loads(path.read_text(encoding="utf-8")).get("format") == "saekit")
-    except (OSError, ValueError, AttributeError):
+        header = parse_json(path.read_text(encoding="utf-8"))
+        return isinstance(header, dict) and header.get("format") == "saekit"
+    except (OSError, ValueError):
         return False
 
 
@@ -204,15 +264,27 @@ def _load_own(folder: Path) -> SAE:
     return build_released(header, tensors, where=repr(str(folder))).requires_grad_(False).eval()
 
 
-def _check_hashes(ref: str, found: Mapping[str, str], wanted: str | Mapping[str, str] | None) -> None:
+def check_hashes(
+    ref: str, weights: Mapping[str, str], configs: Mapping[str, str], wanted: str | Mapping[str, str] | None
+) -> None:
+    """Checks the hashes of files against what the caller demands.
+
+    Args:
+        weights, configs: file name -> sha256.
+        wanted: as `sha256` of `load_sae`.
+
+    Raises:
+        FormatError: a file has another hash, or there is none for a weights file.
+    """
     if wanted is None:
         return
     if isinstance(wanted, str):
-        if len(found) > 1:
+        if len(weights) > 1:
             raise FormatError(
-                f"sae {ref!r}: {len(found)} weights files and one sha256, needs one for each: {shown(list(found))}"
+                f"sae {ref!r}: {len(weights)} weights files and one sha256, needs one for each: {shown(list(weights))}"
             )
-        wanted = dict.fromkeys(found, wanted)
+        wanted = dict.fromkeys(weights, wanted)
+    found = {**weights, **configs}
     for file, digest in wanted.items():
         if file not in found:
             raise FormatError(f"sae {ref!r}: a sha256 for {file!r}, needs one for {shown(list(found))}")
@@ -220,6 +292,6 @@ def _check_hashes(ref: str, found: Mapping[str, str], wanted: str | Mapping[str,
             raise FormatError(
                 f"sae {ref!r}: {file} has sha256 {found[file]}, needs {digest}; it is not the file you mean"
             )
-    missing = sorted(found.keys() - wanted.keys())
+    missing = sorted(weights.keys() - wanted.keys())
     if missing:
         raise FormatError(f"sae {ref!r}: no sha256 for {shown(missing)}, needs one for each weights file")

@@ -11,12 +11,14 @@ from saekit.hub.formats import (
     gemma_scope,
     openmoss,
     openmoss_layers,
+    openmoss_lorsa,
     plain,
     saelens,
     sparsify,
     temporal,
 )
 from saekit.hub.release import Release
+from saekit.hub.strict import printable
 from saekit.sae.base import SAE
 
 __all__ = ["FORMATS", "Format", "recognise"]
@@ -53,6 +55,7 @@ FORMATS: Mapping[str, Format] = {
         is_match=openmoss_layers.is_llamascopium_layers, read=openmoss_layers.read_llamascopium_layers
     ),
     "llamascopium": Format(is_match=openmoss.is_llamascopium, read=openmoss.read_llamascopium),
+    "lorsa": Format(is_match=openmoss_lorsa.is_lorsa, read=openmoss_lorsa.read_lorsa),
     "openai": Format(is_match=plain.is_openai, read=plain.read_openai),
     "goodfire": Format(is_match=plain.is_goodfire, read=plain.read_goodfire),
     "finetuning_crosscoder": Format(
@@ -87,7 +90,7 @@ def recognise(release: Release, forced: str | None = None) -> str:
     for name, entry in FORMATS.items():
         if entry.is_match(release):
             return name
-    tensors = ", ".join(f"{n} {list(h.shape)}" for n, h in sorted(release.weights.headers.items())[:8])
+    tensors = printable((f"{name} {list(header.shape)}" for name, header in release.weights.headers.items()), 8)
     raise FormatError(
         f"{release.ref!r}: no known format has {tensors or 'no tensors'}, needs one of {', '.join(FORMATS)}; say format="
     )

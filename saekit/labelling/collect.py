@@ -1,6 +1,7 @@
 """One streaming pass over the training documents that finds where each feature fires; memory grows with features only."""
 
 import hashlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,14 +11,15 @@ from numpy.typing import NDArray
 from pydantic import Field
 from safetensors.numpy import save
 
-from saekit.activations import StoreView
+from saekit.activations import PairedStore, StoreView
 from saekit.config import Config
 from saekit.errors import DataError, NonFiniteError
 from saekit.labelling.contexts import CODES_NAME, CONTEXTS_NAME, FeatureContexts
 from saekit.labelling.reservoir import Events, Reservoir, hash_events
 from saekit.manifest import atomic_write, begin_stage, finish_stage
 from saekit.progress import NO_PROGRESS, Progress
-from saekit.sae import SAE
+from saekit.sae import SAE, Crosscoder, SitesSAE
+from saekit.sae.batch import batch_width, token_code
 
 __all__ = [
     "ContextConfig",
@@ -55,7 +57,8 @@ def collect_contexts(
     """Returns the contexts of all features over the tokens of `view`, from `out` if a former pass finished there.
 
     Args:
-        sae: any dictionary with `encode_sparse`.
+        sae: any dictionary with `encode_sparse`. Of a multi-layer SAE a token has each feature's largest activation over hook
+            points.
         view: the training documents; other tokens of their rows count as silent.
         config: what to keep.
         out: folder for contexts.safetensors, codes.safetensors and the manifest.
@@ -67,8 +70,8 @@ def collect_contexts(
         NonFiniteError: the dictionary yields NaN or Inf.
     """
     out = Path(out)
-    if view.d_in != sae.cfg.d_in:
-        raise DataError(f"contexts: activations are {view.d_in} wide, the dictionary needs {sae.cfg.d_in}")
+    if view.d_in != batch_width(sae):
+        raise DataError(f"contexts: activations are {view.d_in} wide, the dictionary needs {batch_width(sae)}")
     if view.num_tokens == 0:
         raise DataError("contexts: the training view has no tokens, needs at least one")
     # How many tokens go at a time is no property of the result, so a resumed run may choose another number.
@@ -114,7 +117,7 @@ def encoded_rows(
         mask = np.asarray(view.mask[batch])
         x = view.store.read_rows(batch)[torch.from_numpy(mask)].to(device, torch.float32)  # [n, D]
         with torch.no_grad():
-            top_acts, top_indices = sae.encode_sparse(x)
+            top_acts, top_indices = token_code(sae, x)
         acts = top_acts.float().cpu().numpy()
         row, position = np.nonzero(mask)
         flat = batch[row] * context_len + position
@@ -245,10 +248,16 @@ def draw_rows(view: StoreView, *, num_tokens: int, seed: int) -> NDArray[np.bool
 
 
 def _largest_expected(sae: SAE, view: StoreView) -> float:
-    """Returns a round upper scale for activations: twice the mean distance from the mean, in units of decoder rows."""
-    norms = torch.linalg.vector_norm(sae.W_dec.detach().float(), dim=1)
-    decoder_norm = float(norms.median())
-    scale = 2 * float(view.store.statistics.mean_norm_centred) / (decoder_norm if decoder_norm > 0 else 1.0)
+    """Returns a round upper scale for activations: twice the mean distance from the mean, in units of decoder rows.
+
+    Of a transcoder that is the distance of what it predicts; of several hook points that of normalised ones.
+    """
+    store = view.store.targets if isinstance(view.store, PairedStore) else view.store
+    rows = (sae.normalized_decoder() if isinstance(sae, Crosscoder) else sae.W_dec).detach().float()
+    # Each hook point of a crosscoder has its part of a row.
+    width = math.sqrt(rows.shape[1]) if isinstance(sae, SitesSAE) else float(store.statistics.mean_norm_centred)
+    decoder_norm = float(torch.linalg.vector_norm(rows, dim=1).median())
+    scale = 2 * width / (decoder_norm if decoder_norm > 0 else 1.0)
     return float(2.0 ** np.ceil(np.log2(scale))) if np.isfinite(scale) and scale > 0 else 1.0
 
 

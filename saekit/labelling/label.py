@@ -19,7 +19,8 @@ from saekit.labelling.vocabulary import Vocabulary
 from saekit.manifest import begin_stage, finish_stage, locked, reopen_stage
 from saekit.models import LanguageModel
 from saekit.progress import NO_PROGRESS, Progress
-from saekit.sae import SAE, Transcoder
+from saekit.sae import SAE
+from saekit.sae.batch import batch_width
 
 __all__ = ["CONTEXTS_FOLDER", "estimate_labels", "label_features"]
 
@@ -41,7 +42,8 @@ def label_features(
     """Labels and scores a dictionary's features; run again after a stop, it goes on where it was.
 
     Args:
-        sae: the dictionary; `hook_point` is needed for `token_change`.
+        sae: the dictionary; `hook_point_out` is needed for `token_change`. A transcoder's contexts are those of what it reads, the
+            tokens that it promotes those of what it writes; several hook points write at the last of them.
         train: documents that labels may be made from.
         test: documents that labels are scored on; shares none with `train`.
         lm: the model whose activations the views hold.
@@ -56,7 +58,7 @@ def label_features(
         `out`.
 
     Raises:
-        ConfigError: a transcoder, `out` was written with another config or other inputs, or the labelling model's key is
+        ConfigError: `out` was written with another config or other inputs, or the labelling model's key is
             missing.
         DataError: the views share a document, one is empty, or they are of another width than the dictionary.
         MissingDependencyError: the labelling model needs an extra that is not installed.
@@ -107,15 +109,14 @@ def estimate_labels(
 
 
 def _check_views(sae: SAE, train: StoreView, test: StoreView) -> None:
-    if isinstance(sae, Transcoder):
-        # Its decoder writes at another place than the one whose activations and hook point the evidence is taken from.
-        raise ConfigError("labels: found a transcoder, needs an SAE that reconstructs what it reads")
     for name, view in (("training", train), ("held-out", test)):
         if view.num_tokens == 0:
             raise DataError(f"labels: the {name} view has no tokens, needs at least one")
-        if view.d_in != sae.cfg.d_in:
+        if view.d_in != batch_width(sae):
+            rows = " (pairs of a PairedStore)" if sae.is_transcoder else ""
             raise DataError(
-                f"labels: activations of the {name} view are {view.d_in} wide, the dictionary needs {sae.cfg.d_in}"
+                f"labels: activations of the {name} view are {view.d_in} wide, the dictionary needs"
+                f" {batch_width(sae)}{rows}"
             )
     shared = np.intersect1d(train.documents, test.documents)
     if len(shared):

@@ -116,9 +116,9 @@ class LabelStage:
         if not path.exists():
             unembedding = find_unembedding(self.lm)
             width = unembedding.weight.shape[1]
-            if self.sae.cfg.d_in != width:
+            if self.sae.d_out != width:
                 self.progress.say(
-                    f"no vocabulary projection: decoder rows are {self.sae.cfg.d_in} wide, the residual stream is {width}"
+                    f"no vocabulary projection: decoder rows are {self.sae.d_out} wide, the residual stream is {width}"
                 )
                 return None
             effects = vocab_projection(

@@ -2,7 +2,7 @@
 
 from saekit.models.hooks import HookPoint, ablate, add, capture, logits, parse_hook_point, replace, resolve
 from saekit.models.load import LanguageModel, ModelConfig, load_model, load_tokenizer, save_converted
-from saekit.models.run_from import can_run_from, run_from
+from saekit.models.run_from import can_run_from, later_layers, run_from
 from saekit.models.texts import Document, FileTextConfig, HubTextConfig, TextConfig, iter_documents, text_fingerprint
 from saekit.models.tokens import (
     TokenConfig,
@@ -38,6 +38,7 @@ __all__ = [
     "find_unembedding",
     "iter_documents",
     "iter_token_rows",
+    "later_layers",
     "load_model",
     "load_tokenizer",
     "logits",

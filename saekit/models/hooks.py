@@ -116,13 +116,20 @@ def capture(
     return {name: found[name] for name in wanted}
 
 
-def logits(lm: LanguageModel, tokens: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
-    """Returns the model's next-token logits, `[B, T, V]` float32, without gradients.
+def logits(
+    lm: LanguageModel, tokens: Tensor, *, attention_mask: Tensor | None = None, has_graph: bool = False
+) -> Tensor:
+    """Returns the model's next-token logits, `[B, T, V]` float32.
+
+    Args:
+        tokens: `[B, T]` integers.
+        attention_mask: `[B, T]`, 1 for tokens and 0 for padding; None: no padding.
+        has_graph: keep the graph to what `replace` puts in, for gradients; the model's own weights get none.
 
     Raises:
         ModelError: token ids outside the vocabulary, or more positions than the model has.
     """
-    with torch.no_grad():
+    with torch.set_grad_enabled(has_graph and torch.is_grad_enabled()):
         return _forward(lm, tokens, attention_mask).float()
 
 

@@ -11,7 +11,7 @@ from saekit.errors import HookPointError
 from saekit.models.hooks import logits, parse_hook_point, replace, resolve
 from saekit.models.load import LanguageModel
 
-__all__ = ["can_run_from", "run_from"]
+__all__ = ["can_run_from", "later_layers", "run_from"]
 
 _PROBE_SHAPE = (2, 8)
 
@@ -20,9 +20,15 @@ _proven: "weakref.WeakKeyDictionary[nn.Module, dict[str, bool]]" = weakref.WeakK
 
 
 def run_from(
-    lm: LanguageModel, hook_point: str, hidden: Tensor, tokens: Tensor, *, attention_mask: Tensor | None = None
+    lm: LanguageModel,
+    hook_point: str,
+    hidden: Tensor,
+    tokens: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    has_graph: bool = False,
 ) -> Tensor:
-    """Returns the logits that the model gives if the hidden states at `hook_point` are `hidden`, without gradients.
+    """Returns the logits that the model gives if the hidden states at `hook_point` are `hidden`.
 
     Where the hook point is a decoder layer's output, the layers up to it are not computed, and the result is bit for bit
     that of the full forward (proven on a short random input at the first call for a model and hook point). Anywhere else
@@ -33,6 +39,7 @@ def run_from(
         hidden: `[B, T, D]` floats.
         tokens: `[B, T]` the tokens that `hidden` belongs to; they set masks and positions.
         attention_mask: `[B, T]`, 1 for tokens and 0 for padding; None: no padding.
+        has_graph: keep the graph to `hidden`, for gradients; the model's own weights get none.
 
     Returns:
         `[B, T, V]` float32.
@@ -49,9 +56,9 @@ def run_from(
                 f"hook point {hook_point!r}: hidden states of shape {list(hidden.shape)}, needs {list(width)}"
             )
         with _skipped(lm, hook_point, hidden):
-            return logits(lm, tokens, attention_mask=attention_mask)
+            return logits(lm, tokens, attention_mask=attention_mask, has_graph=has_graph)
     with replace(lm, hook_point, lambda _: hidden, first=True):
-        return logits(lm, tokens, attention_mask=attention_mask)
+        return logits(lm, tokens, attention_mask=attention_mask, has_graph=has_graph)
 
 
 def can_run_from(lm: LanguageModel, hook_point: str) -> bool:
@@ -64,6 +71,25 @@ def can_run_from(lm: LanguageModel, hook_point: str) -> bool:
     if hook_point not in known:
         known[hook_point] = _layers(lm, hook_point) is not None and _is_exact(lm, hook_point)
     return known[hook_point]
+
+
+def later_layers(lm: LanguageModel, hook_point: str) -> list[str]:
+    """Returns the hook points of the decoder layers' outputs behind `hook_point`, its own layer's where that is inside it.
+
+    Raises:
+        HookPointError: the hook point is in no decoder layer.
+    """
+    point = parse_hook_point(hook_point)
+    parts = point.path.split(".")
+    for end in range(1, len(parts)):
+        parent = lm.model.get_submodule(".".join(parts[:end]))
+        if isinstance(parent, nn.ModuleList) and len(parent) == lm.num_layers:
+            is_output = end + 1 == len(parts) and point.side == "output"
+            first = int(parts[end]) + is_output
+            return [f"{'.'.join(parts[:end])}.{number}" for number in range(first, lm.num_layers)]
+    raise HookPointError(
+        f"hook point {hook_point!r}: in no decoder layer of {lm.name!r}, needs one with layers behind it"
+    )
 
 
 def _layers(lm: LanguageModel, hook_point: str) -> list[nn.Module] | None:

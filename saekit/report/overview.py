@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from saekit.activations import ActivationStore
 from saekit.evaluation import Evaluation, Figure, Histogram
-from saekit.evaluation.definitions import METRICS
+from saekit.evaluation.definitions import metric_info
 from saekit.manifest import Manifest
 from saekit.report.payload import JSONValue, finite
 from saekit.report.sources import RunSource
@@ -156,16 +156,16 @@ def _controls(run: RunSource) -> JSONValue:
 
 
 def _evaluation(evaluation: Evaluation) -> dict[str, JSONValue]:
-    shown = [name for name in METRICS if any(name in row.metrics for row in evaluation.rows)]
+    shown = evaluation.metric_names()
     return {
         "metrics": [
             {
                 "name": name,
-                "title": METRICS[name].title,
-                "digits": METRICS[name].digits,
-                "definition": evaluation.definitions.get(name, METRICS[name].definition),
+                "title": info.title,
+                "digits": info.digits,
+                "definition": evaluation.definitions.get(name, info.definition),
             }
-            for name in shown
+            for name, info in ((name, metric_info(name)) for name in shown)
         ],
         "rows": [
             {

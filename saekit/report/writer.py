@@ -198,7 +198,9 @@ def _report_payload(title: str, store: Path, files: Sequence[_RunFiles]) -> dict
     manifest = read_manifest(store)
     assert manifest is not None, "the store's identity was taken from it"
     present = _hook_points(store)
-    shown = [run.source.hook_point or (present[0] if len(present) == 1 else None) for run in files]
+    # Of several hook points, the norms of the first stand for all.
+    named = [run.source.hook_point and run.source.hook_point.split(",")[0] for run in files]
+    shown = [hook_point or (present[0] if len(present) == 1 else None) for hook_point in named]
     return {
         "title": title,
         "version": __version__,

@@ -16,10 +16,12 @@ __all__ = [
     "GroupMax",
     "JumpReLU",
     "LayerTopK",
+    "MatchingPursuit",
     "ReLU",
     "TanhReLU",
     "TopK",
     "activate",
+    "pursue",
 ]
 
 
@@ -66,15 +68,19 @@ class BatchTopK(Config):
     """Nonlinearity."""
     k: int = Field(ge=1)
     """Features a token uses on average."""
+    by_layer: bool = False
+    """Multi-layer dictionaries: whether each layer keeps its own N * k, or all of them N * k together."""
 
 
 class LayerTopK(Config):
-    """The L * k largest of a token over all layers jointly, after relu; multi-layer dictionaries only."""
+    """The largest of a token over all L layers jointly, after relu; multi-layer dictionaries only."""
 
     kind: Literal["layertopk"] = "layertopk"
     """Nonlinearity."""
     k: int = Field(ge=1)
-    """Features a token uses on average in a layer."""
+    """Features a token uses: on average in a layer, L * k in all, or in all; see `by_layer`."""
+    by_layer: bool = True
+    """Whether k counts for each layer."""
 
 
 class GroupMax(Config):
@@ -86,6 +92,24 @@ class GroupMax(Config):
     """Groups."""
 
 
+class MatchingPursuit(Config):
+    """One feature after another: each step takes the decoder row that the residual points along most, and subtracts it.
+
+    The encoder is the decoder: `Dictionary` starts from `u - b_dec`. A row that is taken again adds to its activation.
+
+    Source: Mallat and Zhang 1993; the loop and its ends as SAELens 6 has them.
+    """
+
+    kind: Literal["matching_pursuit"] = "matching_pursuit"
+    """Nonlinearity."""
+    residual_threshold: float = Field(ge=0)
+    """A token is done when the norm of its residual is below this, in units of raw input; 0: never by this."""
+    max_iterations: int = Field(ge=1)
+    """Steps at most."""
+    stop_on_duplicate_support: bool = True
+    """Whether a token is done when a step adds no new feature."""
+
+
 class Gated(Config):
     """`relu(m)` where `p > 0`, with a magnitude `m` of its own: see `Dictionary.b_mag`."""
 
@@ -94,7 +118,8 @@ class Gated(Config):
 
 
 Activation = Annotated[
-    ReLU | TanhReLU | JumpReLU | TopK | BatchTopK | LayerTopK | GroupMax | Gated, Field(discriminator="kind")
+    ReLU | TanhReLU | JumpReLU | TopK | BatchTopK | LayerTopK | GroupMax | MatchingPursuit | Gated,
+    Field(discriminator="kind"),
 ]
 """Any of the nonlinearities, told apart by `kind`."""
 
@@ -116,7 +141,7 @@ def activate(
         magnitude: like pre_acts; Gated only.
 
     Raises:
-        ConfigError: k is more than there is to choose from.
+        ConfigError: k is more than there is to choose from, or the nonlinearity is no function of pre-activations.
     """
     match spec:
         case ReLU():
@@ -138,10 +163,41 @@ def activate(
             return torch.relu(kept) if spec.negative == "zero" else kept
         case LayerTopK():
             flat, scores = _after_relu(pre_acts, score_scale, first=1)
-            return _largest(flat, scores, spec.k * pre_acts.shape[1]).view_as(pre_acts)
+            return _largest(flat, scores, spec.k * (pre_acts.shape[1] if spec.by_layer else 1)).view_as(pre_acts)
+        case BatchTopK(by_layer=True):
+            first = pre_acts.transpose(0, 1)  # [L, N, F]
+            flat, scores = _after_relu(first, None if score_scale is None else score_scale[:, None], first=1)
+            kept = _largest(flat, scores, min(spec.k * len(pre_acts), flat.shape[1]))
+            return kept.view_as(first).transpose(0, 1)
         case BatchTopK():
             flat, scores = _after_relu(pre_acts, score_scale, first=0)
             return _largest(flat, scores, min(spec.k * len(pre_acts), flat.numel())).view_as(pre_acts)
+        case MatchingPursuit():
+            raise ConfigError("dictionary: matching pursuit reads residuals, needs a Dictionary; use pursue")
+
+
+def pursue(spec: MatchingPursuit, centred: Tensor, W_dec: Tensor) -> Tensor:
+    """Returns dense feature activations [N, F] of centred inputs [N, d_in] by matching pursuit over the rows of W_dec [F, d_in]."""
+    acts = centred.new_zeros(len(centred), len(W_dec))
+    residual, rows = centred, torch.arange(len(centred), device=centred.device)
+    # Rows that are done are dropped, and what they found by then is kept.
+    for _ in range(spec.max_iterations):
+        if not len(rows):
+            break
+        best = (residual @ W_dec.T).argmax(dim=1)
+        chosen = W_dec[best]
+        value = torch.relu((residual * chosen).sum(dim=1))
+        before = acts[rows, best]
+        acts.index_put_((rows, best), before + value)
+        residual = residual - value[:, None] * chosen
+        # Nothing to gain now is nothing to gain ever.
+        done = value == 0
+        if spec.stop_on_duplicate_support:
+            done |= before != 0
+        if spec.residual_threshold > 0:
+            done |= residual.norm(dim=1) < spec.residual_threshold
+        residual, rows = residual[~done], rows[~done]
+    return acts
 
 
 def _scaled(scores: Tensor, score_scale: Tensor | None) -> Tensor:

@@ -3,20 +3,20 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, field_validator
 from saekit_kernels import decode
 from torch import Tensor, nn
 
-from saekit.config import Config
 from saekit.errors import ConfigError
+from saekit.sae.peer_surface import PeerConfig, PeerSurface
 
 __all__ = ["SAE", "SAEConfig", "SAEOutput"]
 
 
-class SAEConfig(Config):
+class SAEConfig(PeerConfig):
     """What fixes the shape and the nonlinearity of an SAE; subclasses add theirs and narrow `kind`."""
 
     kind: str
@@ -41,11 +41,13 @@ class SAEConfig(Config):
         Raises:
             ConfigError: the config already names another width.
         """
-        if self.d_in not in {0, d_in}:
-            raise ConfigError(
-                f"sae: d_in is {self.d_in}, needs the activations' width {d_in}; leave d_in out to take it"
-            )
-        return type(self).parse(self.to_dict() | {"d_in": d_in}, where="sae")
+        return self._with_width("d_in", d_in, "the activations'")
+
+    def _with_width(self, key: Literal["d_in", "d_out"], width: int, whose: str) -> Self:
+        known = getattr(self, key)
+        if known not in {0, width}:
+            raise ConfigError(f"sae: {key} is {known}, needs {whose} width {width}; leave {key} out to take it")
+        return type(self).parse(self.to_dict() | {key: width}, where="sae")
 
 
 class SAEOutput(NamedTuple):
@@ -59,7 +61,7 @@ class SAEOutput(NamedTuple):
     """Which features [N, K] int64; 0 in places that are not used."""
 
 
-class SAE(nn.Module, ABC):
+class SAE(PeerSurface, ABC):
     """Base of the sparse autoencoders: `x_hat = act((x - b_dec) @ W_enc + b_enc) @ W_dec + b_dec`.
 
     Every method takes raw activations of the model: input normalisation used in training is folded into the weights.
@@ -78,6 +80,9 @@ class SAE(nn.Module, ABC):
     b_enc: nn.Parameter
     W_dec: nn.Parameter
     b_dec: nn.Parameter
+
+    has_unit_rows = True
+    """Whether `normalize_decoder` gives decoder rows unit Euclidean norm, rather than another size."""
 
     def __init__(
         self,
@@ -99,10 +104,11 @@ class SAE(nn.Module, ABC):
         self.cfg = cfg
         self.hook_point = hook_point
         self.source: dict[str, object] = dict(source or {})
-        self.W_enc = nn.Parameter(torch.empty(cfg.d_sae, cfg.d_in, dtype=dtype).T)
+        width_in, width_out = self.widths
+        self.W_enc = nn.Parameter(torch.empty(cfg.d_sae, width_in, dtype=dtype).T)
         self.b_enc = nn.Parameter(torch.empty(cfg.d_sae, dtype=dtype))
-        self.W_dec = nn.Parameter(torch.empty(cfg.d_sae, self.d_out, dtype=dtype))
-        self.b_dec = nn.Parameter(torch.empty(self.d_out, dtype=dtype))
+        self.W_dec = nn.Parameter(torch.empty(cfg.d_sae, width_out, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.empty(width_out, dtype=dtype))
         self.reset_parameters(seed)
 
     @property
@@ -120,22 +126,47 @@ class SAE(nn.Module, ABC):
         """Number of features."""
         return self.cfg.d_sae
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Widths of what W_enc multiplies and of what W_dec makes: d_in and d_out, but for crosscoders."""
+        return self.d_in, self.d_out
+
+    @property
+    def hook_point_out(self) -> str | None:
+        """Where the features write: `hook_point`, but for transcoders and dictionaries of several sites."""
+        return self.hook_point
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether `x_hat` is a prediction of other activations than those that are read."""
+        return False
+
+    def written_rows(self, features: Tensor) -> Tensor:
+        """Returns what one unit of each of `features` [n] adds at `hook_point_out`, [n, d_out]."""
+        return self.W_dec[features]
+
     @torch.no_grad()
     def reset_parameters(self, seed: int = 0) -> None:
         """Draws W_dec's directions from `seed`, ties the encoder to them and zeroes the biases."""
         generator = torch.Generator().manual_seed(seed)
         directions = torch.randn(self.d_sae, self.d_in, generator=generator)
-        self.W_dec.copy_(directions)
+        # The same at every site of a crosscoder: the layers of a model share the basis of its residual stream.
+        self.W_dec.copy_(directions.repeat(1, self.W_dec.shape[1] // self.d_in))
         self.normalize_decoder()
         self.W_enc.copy_(self.W_dec.T)
         self.b_enc.zero_()
         self.b_dec.zero_()
 
+    def decoder_norms(self) -> Tensor:
+        """Returns the size of each decoder row, [d_sae]: its Euclidean norm, or for crosscoders the sum of those of its sites."""
+        norms: Tensor = self.W_dec.norm(dim=1)
+        return norms
+
     @torch.no_grad()
     def normalize_decoder(self) -> None:
-        """Scales every decoder row to unit norm; the features' activations are left as they are."""
-        norms = self.W_dec.norm(dim=1, keepdim=True)
-        self.W_dec.div_(norms.clamp_min(torch.finfo(norms.dtype).tiny))
+        """Scales every decoder row to size 1; the features' activations are left as they are."""
+        norms = self.decoder_norms()
+        self.W_dec.div_(norms.clamp_min(torch.finfo(norms.dtype).tiny)[:, None])
 
     def encoder_input(self, x: Tensor) -> Tensor:
         """Returns what the encoder multiplies: `x`, less b_dec where the config says so, as [N, d_in] in the SAE's dtype.

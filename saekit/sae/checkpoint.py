@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
+from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
@@ -16,6 +16,15 @@ from saekit.errors import ConfigError, FormatError
 from saekit.manifest import atomic_write, write_json
 from saekit.sae.base import SAE, SAEConfig
 from saekit.sae.batchtopk import BatchTopKConfig, BatchTopKSAE
+from saekit.sae.crosscoder import (
+    BatchTopKCrosscoder,
+    BatchTopKCrosscoderConfig,
+    CrosscoderConfig,
+    ReLUCrosscoder,
+    ReLUCrosscoderConfig,
+    TopKCrosscoder,
+    TopKCrosscoderConfig,
+)
 from saekit.sae.gated import GatedConfig, GatedSAE
 from saekit.sae.jumprelu import JumpReLUConfig, JumpReLUSAE
 from saekit.sae.matryoshka import (
@@ -24,6 +33,7 @@ from saekit.sae.matryoshka import (
     MatryoshkaTopKConfig,
     MatryoshkaTopKSAE,
 )
+from saekit.sae.mlsae import MLSAE, MLSAEConfig
 from saekit.sae.relu import ReLUConfig, ReLUSAE
 from saekit.sae.topk import TopKConfig, TopKSAE
 from saekit.sae.transcoder import Transcoder, TranscoderConfig
@@ -42,7 +52,11 @@ AnySAEConfig = Annotated[
     | MatryoshkaBatchTopKConfig
     | GatedConfig
     | ReLUConfig
-    | TranscoderConfig,
+    | TranscoderConfig
+    | TopKCrosscoderConfig
+    | BatchTopKCrosscoderConfig
+    | ReLUCrosscoderConfig
+    | MLSAEConfig,
     Field(discriminator="kind"),
 ]
 """The config of any architecture, told apart by `kind`."""
@@ -56,6 +70,10 @@ _CLASSES: dict[type[SAEConfig], type[SAE]] = {
     GatedConfig: GatedSAE,
     ReLUConfig: ReLUSAE,
     TranscoderConfig: Transcoder,
+    TopKCrosscoderConfig: TopKCrosscoder,
+    BatchTopKCrosscoderConfig: BatchTopKCrosscoder,
+    ReLUCrosscoderConfig: ReLUCrosscoder,
+    MLSAEConfig: MLSAE,
 }
 
 
@@ -117,6 +135,14 @@ def load_sae_folder(path: str | Path, *, device: str | torch.device = "cpu") -> 
             f"{str(folder / CFG_NAME)!r}: {key}: {first['msg']}, needs a config of this version"
         ) from error
     hook_point, source = header.get("hook_point"), header.get("source")
+    tensors = _read_tensors(folder / WEIGHTS_NAME)
+    # Before anything of the size that the config claims is made.
+    encoder = tensors.get("W_enc")
+    # A crosscoder's encoders of all hook points stand one below the other.
+    width = cfg.d_in * cfg.num_sites if isinstance(cfg, CrosscoderConfig) else cfg.d_in
+    if width and encoder is not None and list(encoder.shape) != [width, cfg.d_sae]:
+        where = f"{str(folder / WEIGHTS_NAME)!r}"
+        raise FormatError(f"{where}: W_enc is {list(encoder.shape)}, needs {[width, cfg.d_sae]}")
     try:
         sae = build_sae(
             cfg,
@@ -125,7 +151,6 @@ def load_sae_folder(path: str | Path, *, device: str | torch.device = "cpu") -> 
         )
     except ConfigError as error:
         raise FormatError(f"{str(folder / CFG_NAME)!r}: {error}") from error
-    tensors = _read_tensors(folder / WEIGHTS_NAME)
     _check_tensors(folder / WEIGHTS_NAME, tensors, sae)
     with torch.no_grad():
         # copy_ keeps W_enc's memory as a transposed view, which assigning the file's own tensor would not.
@@ -139,7 +164,7 @@ def _read_header(path: Path) -> dict[str, object]:
         header = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FormatError(f"{str(path.parent)!r}: no {CFG_NAME}, needs a folder that SAE.save wrote") from error
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise FormatError(
             f"{str(path)!r}: cannot be read as JSON: {error}, needs the file that SAE.save wrote"
         ) from error
@@ -154,7 +179,7 @@ def _read_header(path: Path) -> dict[str, object]:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        tensors: dict[str, Tensor] = load_safetensors(path.read_bytes())
+        tensors: dict[str, Tensor] = load_file(path)
     except FileNotFoundError as error:
         raise FormatError(f"{str(path.parent)!r}: no {WEIGHTS_NAME}, needs a folder that SAE.save wrote") from error
     except (OSError, SafetensorError) as error:

@@ -9,7 +9,7 @@ from saekit_kernels import encode_threshold, encode_topk
 from torch import Tensor, nn
 
 from saekit.errors import ConfigError
-from saekit.sae.activation import Activation, BatchTopK, GroupMax, JumpReLU, TopK, activate
+from saekit.sae.activation import Activation, BatchTopK, GroupMax, JumpReLU, MatchingPursuit, TopK, activate, pursue
 from saekit.sae.base import SAE, SAEConfig, SAEOutput
 from saekit.sae.site import Site
 from saekit.sae.sparse import dense_to_rows, pad_rows
@@ -17,6 +17,7 @@ from saekit.sae.sparse import dense_to_rows, pad_rows
 __all__ = ["Dictionary", "DictionaryConfig"]
 
 NORM_EPS = 1e-5
+_NORMED = "_saekit_normed"
 
 
 class DictionaryConfig(SAEConfig):
@@ -35,6 +36,9 @@ class DictionaryConfig(SAEConfig):
     `x * sqrt(d_in) / |x|`."""
     undo_norm: bool = True
     """Whether the reconstruction is brought back to the token's own mean and scale."""
+    joins_heads: bool = False
+    """Whether x may also be [..., heads, width of a head], as TransformerLens keeps what an attention's output
+    projection reads; heads are then joined, and `forward` returns the reconstruction joined."""
     site: Site | None = None
     """Where the input is read; None when the release does not say."""
     site_out: Site | None = None
@@ -67,7 +71,6 @@ class Dictionary(SAE):
         b_mag, r_mag: [d_sae], or None; Gated: `m = (u @ W_enc) * exp(r_mag) + b_mag`.
         W_glu, b_glu: [d_in, d_sae] and [d_sae], or None: pre-activations are multiplied by `sigmoid(u @ W_glu + b_glu)`.
         hook_point: module path whose output (or ":input") the dictionary reads; None when unknown.
-        hook_point_out: the same for its reconstruction.
         source: format, repo, revision, files with sha256, units of the activations, and the peer's metadata as it stands.
     """
 
@@ -94,14 +97,22 @@ class Dictionary(SAE):
         nn.Module.__init__(self)
         self.cfg = cfg
         self.hook_point = None if cfg.site is None else str(cfg.site)
-        site_out = cfg.site_out or cfg.site
-        self.hook_point_out = None if site_out is None else str(site_out)
         self.source = dict(source or {})
         shapes = _shapes(cfg)
         _check(cfg, tensors, shapes)
         for name in shapes:
             tensor = tensors.get(name)
             self.register_parameter(name, None if tensor is None else nn.Parameter(_laid_out(name, tensor)))
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it has a skip, another width out than in, or another site of its reconstruction."""
+        return self.W_skip is not None or self.d_in != self.d_out or self.cfg.site_out not in {None, self.cfg.site}
+
+    @property
+    def hook_point_out(self) -> str | None:
+        """The hook point of the reconstruction."""
+        return self.hook_point if self.cfg.site_out is None else str(self.cfg.site_out)
 
     @property
     def d_out(self) -> int:
@@ -123,7 +134,24 @@ class Dictionary(SAE):
 
     def encode(self, x: Tensor) -> Tensor:
         """Returns dense feature activations [..., d_sae] of x [..., d_in]; negative ones only where the release has them."""
-        return self._encode(self.encoder_input(x)).reshape(*x.shape[:-1], self.d_sae)
+        outer = x.shape[:-1] if self._is_joined(x) else x.shape[:-2]
+        normed = _normed(self, x)
+        acts = self._dense_code(normed.u).reshape(*outer, self.d_sae)
+        if self.cfg.norm != "none":
+            # So that `decode` of this very tensor needs no `x`, as callers of other libraries' SAEs expect.
+            acts.__dict__[_NORMED] = normed
+        return acts
+
+    def _dense_code(self, u: Tensor) -> Tensor:
+        # In half precision a dense product is rounded before features are chosen, the kernels' after: only one can be right.
+        code = self._rows(u) if u.dtype in {torch.float16, torch.bfloat16} else None
+        if code is None:
+            return self._encode(u)
+        return u.new_zeros(len(u), self.d_sae).scatter_add(1, code[1], code[0])
+
+    def _is_joined(self, x: Tensor) -> bool:
+        """Whether the last axis is the input's width, not that of one of its heads."""
+        return not (self.cfg.joins_heads and x.ndim > 1 and x.shape[-1] < self.d_in == x.shape[-2] * x.shape[-1])
 
     def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (top_acts [N, K], top_indices [N, K] int64), the largest magnitude first; places not used hold 0 and 0.
@@ -131,11 +159,7 @@ class Dictionary(SAE):
         K is the most features that any token uses.
         """
         u = self.encoder_input(x)
-        if self.W_glu is None and self.score_scale is None:
-            code = _encode_by_kernel(self, u)
-            if code is not None:
-                return code
-        return dense_to_rows(self._encode(u))
+        return self._rows(u) or dense_to_rows(self._encode(u))
 
     def decode(self, feature_acts: Tensor, x: Tensor | None = None) -> Tensor:
         """Returns the reconstruction [..., d_out] of dense feature activations [..., d_sae].
@@ -144,14 +168,18 @@ class Dictionary(SAE):
             x: [..., d_in], the input they come from. Without it the skip connection is left out.
 
         Raises:
-            ConfigError: each token was normalised by its own statistics and `x` is not given.
+            ConfigError: each token was normalised by its own statistics, `x` is not given, and this is not the tensor that
+                `encode` returned.
         """
         y = feature_acts.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+        normed = feature_acts.__dict__.get(_NORMED) if x is None else None
+        if normed is not None:
+            return _undone(self, y.reshape(-1, self.d_out), normed).reshape(y.shape)
         return _finished(self, y.reshape(-1, self.d_out), x).reshape(y.shape)
 
     def decode_sparse(self, top_acts: Tensor, top_indices: Tensor, x: Tensor | None = None) -> Tensor:
         """Returns the reconstruction [N, d_out] of top_acts [N, K] at top_indices [N, K]; `x` as in `decode`."""
-        return _finished(self, super().decode_sparse(top_acts, top_indices), x)
+        return _finished(self, super().decode_sparse(top_acts, top_indices).to(self.W_dec.dtype), x)
 
     def forward(self, x: Tensor) -> SAEOutput:
         """Encodes and reconstructs x [N, d_in], skip connection and normalisation included."""
@@ -178,7 +206,16 @@ class Dictionary(SAE):
         cfg = self.cfg.model_copy(update={"activation": activation})
         return type(self)(cfg, kept, source=self.source)
 
+    def _rows(self, u: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What `encode_sparse` returns, where a kernel computes it."""
+        if self.W_glu is not None or self.score_scale is not None:
+            return None
+        code = _encode_by_kernel(self, u)
+        return None if code is None else (code[0].to(u.dtype), code[1])
+
     def _encode(self, u: Tensor) -> Tensor:
+        if isinstance(self.cfg.activation, MatchingPursuit):
+            return pursue(self.cfg.activation, u - self.b_dec, self.W_dec)
         z = u @ self.W_enc
         magnitude = None
         if self.r_mag is not None and self.b_mag is not None:
@@ -193,6 +230,8 @@ class Dictionary(SAE):
 
 
 def _normed(sae: Dictionary, x: Tensor) -> _Normed:
+    if not sae._is_joined(x):
+        x = x.flatten(-2)
     if x.ndim == 0 or x.shape[-1] != sae.d_in:
         where = f"dictionary of {sae.hook_point!r}" if sae.hook_point else "dictionary"
         raise ConfigError(f"{where}: x has shape {list(x.shape)}, needs [..., {sae.d_in}]")
@@ -201,7 +240,9 @@ def _normed(sae: Dictionary, x: Tensor) -> _Normed:
         case "none":
             return _Normed(flat, None, None)
         case "layer_norm":
-            mean, std = flat.mean(dim=1, keepdim=True), flat.std(dim=1, keepdim=True)
+            mean = flat.mean(dim=1, keepdim=True)
+            # Not `std`, which warns where there is no token.
+            std = ((flat - mean).square().sum(dim=1, keepdim=True) / (sae.d_in - 1)).sqrt()
             return _Normed((flat - mean) / (std + NORM_EPS), std, mean)
         case "constant_norm":
             scale = flat.norm(dim=1, keepdim=True) / sae.d_in**0.5
@@ -239,13 +280,17 @@ def _finished(sae: Dictionary, y: Tensor, x: Tensor | None) -> Tensor:
                 f"dictionary: normalises each token ({sae.cfg.norm}), needs the input to undo it; use decode(acts, x)"
             )
         return y
-    normed = _normed(sae, x)
-    if undone and normed.scale is not None:
-        y = y * normed.scale
-    if undone and normed.shift is not None:
-        y = y + normed.shift
+    y = _undone(sae, y, _normed(sae, x))
     if sae.W_skip is not None:
         y = y + x.reshape(-1, sae.d_in).to(sae.W_skip.dtype) @ sae.W_skip
+    return y
+
+
+def _undone(sae: Dictionary, y: Tensor, normed: _Normed) -> Tensor:
+    if sae.cfg.undo_norm and normed.scale is not None:
+        y = y * normed.scale
+    if sae.cfg.undo_norm and normed.shift is not None:
+        y = y + normed.shift
     return y
 
 

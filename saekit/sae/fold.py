@@ -8,9 +8,10 @@ from torch import Tensor
 
 from saekit.errors import NonFiniteError
 from saekit.sae.base import SAE
+from saekit.sae.sites import SitesSAE
 from saekit.sae.transcoder import Transcoder
 
-__all__ = ["Normalization", "PairNormalization"]
+__all__ = ["AnyNormalization", "Normalization", "PairNormalization", "SiteNormalization"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,3 +131,44 @@ class PairNormalization:
         sae.b_dec.copy_((sae.b_dec.double() - self.targets.mean.to(mean)) * self.targets.scale)
         sae.b_enc.copy_((sae.b_enc.double() + mean @ sae.W_enc.double()) * self.targets.scale)
         sae.W_enc.copy_(sae.W_enc.double() / ratio)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SiteNormalization:
+    """The normalisation of activations at several hook points, each by itself or all by one.
+
+    Rows are [N, S * d_in], the hook points side by side.
+    """
+
+    sites: tuple[Normalization, ...]
+    """Of each hook point in order; all the same where they share one."""
+    total_variance: float
+    """Of what one sample reconstructs: of all hook points together, or of one of them on average."""
+
+    @property
+    def scale(self) -> list[float]:
+        """What multiplies the centred activations of each hook point."""
+        return [site.scale for site in self.sites]
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Returns normalised rows of raw ones."""
+        width = len(self.sites[0].mean)
+        parts = torch.split(x, width, dim=1)
+        return torch.cat([site.apply(part) for site, part in zip(self.sites, parts, strict=True)], dim=1)
+
+    def fold(self, sae: SAE) -> None:
+        """Turns a dictionary of normalised activations into the same one of raw ones, in place."""
+        assert isinstance(sae, SitesSAE), "several hook points without a dictionary of several"
+        sae.fold_sites(*self._moments())
+
+    def unfold(self, sae: SAE) -> None:
+        """The inverse of `fold`."""
+        assert isinstance(sae, SitesSAE), "several hook points without a dictionary of several"
+        sae.unfold_sites(*self._moments())
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        mean = torch.stack([site.mean for site in self.sites])
+        return mean, torch.tensor(self.scale, dtype=torch.float64)
+
+
+AnyNormalization = Normalization | PairNormalization | SiteNormalization

@@ -1,6 +1,7 @@
 """The terms an SAE is trained on, each a plain function of tensors, sparse where the code is sparse."""
 
 import torch
+from saekit_kernels import auxk
 from torch import Tensor
 
 __all__ = [
@@ -162,12 +163,7 @@ def auxk_loss(
     Source: Gao et al. 2024, appendix A.2.
     """
     W_enc, b_enc, W_dec = weights
-    residual = residual.detach()
-    acts = (encoder_input.detach() @ W_enc.T + b_enc).relu()  # [N, n_dead]
-    if k_aux < acts.shape[1]:
-        values, indices = torch.topk(acts, k_aux, dim=-1, sorted=False)
-        acts = torch.zeros_like(acts).scatter(1, indices, values)
-    error = residual - acts @ W_dec
+    error = residual.detach() - auxk(encoder_input.detach(), W_enc.T, b_enc, W_dec, k_aux)
     return error.square().sum() / (error.shape[0] * residual_variance.clamp_min(torch.finfo(error.dtype).tiny))
 
 

@@ -1,7 +1,7 @@
 """Released dictionaries over several layers at once: crosscoders and cross-layer transcoders."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import Field
@@ -44,6 +44,42 @@ class MultiLayerConfig(SAEConfig):
     """Where each layer's input is read; None when the release does not say."""
     sites_out: tuple[Site, ...] | None = None
     """Where each layer's reconstruction belongs; None: where the inputs are read."""
+
+    @classmethod
+    def of(
+        cls,
+        tensors: Mapping[str, Tensor],
+        *,
+        encoder: Literal["own", "sum", "sum_per_layer"],
+        activation: Activation,
+        sites: tuple[Site, ...] | None = None,
+        sites_out: tuple[Site, ...] | None = None,
+    ) -> Self:
+        """Returns the config whose shapes these weights have.
+
+        Decoders of `sum_per_layer` write to their own layer, all others to the last layers: as many as they have rows for.
+
+        Args:
+            tensors: the weights, named as in `MultiLayerDictionary`.
+            encoder, activation, sites, sites_out: as the fields.
+        """
+        num_in, d_in, d_sae = tensors["W_enc"].shape
+        num_out, d_out = tensors["b_dec"].shape
+        reach = [tensors[f"decoders.{source}"].shape[1] for source in range(len(tensors["b_enc"]))]
+        return cls(
+            d_in=d_in,
+            d_sae=d_sae,
+            d_out=d_out,
+            num_layers_in=num_in,
+            num_layers_out=num_out,
+            encoder=encoder,
+            targets=tuple(
+                (source if encoder == "sum_per_layer" else num_out - count, count) for source, count in enumerate(reach)
+            ),
+            activation=activation,
+            sites=sites,
+            sites_out=sites_out,
+        )
 
 
 class MultiLayerDictionary(SAE):
@@ -103,6 +139,12 @@ class MultiLayerDictionary(SAE):
         return self.cfg.d_out
 
     @property
+    def hook_point_out(self) -> str | None:
+        """The sites that are reconstructed, separated by commas."""
+        sites = self.cfg.sites_out
+        return self.hook_point if sites is None else ",".join(str(site) for site in sites)
+
+    @property
     def num_sources(self) -> int:
         """Sets of features."""
         return len(self.cfg.targets)
@@ -134,6 +176,38 @@ class MultiLayerDictionary(SAE):
         acts = self._encode(x)
         layers = () if self.cfg.encoder == "sum" else (self.num_sources,)
         return acts.reshape(*x.shape[:-2], *layers, self.d_sae)
+
+    def encode_layer(self, x: Tensor, layer: int) -> Tensor:
+        """Returns one layer's feature activations [..., d_sae] of its input x [..., d_in], where layers have features of their own.
+
+        Raises:
+            ConfigError: the features read several layers, or are chosen among all of them.
+        """
+        if self.cfg.encoder != "own" or isinstance(self.cfg.activation, LayerTopK):
+            raise ConfigError(
+                "multi-layer dictionary: its features read or compete across layers, needs the input of all of them"
+            )
+        pre_acts = x.to(self.W_enc.dtype).reshape(-1, self.d_in) @ self.W_enc[layer] + self.b_enc[layer]
+        threshold, scale = (None if part is None else part[layer] for part in (self.threshold, self.score_scale))
+        acts = activate(self.cfg.activation, pre_acts, threshold=threshold, score_scale=scale)
+        return acts.reshape(*x.shape[:-1], self.d_sae)
+
+    def decode_layer(self, feature_acts: Mapping[int, Tensor], layer: int, x: Tensor | None = None) -> Tensor:
+        """Returns the reconstruction [..., d_out] of one layer from the feature activations [..., d_sae] of its sources.
+
+        Args:
+            feature_acts: source -> what `encode_layer` returned; sources that do not write to the layer are ignored.
+            layer: which one, 0 to num_layers_out - 1.
+            x: [..., d_in], this layer's input. Without it the skip connection is left out.
+        """
+        x_hat = self.b_dec[layer]
+        for source, acts in feature_acts.items():
+            first, count = self.cfg.targets[source]
+            if first <= layer < first + count:
+                x_hat = x_hat + acts.to(self.b_dec.dtype) @ self.decoders[source][:, layer - first]
+        if x is not None and self.W_skip is not None:
+            x_hat = x_hat + x.to(self.W_skip.dtype) @ self.W_skip[layer]
+        return x_hat
 
     def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (top_acts, top_indices), each [N, K], over the features of all sources: index `s * d_sae + feature`."""

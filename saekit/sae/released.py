@@ -9,15 +9,17 @@ from torch import Tensor
 from saekit.errors import ConfigError, FormatError
 from saekit.sae.base import SAE
 from saekit.sae.dictionary import Dictionary, DictionaryConfig
+from saekit.sae.lorsa import LorsaConfig, LorsaDictionary
 from saekit.sae.multilayer import MultiLayerConfig, MultiLayerDictionary
 from saekit.sae.temporal import TemporalConfig, TemporalDictionary
 
 __all__ = ["RELEASED_KINDS", "build_released"]
 
-RELEASED_KINDS = frozenset({"dictionary", "multilayer", "temporal"})
+RELEASED_KINDS = frozenset({"dictionary", "lorsa", "multilayer", "temporal"})
 """`kind` of the configs that `build_released` takes."""
 
-_AnyConfig = Annotated[DictionaryConfig | MultiLayerConfig | TemporalConfig, Field(discriminator="kind")]
+_Config = DictionaryConfig | LorsaConfig | MultiLayerConfig | TemporalConfig
+_AnyConfig = Annotated[_Config, Field(discriminator="kind")]
 
 
 def build_released(header: Mapping[str, object], tensors: Mapping[str, Tensor], *, where: str) -> SAE:
@@ -33,11 +35,13 @@ def build_released(header: Mapping[str, object], tensors: Mapping[str, Tensor], 
     """
     source = header.get("source")
     origin = source if isinstance(source, dict) else None
-    adapter: TypeAdapter[DictionaryConfig | MultiLayerConfig | TemporalConfig] = TypeAdapter(_AnyConfig)
+    adapter: TypeAdapter[_Config] = TypeAdapter(_AnyConfig)
     try:
         match adapter.validate_python(header.get("sae")):
             case DictionaryConfig() as config:
                 return Dictionary(config, tensors, source=origin)
+            case LorsaConfig() as config:
+                return LorsaDictionary(config, tensors, source=origin)
             case MultiLayerConfig() as config:
                 return MultiLayerDictionary(config, tensors, source=origin)
             case TemporalConfig() as config:

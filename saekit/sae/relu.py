@@ -10,14 +10,12 @@ from torch import Tensor
 from saekit.sae.penalized import PenalizedConfig
 from saekit.sae.rows import ActiveRows, RowSAE
 
-__all__ = ["ReLUConfig", "ReLUSAE"]
+__all__ = ["L1Config", "ReLUConfig", "ReLUSAE"]
 
 
-class ReLUConfig(PenalizedConfig):
-    """A ReLU SAE and how its sparsity is trained."""
+class L1Config(PenalizedConfig):
+    """What the configs of SAEs share whose activations are penalised by their size."""
 
-    kind: Literal["relu"] = "relu"
-    """Architecture."""
     is_norm_weighted: bool = True
     """Whether an activation is penalised times its decoder row's norm, which then is free: nothing is gained by a small
     activation of a long row. False = rows of unit norm throughout, and the penalty on the activations alone."""
@@ -27,6 +25,13 @@ class ReLUConfig(PenalizedConfig):
     """Part of training after which the exponent begins to fall, linearly."""
 
 
+class ReLUConfig(L1Config):
+    """A ReLU SAE and how its sparsity is trained."""
+
+    kind: Literal["relu"] = "relu"
+    """Architecture."""
+
+
 class ReLUSAE(RowSAE):
     """`relu(pre-activations)`.
 
@@ -34,7 +39,7 @@ class ReLUSAE(RowSAE):
     penalty); Karvonen et al. 2024, arXiv 2408.00113, section 4 (p-annealing).
     """
 
-    cfg: ReLUConfig
+    cfg: L1Config
 
     def active_rows(self, x: Tensor) -> ActiveRows:
         """Returns the features with positive pre-activations of x [N, d_in]."""
@@ -46,8 +51,8 @@ class ReLUSAE(RowSAE):
 
     @torch.no_grad()
     def absorb_decoder_norms(self) -> None:
-        """Moves the decoder rows' norms into the encoder; reconstructions stay as they are."""
-        norms = self.W_dec.norm(dim=1).clamp_min(torch.finfo(self.W_dec.dtype).tiny)
+        """Moves the decoder rows' sizes into the encoder; reconstructions stay as they are."""
+        norms = self.decoder_norms().clamp_min(torch.finfo(self.W_dec.dtype).tiny)
         self.W_dec.div_(norms[:, None])
         self.W_enc.mul_(norms)
         self.b_enc.mul_(norms)

@@ -3,11 +3,11 @@
 from abc import abstractmethod
 from typing import NamedTuple
 
-import torch
 from saekit_kernels import decode
 from torch import Tensor
 
 from saekit.sae.base import SAE, SAEOutput
+from saekit.sae.sparse import pad_rows
 
 __all__ = ["ActiveRows", "RowSAE"]
 
@@ -24,14 +24,7 @@ class ActiveRows(NamedTuple):
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """Returns (top_acts [N, K], top_indices [N, K]), the largest first; places not used hold 0 and 0."""
-        counts = self.offsets.diff()
-        width = int(counts.max()) if len(counts) else 0
-        row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(self.acts))
-        place = row * width + torch.arange(len(self.acts), device=row.device) - self.offsets[row]
-        acts = self.acts.new_zeros(len(counts) * width).index_put((place,), self.acts)
-        indices = self.indices.new_zeros(len(acts)).index_put((place,), self.indices)
-        top_acts, order = acts.view(len(counts), width).sort(dim=1, descending=True, stable=True)
-        return top_acts, indices.view(len(counts), width).gather(1, order)
+        return pad_rows(self.acts, self.indices, self.offsets)
 
 
 class RowSAE(SAE):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from saekit.config import Config
 from saekit.errors import ConfigError
 
-__all__ = ["Site"]
+__all__ = ["Site", "parse_site"]
 
 
 class Site(Config):
@@ -46,7 +46,31 @@ class Site(Config):
             case "without_gain" | "without_gain_plus_one":
                 return self._without_gain(hidden, module)
 
+    def merged(self, values: Tensor, hidden: Tensor, module: nn.Module) -> Tensor:
+        """Returns the hidden states of which `values` would be read there; the inverse of `values(...)`.
+
+        Args:
+            values: [..., D], e.g. a reconstruction.
+            hidden: [..., D], what was there; its mean over the width is kept where the site leaves it out.
+            module: the module at `path`.
+
+        Raises:
+            ConfigError: as `values`.
+        """
+        match self.transform:
+            case "none":
+                return values
+            case "centered":
+                return values + hidden.mean(dim=-1, keepdim=True)
+            case "without_gain" | "without_gain_plus_one":
+                gain, bias = self._gain(module)
+                return values * gain if bias is None else values * gain + bias
+
     def _without_gain(self, hidden: Tensor, module: nn.Module) -> Tensor:
+        gain, bias = self._gain(module)
+        return (hidden if bias is None else hidden - bias) / gain
+
+    def _gain(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         gain = getattr(module, "weight", None)
         if not isinstance(gain, Tensor):
             raise ConfigError(f"site {str(self)!r}: {type(module).__name__} has no weight, needs a norm with a gain")
@@ -54,4 +78,16 @@ class Site(Config):
         if not bool((gain != 0).all()):
             raise ConfigError(f"site {str(self)!r}: the norm's gain has zeros, needs none to divide by")
         bias = getattr(module, "bias", None)
-        return (hidden if bias is None else hidden - bias.detach()) / gain
+        return gain, None if bias is None else bias.detach()
+
+
+def parse_site(hook_point: str) -> Site:
+    """Returns the site that `<module path>`, `<module path>:output` or `<module path>:input` names.
+
+    Raises:
+        ConfigError: no path, or a side that is neither.
+    """
+    path, separator, side = hook_point.partition(":")
+    if not path or (separator and side not in {"input", "output"}):
+        raise ConfigError(f"hook point {hook_point!r}: needs a module path, ':input' or ':output' behind it")
+    return Site(path=path, side="input" if side == "input" else "output")

@@ -10,7 +10,8 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from saekit.errors import ConfigError
 from saekit.sae.activation import ReLU, TopK, activate
-from saekit.sae.base import SAE, SAEConfig, SAEOutput
+from saekit.sae.base import SAEConfig, SAEOutput
+from saekit.sae.sequence import SequenceSAE
 from saekit.sae.site import Site
 from saekit.sae.sparse import dense_to_rows
 
@@ -40,11 +41,11 @@ class TemporalConfig(SAEConfig):
     """Where the input is read; None when the release does not say."""
 
 
-class TemporalDictionary(SAE):
+class TemporalDictionary(SequenceSAE):
     """Novel codes of a token, given what attention over earlier tokens predicts of it.
 
-    Takes whole sequences: x is [B, T, d_in] or [T, d_in], T in order and from the start of the text. Feature activations are
-    the novel codes; `decode` of them is the novel part, `forward` adds the predicted part.
+    Takes whole sequences, see `SequenceSAE`. Feature activations are the novel codes; `decode` of them is the novel part,
+    `forward` adds the predicted part.
 
         r = s * x - b_dec;  lam = 1 / (4 * d_in)
         each attention layer: z = relu(lam * r @ W_enc); h = relu(attention(z of earlier tokens, z));
@@ -92,16 +93,8 @@ class TemporalDictionary(SAE):
         )
 
     def encoder_input(self, x: Tensor) -> Tensor:
-        """Returns `s * x - b_dec` as [B, T, d_in].
-
-        Raises:
-            ConfigError: `x` is not a sequence of activations of width d_in.
-        """
-        if x.ndim not in {2, 3} or x.shape[-1] != self.d_in:
-            raise ConfigError(
-                f"temporal dictionary: x has shape {list(x.shape)}, needs [B, T, {self.d_in}] or [T, {self.d_in}]"
-            )
-        scaled = x.reshape(-1, *x.shape[-2:]).to(self.W_enc.dtype) * self.cfg.input_scale
+        """Returns `s * x - b_dec` as [B, T, d_in]; raises as `sequences` does."""
+        scaled = self.sequences(x) * self.cfg.input_scale
         return scaled - self.b_dec if self.cfg.apply_b_dec_to_input else scaled
 
     def pre_acts(self, x: Tensor) -> Tensor:
@@ -109,13 +102,9 @@ class TemporalDictionary(SAE):
         residual, _ = self._split(x)
         return (residual @ self.W_enc / (4 * self.d_in)).reshape(-1, self.d_sae)
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Returns the novel codes [..., T, d_sae] of x [..., T, d_in]."""
-        return _novel(self.cfg, self.pre_acts(x)).reshape(*x.shape[:-1], self.d_sae)
-
-    def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the novel codes as (top_acts [B * T, K], top_indices [B * T, K]), the largest first."""
-        return dense_to_rows(_novel(self.cfg, self.pre_acts(x)))
+    def feature_acts(self, x: Tensor) -> Tensor:
+        """Returns the novel codes, dense [B * T, d_sae]."""
+        return _novel(self.cfg, self.pre_acts(x))
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Returns the part of the reconstruction that novel codes [..., d_sae] make, [..., d_in]; not the predicted part."""
@@ -123,7 +112,7 @@ class TemporalDictionary(SAE):
 
     def decode_sparse(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
         """Returns what `decode` does, [N, d_in], of top_acts [N, K] at top_indices [N, K]."""
-        return super().decode_sparse(top_acts, top_indices) / self.cfg.input_scale
+        return super().decode_sparse(top_acts, top_indices).to(self.W_dec.dtype) / self.cfg.input_scale
 
     def forward(self, x: Tensor) -> SAEOutput:
         """Encodes and reconstructs x [B, T, d_in] or [T, d_in]; x_hat has x's shape, novel and predicted part together."""
@@ -167,7 +156,9 @@ def _novel(cfg: TemporalConfig, pre_acts: Tensor) -> Tensor:
 
 
 def _by_head(part: Tensor, num_heads: int) -> Tensor:
-    return part.view(*part.shape[:2], num_heads, -1).transpose(1, 2)  # [B, H, T, width of a head]
+    return part.view(*part.shape[:2], num_heads, part.shape[2] // num_heads).transpose(
+        1, 2
+    )  # [B, H, T, width of a head]
 
 
 def _shapes(cfg: TemporalConfig) -> dict[str, list[int]]:

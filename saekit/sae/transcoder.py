@@ -8,10 +8,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from saekit.errors import ConfigError
-from saekit.sae.base import SAE, SAEOutput
+from saekit.sae.base import SAEOutput
 from saekit.sae.topk import KConfig, TopKSAE
 
-__all__ = ["Transcoder", "TranscoderConfig", "batch_width", "split_pairs"]
+__all__ = ["Transcoder", "TranscoderConfig"]
 
 
 class TranscoderConfig(KConfig):
@@ -32,11 +32,7 @@ class TranscoderConfig(KConfig):
         Raises:
             ConfigError: the config already names another width.
         """
-        if self.d_out not in {0, d_out}:
-            raise ConfigError(
-                f"sae: d_out is {self.d_out}, needs the predicted activations' width {d_out}; leave d_out out to take it"
-            )
-        return type(self).parse(self.to_dict() | {"d_out": d_out}, where="sae")
+        return self._with_width("d_out", d_out, "the predicted activations'")
 
 
 class Transcoder(TopKSAE):
@@ -78,6 +74,17 @@ class Transcoder(TopKSAE):
         """Width of the activations that are predicted."""
         return self.cfg.d_out
 
+    @property
+    def is_transcoder(self) -> bool:
+        """Always true."""
+        return True
+
+    @property
+    def hook_point_out(self) -> str | None:
+        """Whose activations are predicted, as training noted it in `source`; None when unknown."""
+        target = self.source.get("target_hook_point")
+        return target if isinstance(target, str) else None
+
     @torch.no_grad()
     def reset_parameters(self, seed: int = 0) -> None:
         """Draws the directions of encoder and decoder from `seed`, each of unit norm, and zeroes everything else."""
@@ -97,17 +104,3 @@ class Transcoder(TopKSAE):
         """Encodes x [N, d_in] and predicts y_hat [N, d_out]."""
         y_hat, top_acts, top_indices = super().forward(x)
         return SAEOutput(y_hat + self.skip(x), top_acts, top_indices)
-
-
-def batch_width(sae: SAE) -> int:
-    """Returns the width of the batches that the SAE is trained on: d_in, or d_in + d_out of a transcoder's pairs."""
-    return sae.d_in + sae.d_out if isinstance(sae, Transcoder) else sae.d_in
-
-
-def split_pairs(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns what is read and what is to be reconstructed, of a batch [N, batch_width(sae)]; twice the same but for transcoders."""
-    if not isinstance(sae, Transcoder):
-        return x, x
-    inputs, target = x[:, : sae.d_in], x[:, sae.d_in :]
-    # The kernels read rows; the halves of a pair are strided.
-    return inputs.contiguous(), target

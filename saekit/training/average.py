@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saekit.training.features import PER_FEATURE, by_feature
 from saekit.training.objective import Objective
 from saekit.training.schedule_free import ScheduleFreeSignum
 
@@ -43,6 +44,12 @@ class WeightAverage:
         decay = min(self._decay, (1 + self._num_updates) / (10 + self._num_updates))
         for name, value in self._parameters().items():
             self._ema[name].lerp_(value, 1 - decay)
+
+    @torch.no_grad()
+    def restart(self, features: Tensor) -> None:
+        """Lets the moving average of some features [n] be what they are now; that of an optimizer is the optimizer's."""
+        for name in self._ema.keys() & PER_FEATURE:
+            by_feature(name, self._ema[name])[features] = by_feature(name, self._parameters()[name])[features]
 
     @torch.no_grad()
     def take(self) -> None:

@@ -7,7 +7,45 @@ from pydantic import Field, field_validator, model_validator
 
 from saekit.config import Config
 
-__all__ = ["SparsityConfig", "TrainConfig"]
+__all__ = ["EndToEndConfig", "ResampleConfig", "SparsityConfig", "TrainConfig"]
+
+
+class ResampleConfig(Config):
+    """When silent features are drawn anew from inputs that are reconstructed badly."""
+
+    every_tokens: int | None = Field(default=None, gt=0)
+    """Tokens between two resamplings; None = an eighth of num_tokens."""
+    until_fraction: float = Field(default=0.5, gt=0, le=1)
+    """Part of training after which there is none any more: a new feature needs time."""
+    silent_tokens: int | None = Field(default=None, gt=0)
+    """A feature that was silent for so many tokens is drawn anew; None = half of the distance between two resamplings."""
+    sample_tokens: int | None = Field(default=None, gt=0)
+    """Tokens among which inputs are drawn, each with a probability that is proportional to its squared loss; None = a tenth of
+    num_tokens, at most 819,200."""
+    encoder_norm: float = Field(default=0.2, gt=0)
+    """Norm of a new feature's encoder row in multiples of the mean norm of the live ones'; the default is made for ReLU, where
+    features do not compete for k places."""
+
+
+class EndToEndConfig(Config):
+    """Training on what the language model makes of reconstructions, in place of or beside the reconstructions themselves."""
+
+    kind: Literal["e2e", "e2e_downstream", "kl_finetune"]
+    """`e2e`: the model's loss alone; `e2e_downstream`: and how well the later layers' outputs are those without the SAE;
+    `kl_finetune`: and the reconstruction, for the last few percent of the tokens of an SAE that is trained already."""
+    kl_weight: float | None = Field(default=None, ge=0)
+    """Weight of the KL divergence, in nats a token, from the model's predictions to those with the SAE; None = 1, and for
+    `kl_finetune` what makes it as large as the reconstruction's term was in the step before."""
+    ce_weight: float = Field(default=0.0, ge=0)
+    """Weight of the cross-entropy of the next tokens, in nats a token."""
+    downstream_weight: float = Field(default=1.0, gt=0)
+    """Weight of the later layers' mean fraction of variance unexplained; `e2e_downstream` only."""
+
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> Self:
+        if self.kl_weight == 0 and self.ce_weight == 0:
+            raise ValueError("kl_weight and ce_weight are 0, needs one of them")
+        return self
 
 
 class SparsityConfig(Config):
@@ -53,8 +91,12 @@ class TrainConfig(Config):
     """Part of training, at its end, in which the learning rate falls to 0."""
     decay: Literal["linear", "cosine", "constant"] | None = None
     """How it falls there; `constant` = not at all; None = linear, or constant for an optimizer that needs no schedule."""
-    optimizer: Literal["adam", "muon", "signum"] = "adam"
-    """`adam`; `muon`, orthogonalised momentum for the matrices; `signum`, schedule-free steps along the gradient's sign."""
+    optimizer: Literal["adam", "adamw8bit", "muon", "signum"] = "adam"
+    """`adam`; `adamw8bit`, the same with moments of one byte an entry (needs the extra `lowbit`); `muon`, orthogonalised
+    momentum for the matrices; `signum`, schedule-free steps along the gradient's sign."""
+    weight_decay: float | None = Field(default=None, gt=0)
+    """Part of the learning rate by which `adamw8bit` shrinks matrices in a step, of which unit decoder rows see nothing; None =
+    not at all."""
     micro_batch_size: int | None = Field(default=None, gt=0)
     """Tokens that a process takes at a time; the gradients of a step add up over them, so that large batches need less memory.
     None = its whole share of the batch."""
@@ -80,6 +122,11 @@ class TrainConfig(Config):
     """Tokens between two checkpoints; None = a fifth of num_tokens, at most 50 million."""
     sparsity: SparsityConfig = SparsityConfig()
     """Control of L0."""
+    resample: ResampleConfig | None = None
+    """Resampling of silent features; None = none, they are left to the loss."""
+    objective: EndToEndConfig | None = None
+    """A loss that goes through the language model; None = reconstruction. Whole token rows are read then, `batch_size` and
+    `micro_batch_size` count all of their positions, and the SAE takes the place of the normal training tokens in them."""
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:
@@ -89,6 +136,8 @@ class TrainConfig(Config):
             )
         if self.ema_decay is not None and self.optimizer == "signum":
             raise ValueError("ema_decay with optimizer 'signum', needs one of them: signum keeps an average of its own")
+        if self.weight_decay is not None and self.optimizer != "adamw8bit":
+            raise ValueError(f"weight_decay with optimizer {self.optimizer!r}, needs 'adamw8bit'")
         return self
 
     @field_validator("betas")

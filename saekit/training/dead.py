@@ -21,18 +21,47 @@ def default_dead_after(config: TrainConfig) -> int:
 
 
 class DeadFeatures:
-    """Tokens since each feature was last active."""
+    """Tokens since each feature was last active.
+
+    Attributes:
+        silent_tokens: [d_sae] int64.
+        num_dead: how many features are dead, known without asking the device.
+    """
 
     def __init__(self, d_sae: int, dead_after_tokens: int, device: torch.device) -> None:
         self.dead_after_tokens = dead_after_tokens
         self.silent_tokens = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        self.num_dead = 0
 
-    def update(self, fired: Tensor, num_tokens: int) -> None:
-        """Notes a step: `fired` [d_sae] bool over all processes, `num_tokens` over all processes."""
-        self.silent_tokens += num_tokens
-        self.silent_tokens[fired] = 0
+    def after(self, fired: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Returns what a step makes of `silent_tokens` and, a scalar on the device, of `num_dead`.
+
+        Args:
+            fired: which features were active [d_sae] bool, over all processes.
+            num_tokens: tokens of the step, over all processes.
+        """
+        silent_tokens = torch.where(fired, 0, self.silent_tokens + num_tokens)
+        return silent_tokens, (silent_tokens >= self.dead_after_tokens).sum()
+
+    def take(self, silent_tokens: Tensor, num_dead: int | None = None) -> None:
+        """Notes what `after` returned; without a number of dead features they are counted."""
+        self.silent_tokens.copy_(silent_tokens)
+        self.num_dead = int(self.mask.sum()) if num_dead is None else num_dead
+
+    def renew(self, features: Tensor) -> None:
+        """Counts some features [n] from now on, as if they had just been active."""
+        self.silent_tokens[features] = 0
+        self.num_dead = int(self.mask.sum())
 
     @property
     def mask(self) -> Tensor:
         """Which features are dead [d_sae] bool."""
         return self.silent_tokens >= self.dead_after_tokens
+
+    @property
+    def indices(self) -> Tensor:
+        """The dead features, rising [num_dead] int64."""
+        if self.num_dead == 0:
+            return self.silent_tokens[:0]
+        # Where they are not looked for by nonzero, nothing has to be waited for.
+        return self.mask.logical_not().to(torch.int8).argsort(stable=True)[: self.num_dead]

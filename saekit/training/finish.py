@@ -7,7 +7,7 @@ from saekit.sae.batchtopk import BatchTopKSAE
 from saekit.sae.gated import GatedSAE
 from saekit.sae.jumprelu import JumpReLUSAE
 from saekit.sae.relu import ReLUSAE
-from saekit.training.heldout import evaluate_heldout
+from saekit.training.heldout import evaluate_heldout, heldout_figures
 from saekit.training.run import TrainRun
 from saekit.training.sparsity import calibration_factor, calibration_shift, init_shared_threshold
 from saekit.training.start import SAMPLE_TOKENS, read_sample
@@ -35,7 +35,7 @@ def finish_weights(run: TrainRun, held_out: Tensor | None) -> dict[str, object]:
         run.sae.threshold.data.fill_(_mean(run, float(run.sae.threshold)))
     run.normalization.fold(run.sae)
     if held_out is not None:
-        facts |= evaluate_heldout(run.sae, held_out)._asdict()
+        facts |= heldout_figures(run.sae, held_out)
     return facts
 
 

@@ -7,7 +7,7 @@ import torch
 from saekit_kernels import AdamStep, adam_step, gradient_square
 from torch import Tensor
 
-__all__ = ["FusedAdam"]
+__all__ = ["FusedAdam", "in_rows"]
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -48,9 +48,9 @@ class FusedAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    weight = _in_rows(parameter, parameter)
+                    weight = in_rows(parameter, parameter)
                     rows = weight if group["name"] in self.unit_rows else None
-                    squares.append(gradient_square(_in_rows(parameter.grad, parameter), rows))
+                    squares.append(gradient_square(in_rows(parameter.grad, parameter), rows))
         return torch.stack(squares).sum().sqrt()
 
     @overload
@@ -90,16 +90,16 @@ class FusedAdam(torch.optim.Optimizer):
             is_unit_norm=group["name"] in self.unit_rows,
         )
         adam_step(
-            _in_rows(parameter, parameter),
-            _in_rows(parameter.grad, parameter),
-            exp_avg=_in_rows(state["exp_avg"], parameter),
-            exp_avg_sq=_in_rows(state["exp_avg_sq"], parameter),
+            in_rows(parameter, parameter),
+            in_rows(parameter.grad, parameter),
+            exp_avg=in_rows(state["exp_avg"], parameter),
+            exp_avg_sq=in_rows(state["exp_avg_sq"], parameter),
             step=step,
             scale=self.gradient_scale,
         )
 
 
-def _in_rows(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """The view of a tensor in which the parameter's memory is in order: W_enc is a transposed [d_sae, d_in] array."""
+def in_rows(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Returns the view of a tensor in which the parameter's memory is in order: W_enc is a transposed [d_sae, d_in] array."""
     is_transposed = parameter.ndim == 2 and not parameter.is_contiguous()
     return (tensor.T if is_transposed else tensor).detach()

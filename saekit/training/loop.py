@@ -1,13 +1,14 @@
 """The loop around the steps: rows of figures, held-out evaluation, checkpoints, resume and Ctrl-C."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from saekit.progress import Progress
-from saekit.training.heldout import evaluate_heldout
+from saekit.training.heldout import heldout_figures
 from saekit.training.interrupt import StopRequest
 from saekit.training.metrics import MetricsLog, RunningMeans
 from saekit.training.run import StepFigures, TrainRun
@@ -41,6 +42,11 @@ class TrainingLoop:
         self._resume()
         self._since = (time.perf_counter(), run.step)
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the last step is done."""
+        return self.run.step >= self.run.config.num_steps
+
     def go(self) -> None:
         """Trains to the last step.
 
@@ -50,9 +56,8 @@ class TrainingLoop:
         run, config = self.run, self.run.config
         total = config.num_steps * config.batch_size
         with StopRequest() as stop, self.progress.task("train", total, "tokens", done=run.tokens) as task:
-            while run.step < config.num_steps:
-                figures = run.train_step(stop_asked=stop.is_set)
-                self._record(figures)
+            while not self.is_done:
+                figures = self.advance(stop_asked=stop.is_set)
                 task.advance(config.batch_size, fvu=figures.fvu, l0=figures.l0, dead=figures.dead_fraction)
                 if figures.stop_asked:
                     self.save()
@@ -61,12 +66,18 @@ class TrainingLoop:
                     )
                     self.progress.say(message)
                     raise KeyboardInterrupt(message)
-                if run.step % self.checkpoint_steps == 0 and run.step < config.num_steps:
-                    self.save()
             # Asked in the last step, when no further step hands it round: one process can still answer by itself.
             if stop.is_set and run.accelerator.num_processes == 1:
                 self.save()
                 raise KeyboardInterrupt(f"interrupted after {run.tokens:,} tokens, checkpoint written")
+
+    def advance(self, *, stop_asked: bool = False) -> StepFigures:
+        """Does one step and what is due after it: rows of figures, and a checkpoint unless a process was asked to stop."""
+        figures = self.run.train_step(stop_asked=stop_asked)
+        self._record(figures)
+        if self.run.step % self.checkpoint_steps == 0 and not self.is_done and not figures.stop_asked:
+            self.save()
+        return figures
 
     def save(self) -> None:
         """Writes a checkpoint of everything, by all processes together."""
@@ -105,7 +116,10 @@ class TrainingLoop:
 
     def _record(self, figures: StepFigures) -> None:
         run = self.run
-        self.means.add({"loss": figures.loss, "fvu": figures.fvu, "auxk": figures.auxiliary, "l0": figures.l0})
+        means = {"loss": figures.loss, "fvu": figures.fvu, "auxk": figures.auxiliary, "l0": figures.l0}
+        self.means.add(means | {"gradient_norm": figures.gradient_norm, **figures.terms})
+        if figures.resampled:
+            self._write("resample", {"resampled": float(figures.resampled)})
         is_last = run.step == run.config.num_steps
         if run.step % self.log_steps == 0 or is_last:
             now, (then, step) = time.perf_counter(), self._since
@@ -121,11 +135,11 @@ class TrainingLoop:
         if self.held_out is not None and (run.step % self.eval_steps == 0 or is_last):
             before = time.perf_counter()
             with run.average.taken():
-                found = evaluate_heldout(run.sae, self.held_out, run.normalization)
-            self._write("test", found._asdict())
+                found = heldout_figures(run.sae, self.held_out, run.normalization)
+            self._write("test", found)
             # Time spent here is not training time.
             self._since = (self._since[0] + time.perf_counter() - before, self._since[1])
 
-    def _write(self, split: str, figures: dict[str, float]) -> None:
+    def _write(self, split: str, figures: Mapping[str, object]) -> None:
         if self.metrics is not None:
             self.metrics.append({"split": split, "step": self.run.step, "tokens": self.run.tokens, **figures})

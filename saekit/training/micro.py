@@ -1,11 +1,13 @@
 """A step in parts: gradients add up over micro-batches, so that less has to be in memory at once and nothing else changes."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from saekit.training.objective import Objective, StepResult
 
-__all__ = ["backward_in_parts"]
+__all__ = ["backward_in_parts", "joined"]
 
 
 def backward_in_parts(
@@ -32,6 +34,11 @@ def backward_in_parts(
         (result.loss * share).backward()
         means = [value.detach() * share for value in (result.loss, result.fvu, result.auxiliary)]
         results.append(StepResult(means[0], means[1], means[2], result.num_active, result.fired))
+    return joined(results)
+
+
+def joined(results: Sequence[StepResult]) -> StepResult:
+    """Returns the figures of a batch from those of its parts, whose means are weighted by the parts' shares already."""
     return StepResult(
         torch.stack([result.loss for result in results]).sum(),
         torch.stack([result.fvu for result in results]).sum(),

@@ -10,10 +10,10 @@ from saekit_kernels import decode, encode_threshold, encode_topk
 from torch import Tensor, nn
 
 from saekit.sae.base import SAE
+from saekit.sae.batch import split_batch
 from saekit.sae.batchtopk import BatchTopKSAE, encode_batch_topk
 from saekit.sae.losses import auxk_loss, reconstruction_loss
 from saekit.sae.topk import TopKSAE
-from saekit.sae.transcoder import split_pairs
 from saekit.training.config import TrainConfig
 from saekit.training.schedule import annealed_k
 
@@ -71,10 +71,11 @@ class Objective(nn.Module, ABC):
 
     Attributes:
         progress: part of training that is done, 0 to 1; schedules inside the loss follow it.
+        has_projected_decoder: whether decoder rows are held at unit norm by constraint, so that the gradient along a row is of
+            no use.
+        has_normalized_decoder: whether decoder rows are held at size 1 at all, by `normalize_decoder`.
+        reconstruction_weight: of the reconstruction term, 1; another where a model's loss is what is asked for.
     """
-
-    has_projected_decoder = True
-    """Whether decoder rows are held at unit norm by constraint, so that the gradient along a row is of no use."""
 
     def __init__(
         self, sae: SAE, config: TrainConfig, *, total_variance: float, sum_over_processes: SumOverProcesses
@@ -84,8 +85,11 @@ class Objective(nn.Module, ABC):
         self.config = config
         self.total_variance = total_variance
         self.sum_over_processes = sum_over_processes
+        self.has_projected_decoder = sae.has_unit_rows
+        self.has_normalized_decoder = True
         self.k_aux = config.k_aux or default_k_aux(sae.d_out)
         self.progress = 0.0
+        self.reconstruction_weight = 1.0
         self._residual_variance: Tensor | None = None
 
     @abstractmethod
@@ -100,16 +104,22 @@ class Objective(nn.Module, ABC):
             dead: indices of the dead features [n_dead] int64, the same on every process.
             coefficient: weight of the sparsity penalty.
         """
-        inputs, target = split_pairs(self.sae, x)
+        return self.forward_with_error(x, dead, coefficient)[0]
+
+    def forward_with_error(self, x: Tensor, dead: Tensor, coefficient: float = 0.0) -> tuple[StepResult, Tensor]:
+        """Returns what `forward` does, and target less reconstruction [N, d_out] with its graph."""
+        inputs, target = split_batch(self.sae, x)
         encoder_input = self.sae.encoder_input(inputs)
         code = self.encode(encoder_input)
         reconstruction, fvu, error = self.reconstruct(inputs, target, code)
         auxiliary, weighted = self.dead_loss(encoder_input, error, dead, code)
-        loss = reconstruction + weighted + self.penalty(encoder_input, target, code, coefficient)
+        weight = self.reconstruction_weight
+        loss = reconstruction * weight + weighted + self.penalty(encoder_input, target, code, coefficient)
         active = code.values > 0
-        fired = torch.zeros(self.sae.d_sae, dtype=torch.bool, device=x.device)
-        fired[code.indices[active]] = True
-        return StepResult(loss, fvu.detach(), auxiliary, active.sum(), fired)
+        # Silent entries are noted at a place of their own: to leave them out would wait for the device, for their number.
+        places = torch.where(active, code.indices, self.sae.d_sae).view(-1)
+        fired = torch.zeros(self.sae.d_sae + 1, dtype=torch.bool, device=x.device).scatter_(0, places, True)[:-1]
+        return StepResult(loss, fvu.detach(), auxiliary, active.sum(), fired), error
 
     def reconstruct(self, inputs: Tensor, target: Tensor, code: Code) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the reconstruction term with its graph, the FVU of all features, and target less reconstruction [N, d_out]."""
@@ -129,9 +139,9 @@ class Objective(nn.Module, ABC):
         residual = error.detach()
         variance = self._residual_variance
         if variance is None:
-            variance = self._pooled_variance(_moments(residual), len(residual))
-        # Rows of the compacted dead features: a dense product of their width is cheaper than gathering k_aux rows a token.
-        weights = (self.sae.W_enc.T[dead], self.sae.b_enc[dead], self.sae.W_dec[dead])
+            variance = _pooled_variance(_moments(residual), len(residual), self.sum_over_processes)
+        W_enc, b_enc, W_dec = self.sae.W_enc.T, self.sae.b_enc, self.sae.W_dec
+        weights = (W_enc.index_select(0, dead), b_enc.index_select(0, dead), W_dec.index_select(0, dead))
         loss = auxk_loss(
             encoder_input, residual, weights, k_aux=self.k_aux, residual_variance=variance.to(residual.dtype)
         )
@@ -150,30 +160,30 @@ class Objective(nn.Module, ABC):
         self._residual_variance = None
         if len(parts) == 1 or dead.numel() == 0 or self.config.auxk_alpha == 0:
             return
-        moments = []
+        moments, count = [], 0
         for part in parts:
-            inputs, target = split_pairs(self.sae, part)
+            inputs, target = split_batch(self.sae, part)
             _, _, error = self.reconstruct(inputs, target, self.encode(self.sae.encoder_input(inputs)))
             moments.append(_moments(error))
-        self._residual_variance = self._pooled_variance(torch.stack(moments).sum(0), sum(map(len, parts)))
-
-    def _pooled_variance(self, moments: Tensor, count: int) -> Tensor:
-        # One sum for all processes, so that the loss does not depend on how the batch is split over them.
-        total = self.sum_over_processes(torch.tensor(float(count), dtype=torch.float64, device=moments.device))
-        means = self.sum_over_processes(moments) / total
-        return means[-1] - means[:-1].square().sum()
+            count += len(error)
+        self._residual_variance = _pooled_variance(torch.stack(moments).sum(0), count, self.sum_over_processes)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Returns what the optimizer moves, by name."""
         return {"W_enc": self.sae.W_enc, "b_enc": self.sae.b_enc, "W_dec": self.sae.W_dec, "b_dec": self.sae.b_dec}
 
-    def settle(self) -> None:
-        """Brings the SAE in line with the trained parameters, whose decoder rows are made unit; twice is as once."""
-        self.sae.normalize_decoder()
+    def settle(self, *, has_unit_rows: bool = False) -> None:
+        """Brings the SAE in line with the trained parameters, whose decoder rows are made unit where they are to be.
 
-    def after_step(self) -> None:
-        """Settles, and notes what the step saw."""
-        self.settle()
+        Args:
+            has_unit_rows: whether they are already, as the optimizer's own pass leaves them.
+        """
+        if self.has_normalized_decoder and not (has_unit_rows and self.has_projected_decoder):
+            self.sae.normalize_decoder()
+
+    def after_step(self, *, has_unit_rows: bool = False) -> None:
+        """Settles, and notes what the step saw; see `settle`."""
+        self.settle(has_unit_rows=has_unit_rows)
 
     def finish(self) -> None:
         """Turns the last weights into those that are saved, where training leaves something open."""
@@ -182,6 +192,13 @@ class Objective(nn.Module, ABC):
 def _moments(error: Tensor) -> Tensor:
     """Sums over tokens of the residual [d_out] and, last, of its square norm, in float64."""
     return torch.cat([error.sum(0).double(), error.square().sum().double()[None]])
+
+
+def _pooled_variance(moments: Tensor, count: int, sum_over_processes: SumOverProcesses) -> Tensor:
+    # One sum for all processes, so that the loss does not depend on how the batch is split over them.
+    total = sum_over_processes(torch.tensor(float(count), dtype=torch.float64, device=moments.device))
+    means = sum_over_processes(moments) / total
+    return means[-1] - means[:-1].square().sum()
 
 
 class TopKObjective(Objective):
@@ -242,7 +259,7 @@ class BatchTopKObjective(Objective):
         self._cutoff = None
         if len(parts) > 1:
             W_enc, b_enc = self.sae.W_enc, self.sae.b_enc
-            inputs = [self.sae.encoder_input(split_pairs(self.sae, part)[0]) for part in parts]
+            inputs = [self.sae.encoder_input(split_batch(self.sae, part)[0]) for part in parts]
             own = [encode_batch_topk(part, W_enc, b_enc, self.k)[0].flatten() for part in inputs]
             num_kept = sum(len(part) for part in inputs) * self.k
             has_bound = sum(len(values) for values in own) == num_kept
@@ -258,9 +275,9 @@ class BatchTopKObjective(Objective):
         super().prepare(parts, dead)
 
     @torch.no_grad()
-    def after_step(self) -> None:
+    def after_step(self, *, has_unit_rows: bool = False) -> None:
         """Settles, and moves the threshold towards the smallest entry kept in this batch."""
-        super().after_step()
+        super().after_step(has_unit_rows=has_unit_rows)
         self.num_seen += 1
         # A plain mean at first, so that the threshold's start does not matter; then a running one that follows the weights.
         weight = max(1.0 / float(self.num_seen), 1.0 / THRESHOLD_MEMORY_STEPS)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from saekit.training.config import TrainConfig
 from saekit.training.fused_adam import FusedAdam
+from saekit.training.low_bit import LowBitAdamW
 from saekit.training.muon import Muon
 from saekit.training.schedule_free import ScheduleFreeSignum
 
@@ -33,6 +34,8 @@ def build_optimizer(
     ]
     if config.optimizer == "muon":
         return Muon(groups, lr=lr, betas=config.betas)
+    if config.optimizer == "adamw8bit":
+        return LowBitAdamW(groups, lr=lr, betas=config.betas, weight_decay=config.weight_decay or 0.0)
     if config.optimizer == "signum":
         kept = [group | {"has_unit_rows": has_unit_rows and group["name"] == "W_dec"} for group in groups]
         return ScheduleFreeSignum(kept, lr=lr)

@@ -124,9 +124,9 @@ class JumpReLUObjective(PenalizedObjective):
         return super().trained_parameters() | {"log_threshold": self.log_threshold}
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def settle(self, *, has_unit_rows: bool = False) -> None:
         """Makes decoder rows unit and sets the SAE's thresholds to the trained ones."""
-        super().settle()
+        super().settle(has_unit_rows=has_unit_rows)
         self.sae.threshold.copy_(self.log_threshold.exp())
 
 
@@ -144,7 +144,7 @@ class ReLUObjective(PenalizedObjective):
         self, sae: ReLUSAE, config: TrainConfig, *, total_variance: float, sum_over_processes: SumOverProcesses
     ) -> None:
         super().__init__(sae, config, total_variance=total_variance, sum_over_processes=sum_over_processes)
-        self.has_projected_decoder = not sae.cfg.is_norm_weighted
+        self.has_projected_decoder = self.has_normalized_decoder = not sae.cfg.is_norm_weighted
         self.register_buffer("penalty_ratio", torch.ones((), dtype=torch.float64))
         self.penalty_ratio: Tensor
         self._norms = torch.zeros(2, dtype=torch.float64)
@@ -162,10 +162,10 @@ class ReLUObjective(PenalizedObjective):
         return Code(*encode_threshold(encoder_input, self.sae.W_enc, self.sae.b_enc, nothing))
 
     def penalty(self, encoder_input: Tensor, target: Tensor, code: Code, coefficient: float) -> Tensor | float:
-        """Returns the weighted norm of the activations, each times its decoder row's norm where the config says so."""
+        """Returns the weighted norm of the activations, each times its decoder row's size where the config says so."""
         acts, num_tokens = code.values, len(encoder_input)
         if self.sae.cfg.is_norm_weighted:
-            acts = acts * self.sae.W_dec.norm(dim=1)[code.indices]
+            acts = acts * self.sae.decoder_norms()[code.indices]
         penalty = lp_penalty(acts, p=self.p, num_tokens=num_tokens)
         if self.sae.cfg.p_end == 1.0:
             return coefficient * penalty
@@ -175,16 +175,13 @@ class ReLUObjective(PenalizedObjective):
 
     def natural_coefficient(self) -> float:
         """Returns the reconstruction's slope in an activation of the usual size, that of L0 equal shares of the variance."""
-        return 1.0 / math.sqrt(self.wanted_l0(0.0) * self.total_variance)
+        # What a unit of activation writes: 1, but for rows that are spread over several hook points.
+        written = float((self.sae.W_dec.norm(dim=1) / self.sae.decoder_norms()).mean().detach())
+        return written / math.sqrt(self.wanted_l0(0.0) * self.total_variance)
 
-    def settle(self) -> None:
-        """Makes decoder rows unit, but where they are free."""
-        if not self.sae.cfg.is_norm_weighted:
-            super().settle()
-
-    def after_step(self) -> None:
+    def after_step(self, *, has_unit_rows: bool = False) -> None:
         """Settles, and measures the penalty."""
-        super().after_step()
+        super().after_step(has_unit_rows=has_unit_rows)
         if self.sae.cfg.p_end < 1.0:
             first, current = self.sum_over_processes(self._norms).tolist()
             if current > 0:

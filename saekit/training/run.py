@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,22 +11,37 @@ from torch import Tensor
 from saekit.activations.source import ActivationSource
 from saekit.errors import NonFiniteError
 from saekit.sae.base import SAE
-from saekit.sae.fold import Normalization, PairNormalization
+from saekit.sae.batch import num_samples
+from saekit.sae.fold import AnyNormalization
 from saekit.training.average import WeightAverage
 from saekit.training.build import build_objective
 from saekit.training.config import TrainConfig
 from saekit.training.dead import DeadFeatures, default_dead_after
 from saekit.training.fused_adam import FusedAdam
 from saekit.training.micro import backward_in_parts
+from saekit.training.objective import StepResult
 from saekit.training.optim import GradientClip, build_optimizer, project_decoder_gradient, set_learning_rates
 from saekit.training.penalty import PenalizedObjective
+from saekit.training.resample import is_due, resample_features
 from saekit.training.schedule import default_lr, lr_factor
+from saekit.training.schedule_free import ScheduleFreeSignum
 from saekit.training.sparsity import L0Control
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["StepFigures", "TrainRun"]
+__all__ = ["Gradients", "StepFigures", "TrainRun"]
+
+
+class Gradients(NamedTuple):
+    """What a process found out while it added up the gradients of its share of a batch."""
+
+    result: StepResult
+    """Loss and figures, without graph."""
+    raw: Tensor
+    """The activations that the SAE read [n, d_in]."""
+    terms: Mapping[str, Tensor]
+    """Further terms of the loss, scalars."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +56,10 @@ class StepFigures:
     lr: float
     coefficient: float
     gradient_norm: float
+    resampled: int
+    """Features that were drawn anew after the step."""
+    terms: Mapping[str, float]
+    """The loss's own terms where it has more than these, before weighting."""
     stop_asked: bool
 
 
@@ -57,7 +76,7 @@ class TrainRun:
         source: ActivationSource,
         config: TrainConfig,
         *,
-        normalization: Normalization | PairNormalization,
+        normalization: AnyNormalization,
         accelerator: "Accelerator",
     ) -> None:
         """Takes an SAE of normalised activations, and trains it in place."""
@@ -97,21 +116,21 @@ class TrainRun:
         factor = lr_factor(self.step, self.config)
         set_learning_rates(self.optimizer, factor)
         coefficient = self.control.coefficient if self.control else 0.0
-        raw = self.source.next_batch().to(self.accelerator.device)
-        x = self.normalization.apply(raw)
         self.optimizer.zero_grad(set_to_none=True)
         self.objective.progress = self.step / self.config.num_steps
-        dead = self.dead.mask.nonzero().flatten()
-        result = backward_in_parts(self.objective, x, dead, coefficient, part_tokens=self.config.micro_batch_size)
+        result, raw, terms = self.add_gradients(self.dead.indices, coefficient)
         self._average_gradients()
         norm = self._gradient_norm()
 
-        figures = torch.stack([result.loss, result.fvu, result.auxiliary, result.num_active.to(norm)]).double()
-        stop = torch.tensor([float(stop_asked)], dtype=torch.float64, device=x.device)
-        summed = self._sum(torch.cat([figures, stop, result.fired.double()]))
-        processes = self.accelerator.num_processes
-        # One transfer for all figures of the step.
-        loss, fvu, auxiliary, num_active, stops, gradient_norm = torch.cat([summed[:5], norm.double()[None]]).tolist()
+        means = torch.stack([result.loss, result.fvu, result.auxiliary, *terms.values()]).double()
+        counts = [means.new_full((1,), float(count)) for count in (len(raw), stop_asked)]
+        own = torch.cat([*counts, result.num_active.double()[None], means])
+        summed = self._sum(torch.cat([own, result.fired.double()]))
+        silent_tokens, num_dead = self.dead.after(summed[len(own) :] > 0, self.config.batch_size)
+        # One transfer for all figures of the step, and the only time that it waits for the device.
+        told = torch.cat([norm.double()[None], num_dead.double()[None], summed[: len(own)]]).tolist()
+        gradient_norm, dead_count, num_tokens, stops, num_active = told[:5]
+        loss, fvu, auxiliary, *others = (value / self.accelerator.num_processes for value in told[5:])
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             raise self._non_finite(raw)
 
@@ -119,24 +138,40 @@ class TrainRun:
             self.optimizer.gradient_scale = self.clip.scale(gradient_norm)
         self.clip.update(gradient_norm)
         self.optimizer.step()
-        self.objective.after_step()
+        self.objective.after_step(has_unit_rows=isinstance(self.optimizer, FusedAdam | ScheduleFreeSignum))
         self.average.update()
-        self.dead.update(summed[5:] > 0, self.config.batch_size)
+        self.dead.take(silent_tokens, int(dead_count))
         self.step += 1
-        l0 = num_active / self.config.batch_size
+        l0 = num_active / (num_tokens * num_samples(self.sae))
         if self.control:
             self.control.update(l0, self._wanted_l0())
+        dead_fraction = self.dead.num_dead / self.sae.d_sae
+        resampled = resample_features(self) if is_due(self.config, self.step) else 0
         return StepFigures(
-            loss=loss / processes,
-            fvu=fvu / processes,
-            auxiliary=auxiliary / processes,
+            loss=loss,
+            fvu=fvu,
+            auxiliary=auxiliary,
             l0=l0,
-            dead_fraction=float(self.dead.mask.double().mean()),
+            dead_fraction=dead_fraction,
             lr=self.peak_lr * factor,
             coefficient=coefficient,
             gradient_norm=gradient_norm,
+            resampled=resampled,
+            terms=dict(zip(terms, others, strict=True)),
             stop_asked=stops > 0,
         )
+
+    def add_gradients(self, dead: Tensor, coefficient: float) -> Gradients:
+        """Reads a batch and adds this process's gradients to the parameters; the mean over processes is the batch's.
+
+        Args:
+            dead: indices of the dead features.
+            coefficient: weight of the sparsity penalty.
+        """
+        raw = self.source.next_batch().to(self.accelerator.device)
+        x = self.normalization.apply(raw)
+        result = backward_in_parts(self.objective, x, dead, coefficient, part_tokens=self.config.micro_batch_size)
+        return Gradients(result, raw, {})
 
     def state_dict(self) -> dict[str, object]:
         """Returns what is the same on every process, exactly."""
@@ -156,7 +191,7 @@ class TrainRun:
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.clip.mean = state["gradient_norm"]
-        self.dead.silent_tokens.copy_(state["silent_tokens"])
+        self.dead.take(state["silent_tokens"])
         self.average.load_state_dict(state["average"])
         if self.control:
             self.control.load_state_dict(state["control"])

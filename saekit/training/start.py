@@ -8,12 +8,15 @@ from torch import Tensor
 from saekit.activations.source import ActivationSource
 from saekit.errors import NonFiniteError
 from saekit.sae.base import SAE
+from saekit.sae.batch import num_samples, split_batch
 from saekit.sae.batchtopk import BatchTopKSAE
-from saekit.sae.fold import Normalization, PairNormalization
+from saekit.sae.fold import AnyNormalization, Normalization, PairNormalization, SiteNormalization
 from saekit.sae.gated import GatedSAE
 from saekit.sae.jumprelu import JumpReLUSAE
+from saekit.sae.mlsae import MLSAE
 from saekit.sae.relu import ReLUSAE
-from saekit.sae.transcoder import Transcoder, split_pairs
+from saekit.sae.sites import SitesSAE
+from saekit.sae.transcoder import Transcoder
 from saekit.training.config import SparsityConfig
 from saekit.training.sparsity import init_shared_threshold, init_thresholds
 
@@ -21,8 +24,10 @@ __all__ = [
     "SAMPLE_TOKENS",
     "estimate_normalization",
     "estimate_pair_normalization",
+    "estimate_site_normalization",
     "fit_start",
     "init_transcoder",
+    "normalization_of",
     "read_sample",
     "scale_encoder",
 ]
@@ -79,8 +84,8 @@ def scale_encoder(sae: SAE, x: Tensor, sum_over_processes: Callable[[Tensor], Te
     """
     moments = torch.zeros(2, dtype=torch.float64, device=x.device)
     for part in torch.split(x, PART_TOKENS):
-        inputs, target = split_pairs(sae, part)
-        x_hat = sae(inputs).x_hat.double()
+        inputs, target = split_batch(sae, part)
+        x_hat = sae(inputs).x_hat.double().reshape(target.shape)
         moments += torch.stack([(x_hat * target).sum(), x_hat.square().sum()])
     along, square = sum_over_processes(moments).tolist()
     if along <= 0 or square <= 0:
@@ -105,6 +110,35 @@ def estimate_pair_normalization(
     )
 
 
+def estimate_site_normalization(
+    sample: Tensor, sae: SitesSAE, sum_over_processes: Callable[[Tensor], Tensor]
+) -> SiteNormalization:
+    """Returns the normalisation of each of the dictionary's hook points, measured on a sample [n, S * d_in].
+
+    Raises:
+        NonFiniteError: see `estimate_normalization`.
+    """
+    if isinstance(sae, MLSAE) and not sae.cfg.is_normalized_per_site:
+        shared = estimate_normalization(sample.reshape(-1, sae.d_in), sum_over_processes)
+        return SiteNormalization(sites=(shared,) * sae.num_sites, total_variance=shared.total_variance)
+    sites = tuple(estimate_normalization(part, sum_over_processes) for part in torch.split(sample, sae.d_in, dim=1))
+    total = sum(site.total_variance for site in sites)
+    return SiteNormalization(sites=sites, total_variance=total / num_samples(sae))
+
+
+def normalization_of(sample: Tensor, sae: SAE, sum_over_processes: Callable[[Tensor], Tensor]) -> AnyNormalization:
+    """Returns the normalisation that the SAE's architecture is trained with, measured on a sample [n, batch_width(sae)].
+
+    Raises:
+        NonFiniteError: see `estimate_normalization`.
+    """
+    if isinstance(sae, Transcoder):
+        return estimate_pair_normalization(sample, sae.d_in, sum_over_processes)
+    if isinstance(sae, SitesSAE):
+        return estimate_site_normalization(sample, sae, sum_over_processes)
+    return estimate_normalization(sample, sum_over_processes)
+
+
 @torch.no_grad()
 def init_transcoder(sae: Transcoder, pairs: Tensor, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
     """Sets each decoder row to the direction of the predicted activations on the tokens where its feature is active.
@@ -118,7 +152,7 @@ def init_transcoder(sae: Transcoder, pairs: Tensor, sum_over_processes: Callable
     """
     sums = torch.zeros_like(sae.W_dec)
     for part in torch.split(pairs, PART_TOKENS):
-        inputs, target = split_pairs(sae, part)
+        inputs, target = split_batch(sae, part)
         acts, indices = sae.encode_sparse(inputs)
         for place in range(acts.shape[1]):
             sums.index_add_(0, indices[:, place], acts[:, place, None] * target)

@@ -2,42 +2,43 @@
 
 import contextlib
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from saekit.activations.pairs import PairedStore
+from saekit.activations.joined import JoinedStore, PairedStore
 from saekit.activations.shuffle import ShuffledBatches
 from saekit.activations.source import ActivationSource
 from saekit.activations.view import StoreView
 from saekit.errors import ConfigError, NonFiniteError
 from saekit.manifest import StageState, begin_stage, finish_stage, locked
+from saekit.models.load import LanguageModel
 from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae.base import SAE
+from saekit.sae.batch import batch_width
 from saekit.sae.checkpoint import load_sae_folder
-from saekit.sae.fold import Normalization, PairNormalization
-from saekit.sae.transcoder import Transcoder, batch_width
+from saekit.sae.fold import Normalization
+from saekit.sae.sites import SitesSAE
+from saekit.sae.transcoder import Transcoder
 from saekit.training.build import check_trainable
 from saekit.training.config import TrainConfig
+from saekit.training.end_to_end import EndToEndRun, check_end_to_end
 from saekit.training.finish import finish_weights
 from saekit.training.heldout import TokenView, read_evenly
 from saekit.training.loop import TrainingLoop
+from saekit.training.low_bit import check_low_bit
+from saekit.training.rows import TokenRowBatches
 from saekit.training.run import TrainRun
-from saekit.training.start import (
-    SAMPLE_TOKENS,
-    estimate_normalization,
-    estimate_pair_normalization,
-    fit_start,
-    read_sample,
-)
+from saekit.training.start import SAMPLE_TOKENS, fit_start, normalization_of, read_sample
 from saekit.training.state import keep_newest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Trainer"]
+__all__ = ["Trainer", "make_accelerator"]
 
 L0_TOLERANCE = 0.05
 """Relative distance from the target L0 on held-out tokens from which on the user is told."""
@@ -49,6 +50,7 @@ class Trainer:
     Attributes:
         sae: what is trained; holds its final weights, for raw activations, after `fit`.
         config: how.
+        train: from what.
     """
 
     def __init__(
@@ -58,29 +60,42 @@ class Trainer:
         config: TrainConfig,
         *,
         test: TokenView | None = None,
+        lm: LanguageModel | None = None,
     ) -> None:
         """Reads no activations yet.
 
         Args:
             sae: gives architecture and width; its weights too where `config.init` is "given".
             train: tokens to train on. A source of one's own gives this process's share of each batch. A transcoder takes pairs,
-                those of a `PairedStore` or [N, d_in + d_out] of one's own.
-            test: held-out tokens for the figures while training, pairs for a transcoder; None = none.
+                those of a `PairedStore` or [N, d_in + d_out] of one's own; a dictionary of several hook points those of a
+                `JoinedStore` or [N, S * d_in].
+            test: held-out tokens for the figures while training, of the same rows; None = none.
+            lm: the language model that the store was made with, for an objective that goes through it.
 
         Raises:
-            ConfigError: widths differ, or an SAE whose sparsity comes from a penalty has no target L0.
+            ConfigError: widths differ, an SAE whose sparsity comes from a penalty has no target L0, or an objective that goes
+                through the model lacks the model or cannot have this SAE or these data.
+            StoreError: the store was made with another model.
+            MissingDependencyError: the optimizer needs a package that is not installed.
         """
         self.sae = sae
         self.config = config
-        self._train = train
+        self.train = train
         self._test = test
         for what, data in (("training", train), ("test", test)):
             if data is not None and data.d_in != batch_width(sae):
-                name = "d_in + d_out" if isinstance(sae, Transcoder) else "d_in"
+                name = _batch_width_name(sae)
                 raise ConfigError(
                     f"{what} data: activations are {data.d_in} wide, needs the SAE's {name} = {batch_width(sae)}"
                 )
+            if isinstance(sae, SitesSAE) and isinstance(data, StoreView) and isinstance(data.store, JoinedStore):
+                _check_sites(sae, data.store)
         check_trainable(sae)
+        if config.optimizer == "adamw8bit":
+            check_low_bit()
+        self._lm = lm
+        if config.objective is not None:
+            check_end_to_end(sae, train, config.objective, lm)
 
     def fit(self, out: str | Path, *, progress: Progress = NO_PROGRESS) -> SAE:
         """Trains into the folder `out`; the same call again goes on where a run ended, or loads a finished one.
@@ -96,49 +111,93 @@ class Trainer:
             ResourceError: the folder cannot be written.
             KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
         """
-        from accelerate import Accelerator
-
-        # Off CUDA everything runs on the CPU: the sums here need float64, which other accelerators lack.
-        accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        accelerator = make_accelerator()
         out = Path(out)
         with contextlib.ExitStack() as stack:
-            source = self._open_source(accelerator, stack)
-            if self._begin(out, accelerator) == "complete":
-                progress.say(f"{out}: already trained")
-            else:
-                # Taken once for all processes of a run: the others write nothing but their parts of a checkpoint.
-                stack.enter_context(locked(out) if accelerator.is_main_process else contextlib.nullcontext())
-                try:
-                    self._train_into(out, source, accelerator, progress)
-                except NonFiniteError as error:
-                    raise self._located(error) from error
-        return self._take(load_sae_folder(out))
+            loop = self.begin(out, accelerator, stack, progress=progress)
+            if loop is not None:
+                with self.locating():
+                    loop.go()
+                    self.finish(loop)
+        return self.take(load_sae_folder(out))
 
-    def _train_into(self, out: Path, source: ActivationSource, accelerator: "Accelerator", progress: Progress) -> None:
-        run = self._start(source, accelerator)
+    def begin(
+        self,
+        out: Path,
+        accelerator: "Accelerator",
+        stack: contextlib.ExitStack,
+        *,
+        source: ActivationSource | None = None,
+        progress: Progress = NO_PROGRESS,
+    ) -> TrainingLoop | None:
+        """Claims the folder, measures the data and sets the first weights or those of the newest checkpoint.
+
+        Args:
+            out: folder of the SAE.
+            accelerator: of the process.
+            stack: keeps data and folder open.
+            source: activations of the training tokens in their order; None = one of its own.
+            progress: is told what the training says.
+
+        Returns:
+            The loop to run, None where the folder is finished.
+
+        Raises:
+            ConfigError: see `fit`.
+            NonFiniteError: see `fit`.
+        """
+        if source is None:
+            source = self.open_source(accelerator, stack)
+        if self._claim(out, accelerator) == "complete":
+            progress.say(f"{out}: already trained")
+            return None
+        # Taken once for all processes of a run: the others write nothing but their parts of a checkpoint.
+        stack.enter_context(locked(out) if accelerator.is_main_process else contextlib.nullcontext())
+        with self.locating():
+            run = self._start(source, accelerator)
         held_out = None if self._test is None else read_evenly(self._test, self.config.eval_tokens)
-        TrainingLoop(run, out, held_out=held_out, progress=progress).go()
-        facts = finish_weights(run, held_out)
+        return TrainingLoop(run, out, held_out=held_out, progress=progress)
+
+    def finish(self, loop: TrainingLoop) -> None:
+        """Writes the SAE of raw activations after the last step, and marks the folder as complete."""
+        run, out, accelerator = loop.run, loop.out, loop.run.accelerator
+        facts = finish_weights(run, loop.held_out)
         if accelerator.is_main_process:
             run.sae.hook_point, run.sae.source = self._hook_point(), self._source() | facts
             run.sae.save(out)
             keep_newest(out, 1)
             finish_stage(out, {"tokens": run.tokens, "steps": run.step, **facts})
-            self._say_if_l0_is_missed(facts.get("l0"), progress)
+            self._say_fvu_by_site(run.sae, facts, loop.progress)
+            self._say_if_l0_is_missed(facts.get("l0"), loop.progress)
         accelerator.wait_for_everyone()
 
-    def _begin(self, out: Path, accelerator: "Accelerator") -> StageState:
+    @contextlib.contextmanager
+    def locating(self) -> Iterator[None]:
+        """Inside the block, an error about NaN or Inf names the token of the store that is to blame, where one is."""
+        try:
+            yield
+        except NonFiniteError as error:
+            place = self.train.first_non_finite() if isinstance(self.train, StoreView) else None
+            raise error if place is None else NonFiniteError(f"{error}; the first is in {place}") from error
+
+    def take(self, trained: SAE) -> SAE:
+        """Puts trained weights into the SAE that was passed in, and returns it."""
+        self.sae.load_state_dict(trained.state_dict())
+        self.sae.hook_point, self.sae.source = trained.hook_point, trained.source
+        return self.sae.eval()
+
+    def _claim(self, out: Path, accelerator: "Accelerator") -> StageState:
         from accelerate.utils import broadcast_object_list
 
         state: list[StageState | None] = [None]
         if accelerator.is_main_process:
             values: dict[str, object] = {"sae": self.sae.cfg.to_dict(), "training": self.config.to_dict()}
             inputs: dict[str, str] = {}
-            if isinstance(self._train, StoreView):
-                values |= {"hook_point": self._train.store.hook_point, "split": self._train.origin}
-                if isinstance(self._train.store, PairedStore):
-                    values["target_hook_point"] = self._train.store.targets.hook_point
-                inputs |= {"cache": self._train.store.sha256, "training tokens": self._train.fingerprint}
+            if isinstance(self.train, StoreView):
+                values |= {"hook_point": self.train.store.hook_point, "split": self.train.origin}
+                if isinstance(self.train.store, PairedStore):
+                    values["target_hook_point"] = self.train.store.targets.hook_point
+                inputs |= {"cache": self.train.store.sha256, "training tokens": self.train.fingerprint}
             if isinstance(self._test, StoreView):
                 inputs["held-out tokens"] = self._test.fingerprint
             state[0] = begin_stage(out, "train", values, inputs)
@@ -146,23 +205,31 @@ class Trainer:
         assert state[0] is not None
         return state[0]
 
-    def _located(self, error: NonFiniteError) -> NonFiniteError:
-        """Names the token of the store that is to blame, where one is."""
-        place = self._train.first_non_finite() if isinstance(self._train, StoreView) else None
-        return error if place is None else NonFiniteError(f"{error}; the first is in {place}")
+    def open_source(self, accelerator: "Accelerator", stack: contextlib.ExitStack) -> ActivationSource:
+        """Returns this process's share of the training tokens, in their order.
 
-    def _open_source(self, accelerator: "Accelerator", stack: contextlib.ExitStack) -> ActivationSource:
+        Raises:
+            ConfigError: the batch cannot be shared evenly by the processes.
+        """
         share, rest = divmod(self.config.batch_size, accelerator.num_processes)
         if rest:
             processes = accelerator.num_processes
             raise ConfigError(
                 f"training: batch_size {self.config.batch_size}, needs a multiple of {processes} processes"
             )
-        if not isinstance(self._train, StoreView):
-            return self._train
+        if not isinstance(self.train, StoreView):
+            return self.train
+        if self.config.objective is not None:
+            return TokenRowBatches(
+                self.train,
+                batch_size=self.config.batch_size,
+                seed=self.config.seed,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+            )
         return stack.enter_context(
             ShuffledBatches(
-                self._train,
+                self.train,
                 batch_size=share,
                 seed=self.config.seed,
                 rank=accelerator.process_index,
@@ -178,18 +245,27 @@ class Trainer:
             return total
 
         sample = read_sample(source, SAMPLE_TOKENS // accelerator.num_processes).to(accelerator.device)
-        normalization: Normalization | PairNormalization
-        if isinstance(self.sae, Transcoder):
-            normalization = estimate_pair_normalization(sample, self.sae.d_in, sum_over_processes)
-        else:
-            normalization = estimate_normalization(sample, sum_over_processes)
+        normalization = normalization_of(sample, self.sae, sum_over_processes)
         sae = copy.deepcopy(self.sae).float().to(accelerator.device)
         if self.config.init == "given":
             normalization.unfold(sae)
         else:
             sae.reset_parameters(self.config.seed)
             fit_start(sae, normalization.apply(sample), self.config.sparsity, sum_over_processes)
+        if isinstance(source, TokenRowBatches):
+            assert self._lm is not None
+            assert isinstance(normalization, Normalization)
+            return EndToEndRun(
+                sae, source, self.config, normalization=normalization, accelerator=accelerator, lm=self._lm
+            )
         return TrainRun(sae, source, self.config, normalization=normalization, accelerator=accelerator)
+
+    def _say_fvu_by_site(self, sae: SAE, facts: dict[str, object], progress: Progress) -> None:
+        found = facts.get("fvu_by_site")
+        if isinstance(sae, SitesSAE) and isinstance(found, list):
+            names = sae.hook_points or tuple(f"hook point {number}" for number in range(sae.num_sites))
+            parts = ", ".join(f"{name} {fvu:.4f}" for name, fvu in zip(names, found, strict=True))
+            progress.say(f"FVU on held-out tokens: {parts}")
 
     def _say_if_l0_is_missed(self, l0: object, progress: Progress) -> None:
         target = getattr(self.sae.cfg, "target_l0", None)
@@ -200,18 +276,32 @@ class Trainer:
             )
 
     def _hook_point(self) -> str | None:
-        return self._train.store.hook_point if isinstance(self._train, StoreView) else self.sae.hook_point
+        return self.train.store.hook_point if isinstance(self.train, StoreView) else self.sae.hook_point
 
     def _source(self) -> dict[str, object]:
         facts = dict(self.sae.source) | {"trained_tokens": self.config.num_steps * self.config.batch_size}
-        if isinstance(self._train, StoreView):
-            store = self._train.store
+        if isinstance(self.train, StoreView):
+            store = self.train.store
             facts |= {"model": store.model_name, "model_fingerprint": store.model_fingerprint, "cache": store.sha256}
             if isinstance(store, PairedStore):
                 facts["target_hook_point"] = store.targets.hook_point
         return facts
 
-    def _take(self, trained: SAE) -> SAE:
-        self.sae.load_state_dict(trained.state_dict())
-        self.sae.hook_point, self.sae.source = trained.hook_point, trained.source
-        return self.sae.eval()
+
+def _batch_width_name(sae: SAE) -> str:
+    if isinstance(sae, SitesSAE):
+        return "num_sites * d_in"
+    return "d_in + d_out" if isinstance(sae, Transcoder) else "d_in"
+
+
+def _check_sites(sae: SitesSAE, store: JoinedStore) -> None:
+    widths = [each.d_in for each in store.stores]
+    if widths != [sae.d_in] * sae.num_sites:
+        raise ConfigError(f"hook points {store.hook_point}: widths {widths}, needs {sae.num_sites} of {sae.d_in}")
+
+
+def make_accelerator() -> "Accelerator":
+    """Returns the process's part in the training; off CUDA everything runs on the CPU: other accelerators lack float64."""
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=not torch.cuda.is_available())

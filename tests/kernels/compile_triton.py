@@ -13,14 +13,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
+from saekit_kernels import _candidates_triton as scoring
 from saekit_kernels import _decode_triton as decoding
 from saekit_kernels import _encode_triton as encoding
+from saekit_kernels import _fused_triton as fused
 from saekit_kernels import _optim_triton as optim
+from saekit_kernels import _product_triton as products
+from saekit_kernels import _threshold_triton as thresholds
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _ALIGNED = [["tt.divisibility", 16]]
+
+
+# Instructions of the matrix units: mma of 16-bit and 8-bit operands, wgmma of the same and of 8-bit floats, tcgen05, which has
+# no integers, for which there is mma.
+MATRIX_UNITS = {80: "[HI]MMA", 90: "[HIQ]GMMA", 100: "(UTC[A-Z]MMA|IMMA)"}
 
 
 class Case(NamedTuple):
@@ -33,12 +42,13 @@ class Case(NamedTuple):
     num_warps: int
     num_stages: int = 3
     is_product: bool = False
+    needs_capability: int = 80
 
 
 def cases() -> Iterator[Case]:
     """The kernels at the configurations that the launchers choose for the larger shapes of the bench table."""
     sizes = dict.fromkeys(("N", "F", "D", "num_groups", "num_words"), "i32")
-    for dtype, tile in (("bf16", encoding.HALF_TILE), ("fp32", encoding.FLOAT_TILE)):
+    for dtype, tile in (("bf16", products.HALF_TILE), ("fp32", products.FLOAT_TILE)):
         operands = {"x_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "bias_ptr": "*fp32", "z_ptr": "*fp32"}
         blocks = {"BLOCK_N": tile.block_n, "BLOCK_F": tile.block_f, "BLOCK_D": tile.block_d, "UPCAST": False}
         launch = (tile.num_warps, tile.num_stages, dtype != "fp32")
@@ -47,13 +57,40 @@ def cases() -> Iterator[Case]:
             types = operands | sizes | {"group_key_ptr": "*i32"}
             constants = blocks | {"GROUP_SIZE": size}
             yield Case(f"topk_product-{dtype}-{size}", encoding.topk_product_fwd_kernel, types, constants, *launch)
+        types = operands | sizes | {"key_ptr": "*i32", "lane_ptr": "*i16"}
+        yield Case(f"top2_product-{dtype}", fused.top2_product_fwd_kernel, types, blocks, *launch)
         if dtype == "fp32":
             continue
         types = operands | sizes | {"bound_ptr": "*fp32", "bits_ptr": "*i32"}
-        yield Case(f"threshold_product-{dtype}", encoding.threshold_product_fwd_kernel, types, blocks, *launch)
+        yield Case(f"threshold_product-{dtype}", thresholds.threshold_product_fwd_kernel, types, blocks, *launch)
+    yield from _candidate_cases(sizes)
     yield from _selection_cases(sizes)
     yield from _sparse_cases()
     yield from _optim_cases()
+
+
+def _candidate_cases(sizes: dict[str, str]) -> Iterator[Case]:
+    names = (
+        "bias_ptr",
+        "x_scale_ptr",
+        "x_size_ptr",
+        "x_margin_ptr",
+        "weight_scale_ptr",
+        "weight_rest_ptr",
+        "weight_norm_ptr",
+    )
+    types = dict.fromkeys((*names, "z_ptr", "scale_ptr", "norm_ptr", "rest_ptr"), "*fp32") | sizes
+    types |= {"group_key_ptr": "*i32", "row_ptr": "*bf16", "left_out_ptr": "*i8", "up": "fp32", "floor": "fp32"}
+    tile = scoring.BYTE_TILE
+    blocks = {"BLOCK_N": tile.block_n, "BLOCK_F": tile.block_f, "BLOCK_D": tile.block_d, "GROUP_SIZE": 8}
+    block, num_warps = optim.launch(4096)
+    for kind, code, needs in (("int8", "i8", 80), ("fp8", "fp8e4nv", 89)):
+        codes = types | dict.fromkeys(("x_ptr", "weight_ptr", "code_ptr"), f"*{code}")
+        constants = blocks | {"IS_INTEGER": kind == "int8", "UPCAST": False}
+        launch = (tile.num_warps, tile.num_stages, True, needs)
+        yield Case(f"bound_product-{kind}", scoring.bound_product_fwd_kernel, codes, constants, *launch)
+        constants = {"LARGEST": 127.0, "IS_INTEGER": kind == "int8", "BLOCK": block}
+        yield Case(f"quantize-{kind}", scoring.quantize_fwd_kernel, codes, constants, num_warps, needs_capability=needs)
 
 
 def _selection_cases(sizes: dict[str, str]) -> Iterator[Case]:
@@ -71,10 +108,14 @@ def _selection_cases(sizes: dict[str, str]) -> Iterator[Case]:
         constants, num_warps = encoding.selection_launch(num_features, k)
         name = f"topk_select-{k}-{num_features}"
         yield Case(name, encoding.topk_select_fwd_kernel, pointers | sizes, constants, num_warps)
+        constants, num_warps = fused.selection_launch(num_features, k)
+        types = pointers | sizes | {"key_ptr": "*i32", "lane_ptr": "*i16", "x_ptr": "*bf16", "weight_ptr": "*bf16"}
+        types |= {"bias_ptr": "*fp32", "group_ptr": "*i32", "hidden_ptr": "*i32", "out_ptr": "*i64"}
+        yield Case(f"top2_select-{k}-{num_features}", fused.top2_select_fwd_kernel, types, constants, num_warps)
     words = {"BLOCK_WORDS": 4096}
-    yield Case("threshold_count", encoding.threshold_count_fwd_kernel, pointers | sizes, words, 4)
-    warps = encoding.fill_warps(words["BLOCK_WORDS"])
-    yield Case("threshold_fill", encoding.threshold_fill_fwd_kernel, pointers | sizes, words, warps)
+    yield Case("threshold_count", thresholds.threshold_count_fwd_kernel, pointers | sizes, words, 4)
+    warps = thresholds.fill_warps(words["BLOCK_WORDS"])
+    yield Case("threshold_fill", thresholds.threshold_fill_fwd_kernel, pointers | sizes, words, warps)
 
 
 def _sparse_cases() -> Iterator[Case]:
@@ -101,7 +142,7 @@ def _optim_cases() -> Iterator[Case]:
     types |= dict.fromkeys(("step_size", "beta1", "beta2", "eps", "root_correction"), "fp32")
     for length in (768, 4096, optim.MAX_ROW):
         block, num_warps = optim.launch(length)
-        constants = {"IS_UNIT_NORM": True, "HAS_SHADOW": True, "BLOCK": block}
+        constants = {"IS_UNIT_NORM": True, "HAS_SHADOW": True, "ARE_POINTERS": False, "BLOCK": block}
         yield Case(f"adam-{length}", optim.adam_kernel, types, constants, num_warps)
     constants = {"IS_UNIT_NORM": True, "BLOCK": block}
     yield Case(f"gradient_square-{length}", optim.gradient_square_kernel, types, constants, num_warps)
@@ -123,7 +164,7 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
         code = _run("nvdisasm", "-c", file.name)
     registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
     # RED, and not REDUX: the latter is the sum over a warp.
-    kinds = {"hgmma": "HGMMA", "hmma": "HMMA", "spills": "(STL|LDL)", "atomics": "(ATOMG?|REDG?)\\b"}
+    kinds = {"matrix_units": MATRIX_UNITS[capability], "spills": "(STL|LDL)", "atomics": "(ATOMG?|REDG?)\\b"}
     instructions = {kind: len(re.findall(rf"\b{name}", code)) for kind, name in kinds.items()}
     return {
         "case": case.name,
@@ -143,7 +184,7 @@ def main() -> None:
     """Compile the named cases, or all, for the compute capability given."""
     capability, wanted = int(sys.argv[1]), sys.argv[2:]
     for case in cases():
-        if not wanted or case.name in wanted:
+        if case.needs_capability <= capability and (not wanted or case.name in wanted):
             print(json.dumps(compile_case(case, capability)), flush=True)  # noqa: T201 - read by the test
 
 

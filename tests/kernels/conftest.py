@@ -3,12 +3,13 @@
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from saekit_kernels import _build
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Before triton is imported. Where there is a device the same tests run on it, compiled.
 if not torch.cuda.is_available():
@@ -133,6 +134,29 @@ def assert_close() -> Callable[[Tensor | None, Tensor | None, float], None]:
     return check
 
 
+class Operators(TorchDispatchMode):
+    """Records the names of the operators that ran, and the bytes of the largest tensor that any of them returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.names.append(str(func))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, Tensor):
+                self.num_bytes = max(self.num_bytes, tensor.numel() * tensor.element_size())
+        return out
+
+
+@pytest.fixture
+def operators() -> type[Operators]:
+    """A context that records the operators of torch that run in it."""
+    return Operators
+
+
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialised memory holds NaN (or a huge integer), so that reading a place nobody wrote shows."""
@@ -165,10 +189,10 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cpu, "_CHUNK_ROWS", 4)
     monkeypatch.setattr(_cpu, "_MIN_CHUNK_ROWS", 4)
     if importlib.util.find_spec("triton"):
-        from saekit_kernels import _encode_triton
+        from saekit_kernels import _product_triton
 
-        monkeypatch.setattr(_encode_triton, "_CHUNK_BYTES", 1)
-        monkeypatch.setattr(_encode_triton, "_CHUNK_ROWS_STEP", 4)
+        monkeypatch.setattr(_product_triton, "_CHUNK_BYTES", 1)
+        monkeypatch.setattr(_product_triton, "_CHUNK_ROWS_STEP", 4)
 
 
 @pytest.fixture

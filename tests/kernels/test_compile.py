@@ -14,15 +14,16 @@ pytest.importorskip("triton")
 _SCRIPT = Path(__file__).parent / "compile_triton.py"
 _KERNELS = Path(__file__).parents[2] / "kernels"
 
-# Bytes of shared memory that one program may take, and the instruction of the tensor cores.
-LIMITS = {90: (232_448, "hgmma"), 80: (166_912, "hmma")}
+# Bytes of shared memory that one program may take.
+SHARED_LIMITS = {100: 232_448, 90: 232_448, 80: 166_912}
 
-# Everything for the newer architecture; for the older one, the kernels that came nearest to its limits.
+# Everything for sm_90; for the others, every product kernel, and the kernels that came nearest to their limits.
+_PRODUCTS = ["topk_product-bf16-32", "top2_product-bf16", "threshold_product-bf16", "bound_product-int8"]
 CASES = {
+    100: [*_PRODUCTS, "bound_product-fp8"],
     90: [],
     80: [
-        "topk_product-bf16-32",
-        "threshold_product-bf16",
+        *_PRODUCTS,
         "topk_select-256-65536",
         "threshold_fill",
         "gather_dot-fp32",
@@ -31,7 +32,7 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=LIMITS, ids=lambda capability: f"sm_{capability}")
+@pytest.fixture(scope="module", params=SHARED_LIMITS, ids=lambda capability: f"sm_{capability}")
 def compiled(request: pytest.FixtureRequest) -> tuple[int, dict[str, dict[str, Any]]]:
     """Compute capability, and what each kernel's machine code uses, by name of the case."""
     capability = int(request.param)
@@ -49,19 +50,18 @@ def compiled(request: pytest.FixtureRequest) -> tuple[int, dict[str, dict[str, A
 
 def test_kernels_compile_without_spills_and_within_shared_memory(compiled: Any) -> None:
     capability, results = compiled
-    shared_limit, _ = LIMITS[capability]
+    assert set(CASES[capability]) <= set(results)
     assert len(results) >= 5
     spilled = {name: r for name, r in results.items() if r["stack_bytes"] or r["spills"]}
     assert not spilled
-    assert not {name: r for name, r in results.items() if r["shared_bytes"] > shared_limit}
+    assert not {name: r for name, r in results.items() if r["shared_bytes"] > SHARED_LIMITS[capability]}
 
 
-def test_products_of_16_bit_operands_use_tensor_cores(compiled: Any) -> None:
-    capability, results = compiled
-    _, instruction = LIMITS[capability]
+def test_products_of_8_and_16_bit_operands_use_the_matrix_units(compiled: Any) -> None:
+    _, results = compiled
     products = {name: r for name, r in results.items() if r["is_product"]}
-    assert products
-    assert not {name: r for name, r in products.items() if not r[instruction]}
+    assert set(_PRODUCTS) <= set(products)
+    assert not {name: r for name, r in products.items() if not r["matrix_units"]}
 
 
 def test_no_kernel_adds_atomically(compiled: Any) -> None:

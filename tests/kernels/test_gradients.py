@@ -1,6 +1,6 @@
 """Backward of encode and decode: every gradient against dense autograd in float64, and what the backward may cost."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -8,7 +8,6 @@ import saekit_kernels as sk
 import torch
 from bench.shapes import TEST_SHAPES, Shape
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -139,9 +138,9 @@ def test_decode_gradients_of_uneven_features(
 
 @pytest.mark.parametrize("layout", ["pairs", "csr"])
 def test_dense_sums_equal_the_sparse_ones(monkeypatch: pytest.MonkeyPatch, layout: str, assert_close: Any) -> None:
-    from saekit_kernels import _cpu_dense
+    from saekit_kernels import _dense
 
-    monkeypatch.setattr(_cpu_dense, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(_dense, "BLOCK_ROWS", 4)
     indices = torch.randint(9, (11, 3), generator=torch.Generator().manual_seed(0))
     offsets = None
     if layout == "csr":
@@ -149,7 +148,7 @@ def test_dense_sums_equal_the_sparse_ones(monkeypatch: pytest.MonkeyPatch, layou
     values, W_dec = torch.randn(indices.shape, dtype=torch.float64), torch.randn(9, 7, dtype=torch.float64)
     results = []
     for min_density in (0.0, 2.0):
-        monkeypatch.setattr(_cpu_dense, "MIN_DENSITY", min_density)
+        monkeypatch.setattr(_dense, "MIN_DENSITY", min_density)
         leaves = values.clone().requires_grad_(), W_dec.clone().requires_grad_()
         x_hat = sk.decode(leaves[0], indices, leaves[1], offsets=offsets, backend="cpu")
         x_hat.square().sum().backward()
@@ -205,39 +204,24 @@ def test_backward_computes_only_what_is_asked(fast_backend: str, device: str, ne
         assert mine is None or full is None or torch.equal(mine, full)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the operators that ran and the bytes of the largest tensor that any of them returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_bytes = 0
-        self.operators: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.operators.append(str(func))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, Tensor):
-                self.num_bytes = max(self.num_bytes, tensor.numel() * tensor.element_size())
-        return out
-
-
-def test_backward_makes_no_dense_code(fast_backend: str, device: str, make_problem: Any) -> None:
+def test_backward_makes_no_dense_code(fast_backend: str, device: str, make_problem: Any, operators: Any) -> None:
     num_tokens, d_in, d_sae, k = 30, 8, 24, 2
     problem = make_problem(num_tokens, d_in, d_sae).to(torch.float32, device)
     x_hat = sparse_topk(problem, k, fast_backend)
-    with LargestTensor() as seen:
+    with operators() as seen:
         x_hat.backward(torch.ones_like(x_hat))
     # The largest is a gradient: neither the N * F code (720 numbers) nor the N * k * D contributions (480).
     assert seen.num_bytes <= 4 * max(num_tokens, d_sae) * d_in
 
 
-def test_encode_and_decode_share_one_reverse_index(fast_backend: str, device: str, make_problem: Any) -> None:
+def test_encode_and_decode_share_one_reverse_index(
+    fast_backend: str, device: str, make_problem: Any, operators: Any
+) -> None:
     problem = make_problem(9, 8, 24).to(torch.float32, device)
     x_hat = sparse_topk(problem, 2, fast_backend)
-    with LargestTensor() as seen:
+    with operators() as seen:
         x_hat.sum().backward()
-    assert sum("sort" in operator and "search" not in operator for operator in seen.operators) == 1
+    assert sum("sort" in operator and "search" not in operator for operator in seen.names) == 1
 
 
 def test_results_are_bit_equal_twice(
@@ -254,6 +238,31 @@ def test_results_are_bit_equal_twice(
     first, second = run(), run()
     assert len(first) == 6
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.fixture
+def deterministic_algorithms() -> Iterator[None]:
+    """torch's own setting, under which an operator without a deterministic implementation raises."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("is_dense", [False, True], ids=["sparse", "dense-blocks"])
+def test_torch_s_deterministic_mode_changes_no_bit(
+    fast_backend: Any, device: str, is_dense: bool, make_problem: Any, request: pytest.FixtureRequest
+) -> None:
+    def run() -> list[Tensor]:
+        problem = make_problem(3, 8, 20).to(torch.float32, device)
+        loss = sparse_topk(problem, 8 if is_dense else 2, fast_backend).square().sum()
+        dead = problem.W_enc_rows[::2], problem.b_enc[::2], problem.W_dec[::2]
+        loss = loss + sk.auxk(problem.x, dead[0].T, dead[1], dead[2], 3, backend=fast_backend).square().sum()
+        loss.backward()
+        return [loss, *(grad for grad in problem.gradients() if grad is not None)]
+
+    plain = run()
+    request.getfixturevalue("deterministic_algorithms")
+    assert all(torch.equal(one, other) for one, other in zip(plain, run(), strict=True))
 
 
 def test_no_result_depends_on_uninitialised_memory(

@@ -14,7 +14,22 @@ from typer.testing import CliRunner, Result
 from tests.saekit.labelling.bench import oracle
 from tests.saekit.labelling.stub import serving
 
-COMMANDS = ["run", "cache", "train", "label", "evaluate", "report", "status", "verify", "convert", "export"]
+COMMANDS = [
+    "run",
+    "cache",
+    "train",
+    "label",
+    "evaluate",
+    "report",
+    "status",
+    "verify",
+    "convert",
+    "export",
+    "ls",
+    "info",
+    "pull",
+    "push",
+]
 
 
 def invoke(*arguments: str | Path) -> Result:

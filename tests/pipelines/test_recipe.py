@@ -23,7 +23,10 @@ def test_golden_recipes_are_these() -> None:
     assert [path.stem for path in RECIPES] == [
         "gemma2_2b_resid12_jumprelu",
         "gpt2_mlp8_transcoder",
+        "gpt2_resid8_e2e",
+        "gpt2_resid8_sweep",
         "gpt2_resid8_topk",
+        "gpt2_resid_crosscoder",
         "llama3_8b_resid15_batchtopk",
         "quickstart",
     ]

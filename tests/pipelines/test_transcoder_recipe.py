@@ -3,18 +3,23 @@
 from pathlib import Path
 
 import pytest
+import torch
 from saekit_pipelines.recipe import load_recipe
 from saekit_pipelines.stages import Pipeline
 
 from saekit.activations import PairedStore, StoreView
-from saekit.errors import ConfigError
-from saekit.evaluation import evaluate
+from saekit.errors import ConfigError, DataError
+from saekit.evaluation import evaluate, read_evaluation
 from saekit.labelling import label_features
+from saekit.labelling.contexts import FeatureContexts
+from saekit.labelling.evidence.effects import TokenEffects
 from saekit.manifest import read_manifest
-from saekit.sae import Transcoder, load_sae_folder
+from saekit.models import find_unembedding
+from saekit.sae import TopKConfig, Transcoder, build_sae, load_sae_folder
 from saekit.training import read_metrics
 
 HOOK_POINTS = 'cache.hook_points=["model.layers.1.mlp:input","model.layers.1.mlp"]'
+OVERRIDES = [HOOK_POINTS, "evaluate.num_tokens=100000"]
 TABLES = """
 [train.mlp]
 hook_point = "model.layers.1.mlp:input"
@@ -40,14 +45,10 @@ def recipe_file(recipe_file: Path) -> Path:
     return recipe_file
 
 
-def test_recipe_with_a_transcoder_runs_to_its_report(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline = Pipeline.load(recipe_file, [HOOK_POINTS])
-    said: list[str] = []
-    monkeypatch.setattr(type(pipeline.progress), "say", lambda self, message: said.append(message))
+def test_recipe_with_a_transcoder_runs_to_its_report(recipe_file: Path) -> None:
+    pipeline = Pipeline.load(recipe_file, OVERRIDES)
     index = pipeline.run()
     assert index.is_file()
-    for stage in ("label", "evaluate"):
-        assert f"{stage} mlp: left out, needs an SAE that reconstructs what it reads" in said
     folder = pipeline.stage_folder("train", "mlp")
     sae = load_sae_folder(folder)
     assert isinstance(sae, Transcoder)
@@ -63,16 +64,42 @@ def test_recipe_with_a_transcoder_runs_to_its_report(recipe_file: Path, monkeypa
     assert fvu < 0.8
     rows = [row for row in read_metrics(folder) if row["split"] == "test"]
     assert rows[-1]["fvu"] == pytest.approx(fvu, rel=0.05)
+
+    evaluation = read_evaluation(pipeline.stage_folder("evaluate", "mlp"))
+    assert evaluation.hook_point == "model.layers.1.mlp"
+    assert evaluation.fvu == pytest.approx(fvu, rel=1e-4)
+    assert [row.name for row in evaluation.rows] == ["sae", "mean", "linear"]
+    assert evaluation.value("fvu", row="mean") == pytest.approx(1.0)
+    linear = evaluation.value("fvu", row="linear")
+    assert linear is not None
+    assert 0 < linear < 1
+    assert evaluation.value("ce") is not None
+
+    train, test = pipeline.views("mlp")
+    contexts = FeatureContexts.open(pipeline.stage_folder("label", "mlp") / "contexts")
+    acts = sae.encode(train.read(train.indices)[:, : sae.d_in])
+    torch.testing.assert_close(torch.from_numpy(contexts.firing_count), (acts > 0).sum(0))
+    projected = TokenEffects.open(pipeline.stage_folder("label", "mlp") / "effects-vocabproj.safetensors")
+    feature = int(projected.features[0])
+    logits = find_unembedding(pipeline.lm).project(sae.W_dec[feature][None])[0]
+    assert projected.promoted(feature)[0][0] == int(logits.argmax())
+    assert (pipeline.stage_folder("label", "mlp") / "effects-tokenchange.safetensors").is_file()
+
     store = pipeline.store("mlp")
     assert isinstance(store, PairedStore)
-    train, test = (StoreView(store.inputs, view.mask) for view in pipeline.views("mlp"))
-    with pytest.raises(ConfigError, match="evaluate: found a transcoder"):
-        evaluate(sae, test, lm=pipeline.lm)
-    with pytest.raises(ConfigError, match="labels: found a transcoder"):
-        label_features(sae, train, test=test, lm=pipeline.lm, out=pipeline.folder / "labels")
-    again = Pipeline.load(recipe_file, [HOOK_POINTS])
+    alone = [StoreView(store.inputs, view.mask) for view in (train, test)]
+    with pytest.raises(
+        ConfigError, match=r"evaluate: .* gives activations 32 wide, a transcoder needs pairs 32 and 32"
+    ):
+        evaluate(sae, alone[1], lm=pipeline.lm)
+    with pytest.raises(DataError, match=r"labels: .* are 32 wide, the dictionary needs 64 \(pairs of a PairedStore\)"):
+        label_features(sae, alone[0], test=alone[1], lm=pipeline.lm, out=pipeline.folder / "labels")
+    plain = build_sae(TopKConfig(d_in=64, d_sae=70, k=3))
+    with pytest.raises(ConfigError, match=r"evaluate: the SAE has d_in 64, .* evaluate it where it was trained"):
+        evaluate(plain, test)
+    again = Pipeline.load(recipe_file, OVERRIDES)
     assert again.run() == index
-    assert again.metric_tables() == {}
+    assert list(again.metric_tables()) == ["mlp"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ["scripts/quickstart", "scripts/test", "scripts/check"]
+SCRIPTS = ["scripts/quickstart", "scripts/test", "scripts/test_peers", "scripts/check", "scripts/bench_gpu"]
 
 
 def shell(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:

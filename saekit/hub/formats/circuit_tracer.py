@@ -7,10 +7,10 @@ from torch import Tensor
 
 from saekit.errors import FormatError
 from saekit.hub.canonical import Canonical
-from saekit.hub.hooks import tl_site
 from saekit.hub.release import Release
 from saekit.sae.activation import Activation, JumpReLU, LayerTopK, ReLU, TopK
 from saekit.sae.base import SAE
+from saekit.sae.hook_names import tl_site
 from saekit.sae.multilayer import MultiLayerConfig, MultiLayerDictionary
 from saekit.sae.site import Site
 
@@ -107,18 +107,7 @@ def read_cross_layer(release: Release) -> SAE:
         activation = LayerTopK(k=release.get("k", int))
     for key, found in (("n_layers", num), ("d_model", d_in), ("d_feature", d_sae)):
         release.check(key, found)
-    cfg = MultiLayerConfig(
-        d_in=d_in,
-        d_sae=d_sae,
-        d_out=d_out,
-        num_layers_in=num,
-        num_layers_out=num,
-        encoder="own",
-        targets=tuple((layer, num - layer) for layer in range(num)),
-        activation=activation,
-        sites=sites,
-        sites_out=sites_out,
-    )
+    cfg = MultiLayerConfig.of(tensors, encoder="own", activation=activation, sites=sites, sites_out=sites_out)
     return MultiLayerDictionary(cfg, tensors, source={"units": _UNITS})
 
 

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from saekit.errors import FormatError
 from saekit.hub.canonical import Canonical
-from saekit.hub.hooks import tl_site
 from saekit.hub.release import Release
 from saekit.sae.activation import Activation, Gated, JumpReLU, ReLU, TopK
 from saekit.sae.base import SAE
+from saekit.sae.hook_names import tl_site
 from saekit.sae.site import Site
 
 __all__ = ["is_dictionary_learning", "read_dictionary_learning"]
@@ -24,11 +24,13 @@ _CLASSES = (
     "BatchTopKSAE",
     "MatryoshkaBatchTopKSAE",
 )
+# Tensor -> the one class that has it.
+_TELLING = {"bias": "AutoEncoder", "gate_bias": "GatedAutoEncoder"}
 
 
 def is_dictionary_learning(release: Release) -> bool:
     """Whether these are a dictionary_learning run's files."""
-    return "dict_class" in _trainer(release)
+    return _class(release) is not None
 
 
 def read_dictionary_learning(release: Release, *, unit_decoder: bool = True) -> SAE:
@@ -41,7 +43,7 @@ def read_dictionary_learning(release: Release, *, unit_decoder: bool = True) -> 
     Raises:
         FormatError: a class that is not known, or weights that do not fit the config.
     """
-    name = _trainer(release).get("dict_class")
+    name = _class(release)
     units = "pre-activations of the file"
     activation: Activation = ReLU()
     match name:
@@ -79,6 +81,14 @@ def read_dictionary_learning(release: Release, *, unit_decoder: bool = True) -> 
     release.check("activation_dim", canonical.W_enc.shape[0], config=_trainer(release))
     release.check("dict_size", canonical.W_enc.shape[1], config=_trainer(release))
     return canonical.build(activation, units=units, site=_site(release))
+
+
+def _class(release: Release) -> object:
+    """Returns the config's class; before it named one, the class that alone has such tensors."""
+    named = _trainer(release).get("dict_class")
+    if named is not None or not re.fullmatch(r"ae(_\d+)?\.pt", release.name):
+        return named
+    return next((name for tensor, name in _TELLING.items() if release.weights.has("encoder.weight", tensor)), None)
 
 
 def _trainer(release: Release) -> Mapping[str, object]:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from saekit.errors import FormatError
 from saekit.hub.canonical import Canonical
-from saekit.hub.hooks import hf_site, tl_site
 from saekit.hub.release import Release, Weights
 from saekit.sae.activation import JumpReLU
 from saekit.sae.base import SAE
+from saekit.sae.hook_names import hf_site, tl_site
 from saekit.sae.multilayer import MultiLayerConfig, MultiLayerDictionary
 from saekit.sae.site import Site
 
@@ -65,7 +65,7 @@ def read_gemma_scope(release: Release) -> SAE:
         canonical.scale_output(scale)
         return canonical.build(JumpReLU(), units=_UNITS, site=Site(path="model.layers.0", side="input"))
     site, site_out = _sites_1(release)
-    return canonical.build(JumpReLU(), units=_UNITS, site=site, site_out=site_out)
+    return canonical.build(JumpReLU(), units=_UNITS, site=site, site_out=site_out, options=_heads(site))
 
 
 def is_gemma_scope_2(release: Release) -> bool:
@@ -87,7 +87,7 @@ def read_gemma_scope_2(release: Release) -> SAE:
     if skip is not None:
         canonical.extra["W_skip"] = skip
     site, site_out = _sites_2(release)
-    return canonical.build(JumpReLU(), units=_UNITS, site=site, site_out=site_out)
+    return canonical.build(JumpReLU(), units=_UNITS, site=site, site_out=site_out, options=_heads(site))
 
 
 def is_gemma_scope_2_layers(release: Release) -> bool:
@@ -106,7 +106,7 @@ def read_gemma_scope_2_layers(release: Release) -> SAE:
     files = {int(re.sub(r"\D", "", PurePosixPath(name).name)): name for name in release.files}
     if sorted(files) != list(range(len(files))):
         raise FormatError(f"{release.ref!r}: has layers {sorted(files)}, needs 0 to {len(files) - 1} without gaps")
-    opened = [Weights([release.folder / name]) for _, name in sorted(files.items())]
+    opened = [release.open(name) for _, name in sorted(files.items())]
     num = len(opened)
     d_in, d_sae = opened[0].shape("w_enc", 2)
     d_out = opened[0].shape("b_dec", 1)[0]
@@ -118,27 +118,14 @@ def read_gemma_scope_2_layers(release: Release) -> SAE:
     tensors["b_dec"] = torch.stack([w.take("b_dec", d_out) for w in opened])
     if has_skip:
         tensors["W_skip"] = torch.stack([w.take("affine_skip_connection", d_in, d_out) for w in opened])
-    targets = []
     for layer, weights in enumerate(opened):
         reach = weights.shape("w_dec", 3)[1]
         if reach not in {num, num - layer}:
             raise FormatError(f"{weights.where}: w_dec reaches {reach} layers, needs {num} or {num - layer}")
-        targets.append((num - reach, reach))
         tensors[f"decoders.{layer}"] = weights.take("w_dec", d_sae, reach, d_out)
         weights.finish()
     sites, sites_out = _layer_sites(release, num)
-    cfg = MultiLayerConfig(
-        d_in=d_in,
-        d_sae=d_sae,
-        d_out=d_out,
-        num_layers_in=num,
-        num_layers_out=num,
-        encoder="own",
-        targets=tuple(targets),
-        activation=JumpReLU(),
-        sites=sites,
-        sites_out=sites_out,
-    )
+    cfg = MultiLayerConfig.of(tensors, encoder="own", activation=JumpReLU(), sites=sites, sites_out=sites_out)
     return MultiLayerDictionary(cfg, tensors, source={"units": _UNITS})
 
 
@@ -164,6 +151,11 @@ def _sites_1(release: Release) -> tuple[Site | None, Site | None]:
     block = f"blocks.{layer.group(1)}."
     site_out = tl_site(block + name_out, "gemma-2-2b") if name_out else None
     return tl_site(block + name_in, "gemma-2-2b"), site_out
+
+
+def _heads(site: Site | None) -> Mapping[str, object]:
+    """TransformerLens keeps the heads apart in what the attention's output projection reads."""
+    return {"joins_heads": site is not None and site.path.endswith("self_attn.o_proj") and site.side == "input"}
 
 
 def _check_config(release: Release, width: int, *, has_skip: bool, kinds: Sequence[str]) -> None:
@@ -192,17 +184,31 @@ def _sites_2(release: Release) -> tuple[Site | None, Site | None]:
 
 
 def _layer_sites(release: Release, num: int) -> tuple[tuple[Site, ...] | None, tuple[Site, ...] | None]:
-    model = release.config.get("model_name")
+    model: object = release.config.get("model_name")
+    ends: tuple[object, object] = release.config.get("hf_hook_point_in"), release.config.get("hf_hook_point_out")
+    if ends == (None, None):
+        model, ends = release.ref, _layer_names(release.ref)
     found = []
-    for key in ("hf_hook_point_in", "hf_hook_point_out"):
-        name = release.config.get(key)
-        braces = re.search(r"\{([^}]*)\}", name) if isinstance(name, str) else None
-        if braces is None or not isinstance(name, str):
+    for end in ends:
+        braces = re.search(r"\{([^}]*)\}", end) if isinstance(end, str) else None
+        if braces is None or not isinstance(end, str):
             return None, None
         layers = [str(n) for n in range(num)] if braces.group(1) == "all" else braces.group(1).split(",")
         if len(layers) != num:
-            raise FormatError(f"{release.ref!r}: config: {key} names {len(layers)} layers, the weights need {num}")
-        names = [name.replace(braces.group(0), layer.strip()) for layer in layers]
-        sites = [hf_site(n, model if isinstance(model, str) else None) for n in names]
+            raise FormatError(f"{release.ref!r}: {end!r} names {len(layers)} layers, the weights need {num}")
+        names = [end.replace(braces.group(0), layer.strip()) for layer in layers]
+        sites = [hf_site(name, model if isinstance(model, str) else None) for name in names]
         found.append(tuple(site for site in sites if site is not None))
     return found[0], found[1]
+
+
+def _layer_names(ref: str) -> tuple[str | None, str | None]:
+    """The module paths that a folder means where no config says them."""
+    crosscoder = re.search(r"crosscoder/layer_(\d+(?:_\d+)*)_width_", ref)
+    if crosscoder is not None:
+        layers = f"model.layers.{{{crosscoder.group(1).replace('_', ',')}}}.output"
+        return layers, layers
+    if re.search(r"(^|[/:])clt/", ref):
+        name_in, name_out = _SITES_2["transcoder"]
+        return f"model.layers.{{all}}{name_in}", f"model.layers.{{all}}{name_out}"
+    return None, None

@@ -7,18 +7,23 @@ import torch
 from torch import Tensor
 
 from saekit.errors import FormatError
-from saekit.hub.canonical import Canonical
-from saekit.hub.hooks import tl_site
+from saekit.hub.canonical import Canonical, checked_scale, threshold_over
+from saekit.hub.headers import is_true
 from saekit.hub.release import Release
 from saekit.sae.activation import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from saekit.sae.base import SAE
+from saekit.sae.hook_names import tl_site
 from saekit.sae.site import Site
 
 __all__ = [
+    "check_width",
+    "decoder_bias",
+    "exponentiated",
     "hook_scale",
     "is_llama_scope",
     "is_llama_scope_r1",
     "is_llamascopium",
+    "norm_names",
     "openmoss_site",
     "read_llama_scope",
     "read_llama_scope_r1",
@@ -109,13 +114,12 @@ def read_llamascopium(release: Release) -> SAE:
     _needs(release, config, "sae_type", "sae")
     d_in, d_sae = weights.shape("W_E", 2)
     d_out = weights.shape("W_D", 2)[1]
-    release.check("d_model", d_in, config=config)
-    b_dec = weights.take_if("b_D", d_out)
+    check_width(release, d_in, d_sae)
     canonical = Canonical(
         W_enc=weights.take("W_E", d_in, d_sae),
         b_enc=weights.take("b_E", d_sae),
         W_dec=weights.take("W_D", d_sae, d_out),
-        b_dec=torch.zeros(d_out) if b_dec is None else b_dec,
+        b_dec=decoder_bias(release, "b_D", d_out),
     )
     if release.flag("use_glu_encoder", False, config=config):
         canonical.extra |= {"W_glu": weights.take("W_E_glu", d_in, d_sae), "b_glu": weights.take("b_E_glu", d_sae)}
@@ -133,10 +137,60 @@ def hook_scale(release: Release, config: Mapping[str, object], hook: str, width:
     Raises:
         FormatError: another kind of normalisation, or no norm in the weights.
     """
-    if config.get("norm_activation") == "dataset-wise":
-        return _scale(release, release.weights.scalar(_NORM_PREFIX + hook), width)
-    _needs(release, config, "norm_activation", "inference")
-    return 1.0
+    match config.get("norm_activation"):
+        case "dataset-wise":
+            return _scale(release, release.weights.scalar(_NORM_PREFIX + hook), width)
+        case "inference":
+            return 1.0
+        case "batch-wise":
+            reason = "what a token becomes depends on its batch"
+        case "token-wise":
+            reason = "only the norm of one and the same token can be undone"
+        case _:
+            reason = "not a kind that is known"
+    found = config.get("norm_activation")
+    raise FormatError(
+        f"{release.ref!r}: config: norm_activation is {found!r}, needs 'dataset-wise' or 'inference'; {reason}"
+    )
+
+
+def check_width(release: Release, d_in: int, d_sae: int) -> None:
+    """Checks the sizes of llamascopium's config, which gives the number of features as `expansion_factor`.
+
+    Raises:
+        FormatError: config and weights disagree.
+    """
+    config = release.config
+    release.check("d_model", d_in)
+    if config.get("expansion_factor") is not None:
+        needed = int(d_in * release.get("expansion_factor", float))
+        if needed != d_sae:
+            raise FormatError(
+                f"{release.ref!r}: config: expansion_factor makes {needed} features, the weights need {d_sae}"
+            )
+
+
+def exponentiated(release: Release, name: str, *shape: int) -> Tensor:
+    """Returns thresholds of which the file holds the logarithm.
+
+    Raises:
+        FormatError: one is more than float32 holds.
+    """
+    threshold = torch.exp(release.weights.take(name, *shape))
+    if not is_true(torch.isfinite(threshold).all()):
+        raise FormatError(f"{release.weights.where}: {name} is up to {threshold.log().max()}, needs finite thresholds")
+    return threshold
+
+
+def decoder_bias(release: Release, name: str, *shape: int) -> Tensor:
+    """Returns the bias of the decoder; zeros where the config says that there is none.
+
+    Raises:
+        FormatError: the config asks for it and the weights have none.
+    """
+    if release.flag("use_decoder_bias", True):
+        return release.weights.take(name, *shape)
+    return torch.zeros(shape)
 
 
 def norm_names(release: Release) -> list[str]:
@@ -158,8 +212,8 @@ def _normalised(release: Release, config: Mapping[str, object], canonical: Canon
             activation = ReLU()
         case "jumprelu":
             activation = JumpReLU(negative="keep")
-            compared = torch.exp(weights.take(threshold, d_sae))
-            canonical.extra["threshold"] = compared / norms if by_norm else compared
+            compared = exponentiated(release, threshold, d_sae)
+            canonical.extra["threshold"] = threshold_over(compared, norms) if by_norm else compared
         case "topk" | "batchtopk":
             k = release.get("top_k", int, config=config)
             activation = TopK(k=k) if kind == "topk" else BatchTopK(k=k)
@@ -167,15 +221,18 @@ def _normalised(release: Release, config: Mapping[str, object], canonical: Canon
                 canonical.extra["score_scale"] = norms
         case _:
             raise FormatError(f"{release.ref!r}: config: act_fn is {kind!r}, needs relu, jumprelu, topk or batchtopk")
-    if "threshold" in canonical.extra and not bool(torch.isfinite(canonical.extra["threshold"]).all()):
-        raise FormatError(f"{weights.where}: a decoder row is zero, needs a norm to compare with the threshold")
     if release.flag("apply_decoder_bias_to_pre_encoder", False, config=config):
         canonical.subtract_from_input(canonical.b_dec)
-    canonical.scale_input(hook_scale(release, config, hook_in, d_in))
-    canonical.scale_output(1 / hook_scale(release, config, hook_out, canonical.W_dec.shape[1]))
+    norm: Mapping[str, object] = {}
+    if config.get("norm_activation") == "token-wise" and hook_in == hook_out:
+        norm = {"norm": "constant_norm"}
+    else:
+        canonical.scale_input(hook_scale(release, config, hook_in, d_in))
+        canonical.scale_output(1 / hook_scale(release, config, hook_out, canonical.W_dec.shape[1]))
     weights.finish(*norm_names(release))
     site, site_out = _sites(config, release.ref)
-    return canonical.build(activation, units="pre-activations of the normalised input", site=site, site_out=site_out)
+    units = "pre-activations of the normalised input"
+    return canonical.build(activation, units=units, site=site, site_out=site_out, options=norm)
 
 
 def _linear(release: Release, config: Mapping[str, object]) -> Canonical:
@@ -199,7 +256,7 @@ def _linear(release: Release, config: Mapping[str, object]) -> Canonical:
 def _scale(release: Release, norm: float, width: int) -> float:
     if norm <= 0:
         raise FormatError(f"{release.ref!r}: mean activation norm is {norm}, needs more than 0")
-    return math.sqrt(width) / norm
+    return checked_scale(math.sqrt(width) / norm)
 
 
 def _needs(release: Release, config: Mapping[str, object], key: str, value: object) -> None:

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from saekit.errors import FormatError
-from saekit.hub.formats.openmoss import hook_scale, norm_names, openmoss_site
+from saekit.hub.canonical import threshold_over
+from saekit.hub.formats.openmoss import check_width, decoder_bias, exponentiated, hook_scale, norm_names, openmoss_site
 from saekit.hub.release import Release
-from saekit.sae.activation import Activation, JumpReLU, ReLU, TopK
+from saekit.sae.activation import Activation, BatchTopK, JumpReLU, LayerTopK, ReLU, TopK
 from saekit.sae.base import SAE
 from saekit.sae.multilayer import MultiLayerConfig, MultiLayerDictionary
 from saekit.sae.site import Site
@@ -35,7 +36,9 @@ def read_llamascopium_layers(release: Release) -> SAE:
         case "clt":
             return _cross_layer_transcoder(release)
         case other:
-            raise FormatError(f"{release.ref!r}: config: sae_type is {other!r}, needs 'sae', 'crosscoder' or 'clt'")
+            raise FormatError(
+                f"{release.ref!r}: config: sae_type is {other!r}, these weights need 'crosscoder' or 'clt'"
+            )
 
 
 def _crosscoder(release: Release) -> SAE:
@@ -43,6 +46,7 @@ def _crosscoder(release: Release) -> SAE:
     weights = release.weights
     num, d_in, d_sae = weights.shape("W_E", 3)
     d_out = weights.shape("W_D", 3)[2]
+    check_width(release, d_in, d_sae)
     hooks = _hooks(release, "hook_points", num)
     scale = torch.tensor([hook_scale(release, release.config, hook, d_in) for hook in hooks])
     decoder = weights.take("W_D", num, d_sae, d_out)
@@ -52,24 +56,14 @@ def _crosscoder(release: Release) -> SAE:
     tensors: dict[str, Tensor] = {
         "W_enc": weights.take("W_E", num, d_in, d_sae).mul_(scale[:, None, None]),
         "b_enc": b_enc.expand(num, d_sae).clone(),
-        "b_dec": weights.take("b_D", num, d_out) / scale[:, None],
+        "b_dec": decoder_bias(release, "b_D", num, d_out) / scale[:, None],
     }
-    by_norm = release.flag("sparsity_include_decoder_norm", True)
-    activation = _activation(release, tensors, norms if by_norm else None)
+    activation = _activation(release, tensors, norms)
     for layer in range(num):
         tensors[f"decoders.{layer}"] = (decoder[layer] / scale[layer])[:, None]
     weights.finish(*norm_names(release))
-    cfg = MultiLayerConfig(
-        d_in=d_in,
-        d_sae=d_sae,
-        d_out=d_out,
-        num_layers_in=num,
-        num_layers_out=num,
-        encoder="sum_per_layer",
-        targets=tuple((layer, 1) for layer in range(num)),
-        activation=activation,
-        sites=_sites(release, hooks),
-    )
+    sites = _sites(release, hooks)
+    cfg = MultiLayerConfig.of(tensors, encoder="sum_per_layer", activation=activation, sites=sites)
     return MultiLayerDictionary(cfg, tensors, source={"units": _UNITS})
 
 
@@ -78,61 +72,61 @@ def _cross_layer_transcoder(release: Release) -> SAE:
     weights = release.weights
     num, d_in, d_sae = weights.shape("W_E", 3)
     d_out = weights.shape("W_D.0", 3)[2]
-    if release.flag("sparsity_include_decoder_norm", False):
-        raise FormatError(f"{release.ref!r}: config: sparsity_include_decoder_norm is True, needs False for 'clt'")
+    check_width(release, d_in, d_sae)
     hooks_in, hooks_out = _hooks(release, "hook_points_in", num), _hooks(release, "hook_points_out", num)
     scale_in = torch.tensor([hook_scale(release, release.config, hook, d_in) for hook in hooks_in])
     scale_out = torch.tensor([hook_scale(release, release.config, hook, d_out) for hook in hooks_out])
     tensors: dict[str, Tensor] = {
         "W_enc": weights.take("W_E", num, d_in, d_sae).mul_(scale_in[:, None, None]),
         "b_enc": weights.take("b_E", num, d_sae),
-        "b_dec": torch.stack([weights.take(f"b_D.{to}", d_out) for to in range(num)]) / scale_out[:, None],
+        "b_dec": torch.stack([decoder_bias(release, f"b_D.{to}", d_out) for to in range(num)]) / scale_out[:, None],
     }
-    activation = _activation(release, tensors, None)
+    squares = torch.zeros(num, d_sae, dtype=torch.float64)
     for source in range(num):
         tensors[f"decoders.{source}"] = torch.empty(d_sae, num - source, d_out)
     for to in range(num):
-        into = weights.take(f"W_D.{to}", to + 1, d_sae, d_out).div_(scale_out[to])
+        into = weights.take(f"W_D.{to}", to + 1, d_sae, d_out)
+        squares[: to + 1] += into.double().square().sum(dim=2)
+        into.div_(scale_out[to])
         for source in range(to + 1):
             tensors[f"decoders.{source}"][:, to - source] = into[source]
+    activation = _activation(release, tensors, squares.sqrt().float())
     weights.finish(*norm_names(release))
-    cfg = MultiLayerConfig(
-        d_in=d_in,
-        d_sae=d_sae,
-        d_out=d_out,
-        num_layers_in=num,
-        num_layers_out=num,
-        encoder="own",
-        targets=tuple((source, num - source) for source in range(num)),
-        activation=activation,
-        sites=_sites(release, hooks_in),
-        sites_out=_sites(release, hooks_out),
-    )
+    sites, sites_out = _sites(release, hooks_in), _sites(release, hooks_out)
+    cfg = MultiLayerConfig.of(tensors, encoder="own", activation=activation, sites=sites, sites_out=sites_out)
     return MultiLayerDictionary(cfg, tensors, source={"units": _UNITS})
 
 
-def _activation(release: Release, tensors: dict[str, Tensor], norms: Tensor | None) -> Activation:
+def _activation(release: Release, tensors: dict[str, Tensor], norms: Tensor) -> Activation:
+    """Takes the thresholds, or the scores of top-k, into `tensors`; norms [S, F] of the decoders as they are stored."""
     kind, weights = release.get("act_fn", str), release.weights
+    by_norm = release.flag("sparsity_include_decoder_norm", True)
     sources, d_sae = tensors["b_enc"].shape
     match kind:
         case "relu":
             return ReLU()
         case "jumprelu":
             shared = len(weights.shape(_THRESHOLD, len(weights.headers[_THRESHOLD].shape))) == 1
-            log_threshold = weights.take(_THRESHOLD, *((d_sae,) if shared else (sources, d_sae)))
-            threshold = torch.exp(log_threshold).expand(sources, d_sae).clone()
-            tensors["threshold"] = threshold if norms is None else threshold / norms
-            if not bool(torch.isfinite(tensors["threshold"]).all()):
-                raise FormatError(f"{weights.where}: a decoder row is zero, needs a norm to compare with the threshold")
+            stored = exponentiated(release, _THRESHOLD, *((d_sae,) if shared else (sources, d_sae)))
+            threshold = stored.expand(sources, d_sae).clone()
+            tensors["threshold"] = threshold_over(threshold, norms) if by_norm else threshold
             return JumpReLU(negative="keep")
+    if by_norm:
+        tensors["score_scale"] = norms
+    k, is_crosscoder = release.get("top_k", int), release.config.get("sae_type") == "crosscoder"
+    match kind:
         case "topk":
-            if norms is not None:
-                tensors["score_scale"] = norms
-            return TopK(k=release.get("top_k", int))
+            return TopK(k=k)
+        case "layertopk" if not is_crosscoder:
+            return LayerTopK(k=k, by_layer=False)
+        case "batchtopk":
+            # A crosscoder counts every layer of a token as a token of its own, and lets them compete.
+            return BatchTopK(k=k * sources) if is_crosscoder else BatchTopK(k=k, by_layer=True)
+        case "batchlayertopk" if not is_crosscoder:
+            return BatchTopK(k=k)
         case _:
-            raise FormatError(
-                f"{release.ref!r}: config: act_fn is {kind!r}, needs relu, jumprelu or topk over several layers"
-            )
+            known = "relu, jumprelu, topk or batchtopk" + ("" if is_crosscoder else ", layertopk or batchlayertopk")
+            raise FormatError(f"{release.ref!r}: config: act_fn is {kind!r}, needs {known}")
 
 
 def _hooks(release: Release, key: str, num: int) -> list[str]:

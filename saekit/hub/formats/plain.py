@@ -4,10 +4,10 @@ import re
 
 from saekit.errors import FormatError
 from saekit.hub.canonical import Canonical
-from saekit.hub.hooks import tl_site
 from saekit.hub.release import Release
 from saekit.sae.activation import Activation, ReLU, TopK
 from saekit.sae.base import SAE
+from saekit.sae.hook_names import tl_site
 
 __all__ = [
     "is_apollo",
@@ -64,7 +64,7 @@ def read_openai(release: Release) -> SAE:
         raise FormatError(f"{release.ref!r}: activation {kind!r} then {after!r}, needs 'ReLU', or 'TopK' then 'ReLU'")
     activation = TopK(k=release.get("k", int, config=state))
     units = "pre-activations of the normalised input"
-    return canonical.build(activation, units=units, site=site, norm={"norm": "layer_norm"})
+    return canonical.build(activation, units=units, site=site, options={"norm": "layer_norm"})
 
 
 def is_goodfire(release: Release) -> bool:
@@ -143,7 +143,7 @@ def is_connor(release: Release) -> bool:
 
 
 def read_connor(release: Release) -> SAE:
-    """Returns one of Connor Kissane's attention SAEs; heads are concatenated, as at the output projection's input.
+    """Returns one of Connor Kissane's attention SAEs; heads are joined, as at the output projection's input, or apart.
 
     Raises:
         FormatError: config and weights disagree.
@@ -163,7 +163,7 @@ def read_connor(release: Release) -> SAE:
     canonical.subtract_from_input(canonical.b_dec)
     weights.finish()
     site = tl_site(release.get("act_name", str, config=config), release.get("model_name", str, config=config))
-    return canonical.build(ReLU(), units=_UNITS, site=site)
+    return canonical.build(ReLU(), units=_UNITS, site=site, options={"joins_heads": True})
 
 
 def is_apollo(release: Release) -> bool:

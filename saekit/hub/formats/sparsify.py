@@ -5,10 +5,10 @@ from pathlib import PurePosixPath
 
 from saekit.errors import FormatError
 from saekit.hub.canonical import Canonical
-from saekit.hub.hooks import module_site
 from saekit.hub.release import Release
 from saekit.sae.activation import Activation, GroupMax, TopK
 from saekit.sae.base import SAE
+from saekit.sae.hook_names import module_site
 from saekit.sae.site import Site
 
 __all__ = ["is_sparsify", "read_sparsify"]

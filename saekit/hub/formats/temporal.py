@@ -5,9 +5,9 @@ from collections.abc import Mapping
 
 from saekit.errors import FormatError
 from saekit.hub.formats.saelens import saelens_sites
-from saekit.hub.hooks import tl_site
 from saekit.hub.release import Release
 from saekit.sae.base import SAE
+from saekit.sae.hook_names import tl_site
 from saekit.sae.site import Site
 from saekit.sae.temporal import TemporalConfig, TemporalDictionary
 

@@ -61,7 +61,7 @@ def token_change(
 
     Args:
         lm: the model that the dictionary was trained on.
-        sae: names its hook point.
+        sae: names its hook point; a transcoder the one that it predicts.
         features: which to steer.
         strengths: factor of the decoder row for each feature of the dictionary, float32 [F].
         tokens: contexts [B, T], see `steering_contexts`.
@@ -69,24 +69,25 @@ def token_change(
     Raises:
         ConfigError: the dictionary does not say its hook point, or a feature that it does not have.
     """
-    if sae.hook_point is None:
+    hook_point = sae.hook_point_out
+    if hook_point is None:
         raise ConfigError("token change: the dictionary names no hook point, needs one to steer at; set sae.hook_point")
     chosen = np.unique(np.asarray(features, dtype=np.int64))
     if len(chosen) and not 0 <= chosen[0] <= chosen[-1] < sae.cfg.d_sae:
         raise ConfigError(f"token change: feature {chosen[-1]}, the dictionary has features 0 to {sae.cfg.d_sae - 1}")
     unembedding = find_unembedding(lm)
-    clean = capture(lm, tokens, [sae.hook_point])[sae.hook_point]  # [B, T, D]
-    before = _mean_normed(lm, unembedding, sae.hook_point, clean, tokens).mean(dim=0)  # [D]
+    clean = capture(lm, tokens, [hook_point])[hook_point]  # [B, T, D]
+    before = _mean_normed(lm, unembedding, hook_point, clean, tokens).mean(dim=0)  # [D]
     parts: list[TokenEffects] = []
     with torch.no_grad(), progress.task("token change", len(chosen), "features") as task:
         for start in range(0, len(chosen), config.batch_features):
             chunk = chosen[start : start + config.batch_features]
-            rows = sae.W_dec[torch.from_numpy(chunk).to(sae.W_dec.device)].float().to(clean.device)
+            rows = sae.written_rows(torch.from_numpy(chunk).to(sae.W_dec.device)).float().to(clean.device)
             push = rows * torch.from_numpy(strengths[chunk]).to(clean.device)[:, None]  # [n, D]
             steered = clean.float()[None].repeat(len(chunk), 1, 1, 1)  # [n, B, T, D]
             steered[:, :, 1:] += push[:, None, None]
             flat = steered.reshape(-1, *clean.shape[1:]).to(clean.dtype)
-            after = _mean_normed(lm, unembedding, sae.hook_point, flat, tokens.repeat(len(chunk), 1))  # [n * B, D]
+            after = _mean_normed(lm, unembedding, hook_point, flat, tokens.repeat(len(chunk), 1))  # [n * B, D]
             moved = after.reshape(len(chunk), -1, after.shape[-1]).mean(dim=1) - before
             change = moved @ unembedding.weight.float().T * unembedding.scale  # [n, V]
             parts.append(TokenEffects.from_logits("tokenchange", chunk, change, num=config.num_tokens))

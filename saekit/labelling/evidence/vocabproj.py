@@ -32,7 +32,7 @@ def vocab_projection(
     """Returns the `num` tokens with the largest and the smallest logits of each decoder row.
 
     Args:
-        sae: its hook point is in the residual stream, or writes to it.
+        sae: where its features write is in the residual stream, or writes to it.
         features: which rows; None: all.
         num: tokens on each side.
 
@@ -40,9 +40,9 @@ def vocab_projection(
         ConfigError: the dictionary's rows are not as wide as the residual stream.
     """
     width = unembedding.weight.shape[1]
-    if sae.cfg.d_in != width:
+    if sae.d_out != width:
         raise ConfigError(
-            f"vocabulary projection: decoder rows are {sae.cfg.d_in} wide, the residual stream is {width}; "
+            f"vocabulary projection: decoder rows are {sae.d_out} wide, the residual stream is {width}; "
             "set vocab_projection = false for this hook point"
         )
     chosen = np.arange(sae.cfg.d_sae) if features is None else np.unique(np.asarray(features, dtype=np.int64))
@@ -50,7 +50,8 @@ def vocab_projection(
     with torch.no_grad(), progress.task("vocabulary projection", len(chosen), "features") as task:
         for start in range(0, len(chosen), CHUNK):
             chunk = chosen[start : start + CHUNK]
-            logits = unembedding.project(sae.W_dec[torch.from_numpy(chunk).to(sae.W_dec.device)])  # [n, V]
+            rows = sae.written_rows(torch.from_numpy(chunk).to(sae.W_dec.device))
+            logits = unembedding.project(rows)  # [n, V]
             parts.append(TokenEffects.from_logits("vocabproj", chunk, logits, num=num))
             task.advance(len(chunk))
     return TokenEffects.join(parts) if parts else TokenEffects.empty("vocabproj")

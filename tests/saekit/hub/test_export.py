@@ -163,5 +163,7 @@ def test_several_layers_and_sequences_have_no_other_format(fixture: str, tmp_pat
 
 
 def test_unknown_target_names_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"format 'npz', needs saekit, saelens, sparsify, dictionary_learning"):
+    with pytest.raises(
+        ConfigError, match=r"format 'npz', needs saekit, saelens, sparsify, dictionary_learning, circuit-tracer"
+    ):
         save_sae(trained("topk"), tmp_path, format="npz")

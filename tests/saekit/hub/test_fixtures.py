@@ -215,6 +215,7 @@ FORMATS_OF = {
     "llamascope_": "llama_scope",
     "llamascopium_clt": "llamascopium_layers",
     "llamascopium_crosscoder": "llamascopium_layers",
+    "llamascopium_lorsa": "lorsa",
     "llamascopium_": "llamascopium",
     "mntss": "cross_layer",
     "mwhanna": "transcoder_set",

@@ -1,13 +1,8 @@
 """From a reference to an SAE, and what references that name nothing say."""
 
-import hashlib
 import json
-import re
 import shutil
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 import torch
@@ -18,7 +13,6 @@ from saekit.manifest import begin_stage, file_sha256
 from saekit.sae import Dictionary, TopKConfig, TopKSAE
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "dictionaries"
-COMMIT = "c0ffee" * 6 + "c0ff"
 
 
 def test_folder_of_an_sae_is_loaded(tmp_path: Path) -> None:
@@ -48,6 +42,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
     return tmp_path / "cache"
 
 
@@ -98,100 +93,6 @@ def test_hub_path_that_is_not_there_names_what_is(offline: Path) -> None:
     cached(offline, "qwen_scope", "Qwen/x")
     with pytest.raises(FormatError, match=r"'Qwen/x' has no 'layer9', needs one of 'layer0.sae.pt'"):
         load_sae("Qwen/x:layer9")
-
-
-class _Hub(BaseHTTPRequestHandler):
-    """Serves one folder as the hub serves a repository at one commit."""
-
-    folder: Path
-    asked: list[str]
-
-    def do_HEAD(self) -> None:
-        self._answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self._answer(with_body=True)
-
-    def log_message(self, *_: object) -> None: ...
-
-    def _answer(self, *, with_body: bool) -> None:
-        listing = re.fullmatch(r"/api/models/google/gemma-scope-2-1b-pt(/revision/\w+)?", self.path)
-        file = re.fullmatch(r"/google/gemma-scope-2-1b-pt/resolve/\w+/(.+)", self.path)
-        if listing:
-            names = sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
-            siblings = [{"rfilename": name} for name in names]
-            body = json.dumps({"id": "google/gemma-scope-2-1b-pt", "sha": COMMIT, "siblings": siblings}).encode()
-        elif file and (self.folder / file.group(1)).is_file():
-            body = (self.folder / file.group(1)).read_bytes()
-            if with_body:
-                self.asked.append(file.group(1))
-        else:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[_Hub]]:
-    """A local server with two dictionaries of Gemma Scope 2, which the hub's client takes for the hub."""
-    from huggingface_hub import constants
-
-    handler = type("Hub", (_Hub,), {"folder": tmp_path / "repo", "asked": []})
-    for name in ("gemmascope2_resid", "gemmascope2_transcoder"):
-        for folder in (FIXTURES / name).iterdir():
-            if folder.is_dir():
-                shutil.copytree(folder, tmp_path / "repo" / folder.name)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
-    yield handler
-    server.shutdown()
-    server.server_close()
-
-
-def test_only_the_needed_files_are_downloaded(hub: type[_Hub]) -> None:
-    repo, folder = "google/gemma-scope-2-1b-pt", "transcoder/layer_13_width_16k_l0_big"
-    with pytest.raises(FormatError, match=rf"holds 2 SAE folders, needs one; use '{repo}:resid_post/layer_13"):
-        load_sae(repo)
-    assert hub.asked == []
-    sae = load_sae(f"{repo}:{folder}")
-    assert hub.asked == [f"{folder}/params.safetensors", f"{folder}/config.json"]
-    assert sae.source["revision"] == COMMIT
-    assert load_sae(f"{repo}:{folder}/params.safetensors").hook_point == sae.hook_point
-    assert len(hub.asked) == 2
-    assert list(load_saes(repo, pattern="resid_post/*")) == ["resid_post/layer_13_width_16k_l0_medium"]
-
-
-def test_cache_answers_when_the_hub_does_not(hub: type[_Hub], monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
-
-    ref = "google/gemma-scope-2-1b-pt:resid_post/layer_13_width_16k_l0_medium"
-    first = load_sae(ref, revision=COMMIT)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert torch.equal(load_sae(ref, revision=COMMIT).W_dec, first.W_dec)
-    with pytest.raises(
-        FormatError, match=r"not in the hub's cache, and the hub cannot be asked \(.+\), needs a folder"
-    ):
-        load_sae("google/other:x")
-
-
-@pytest.mark.usefixtures("hub")
-def test_repository_that_the_hub_does_not_have_is_named() -> None:
-    with pytest.raises(FormatError, match=r"sae 'runs/none': no such folder here, and no such repository or revision"):
-        load_sae("runs/none")
 
 
 def test_load_saes_without_a_match_names_what_there_is() -> None:

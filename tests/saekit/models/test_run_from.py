@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from saekit.errors import HookPointError
-from saekit.models import LanguageModel, add, can_run_from, capture, logits, replace, run_from
+from saekit.models import LanguageModel, add, can_run_from, capture, later_layers, logits, replace, run_from
 from tests.saekit.models.conftest import layer_path
 
 
@@ -102,3 +102,30 @@ def test_run_from_refuses_another_shape_and_puts_everything_back(llama: Language
     with pytest.raises(HookPointError, match="did you mean"):
         run_from(llama, "model.layers.7", torch.zeros(3, 17, 32), tokens)
     assert torch.equal(logits(llama, tokens), expected)
+
+
+def test_gradient_reaches_the_hidden_states_and_no_weight(lm: LanguageModel, tokens: Tensor) -> None:
+    point = layer_path(lm, 1)
+    hidden = capture(lm, tokens, [point])[point].requires_grad_()
+    found = run_from(lm, point, hidden, tokens, has_graph=True)
+    assert torch.equal(found.detach(), logits(lm, tokens))
+    found.square().mean().backward()
+    with replace(lm, point, lambda _: other):
+        other = hidden.detach().clone().requires_grad_()
+        logits(lm, tokens, has_graph=True).square().mean().backward()
+    assert hidden.grad is not None
+    assert other.grad is not None
+    assert hidden.grad.any()
+    torch.testing.assert_close(hidden.grad, other.grad)
+    assert all(parameter.grad is None for parameter in lm.model.parameters())
+    assert not run_from(lm, point, hidden, tokens).requires_grad
+
+
+def test_later_layers_are_those_behind_the_hook_point(lm: LanguageModel) -> None:
+    first, second, third = (layer_path(lm, number) for number in range(3))
+    assert later_layers(lm, second) == [third]
+    assert later_layers(lm, third) == []
+    assert later_layers(lm, f"{first}.mlp") == [first, second, third]
+    assert later_layers(lm, f"{second}:input") == [second, third]
+    with pytest.raises(HookPointError, match=r"hook point 'lm_head': in no decoder layer of"):
+        later_layers(lm, "lm_head")

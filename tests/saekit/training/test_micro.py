@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from saekit.errors import ConfigError
 from saekit.sae import (
     BatchTopKConfig,
+    BatchTopKCrosscoderConfig,
     BatchTopKSAE,
     GatedConfig,
     JumpReLUConfig,
     MatryoshkaBatchTopKConfig,
+    MLSAEConfig,
     ReLUConfig,
+    ReLUCrosscoderConfig,
     SAEConfig,
     TopKConfig,
     build_sae,
@@ -25,9 +28,11 @@ from saekit.training.muon import Muon, orthogonalize
 from saekit.training.run import TrainRun
 from saekit.training.schedule import annealed_k, default_lr, lr_factor
 from saekit.training.schedule_free import ScheduleFreeSignum
-from saekit.training.start import estimate_normalization, read_sample
+from saekit.training.start import normalization_of, read_sample
 
 SHAPE: dict[str, object] = {"d_in": 16, "d_sae": 40}
+# The two halves of what the planted source gives stand for two hook points.
+SITES: dict[str, object] = {"d_in": 8, "num_sites": 2, "d_sae": 40}
 CONFIGS: dict[str, SAEConfig] = {
     "topk": TopKConfig.parse(SHAPE | {"k": 3}),
     "batchtopk": BatchTopKConfig.parse(SHAPE | {"k": 3}),
@@ -35,6 +40,9 @@ CONFIGS: dict[str, SAEConfig] = {
     "jumprelu": JumpReLUConfig.parse(SHAPE | {"target_l0": 3, "sparsity": "quadratic"}),
     "relu": ReLUConfig.parse(SHAPE | {"target_l0": 3, "p_end": 0.5, "p_start_fraction": 0.0}),
     "gated": GatedConfig.parse(SHAPE | {"target_l0": 3}),
+    "crosscoder": BatchTopKCrosscoderConfig.parse(SITES | {"k": 3}),
+    "crosscoder-relu": ReLUCrosscoderConfig.parse(SITES | {"target_l0": 3}),
+    "mlsae": MLSAEConfig.parse(SITES | {"k": 3}),
 }
 
 
@@ -48,14 +56,14 @@ def make_run(planted: ModuleType, cfg: SAEConfig, **changes: object) -> TrainRun
     values: dict[str, object] = {"num_tokens": 200 * 96, "batch_size": 96, "lr": 3e-3, "dead_after_tokens": 192}
     config = TrainConfig.parse(values | changes)
     source = planted.PlantedSource(batch_size=96)
-    normalization = estimate_normalization(read_sample(source, 2048), alone)
     sae = build_sae(cfg, seed=3)
+    normalization = normalization_of(read_sample(source, 2048), sae, alone)
     if "threshold" in dict(sae.named_parameters()):
         sae.get_parameter("threshold").data.fill_(1.0)
     else:
         sae.b_enc.data.fill_(-1.0)
     # Some features are silent, so that AuxK has work to do.
-    sae.b_enc.data[:8] -= 3.5 if isinstance(cfg, ReLUConfig | GatedConfig) else 1.5
+    sae.b_enc.data[:8] -= 3.5 if isinstance(cfg, ReLUConfig | ReLUCrosscoderConfig | GatedConfig) else 1.5
     return TrainRun(sae, source, config, normalization=normalization, accelerator=Accelerator(cpu=True))
 
 
@@ -125,6 +133,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "signum": {"optimizer": "signum", "lr": 1e-3},
     "k-anneal": {"sparsity": {"k_start_factor": 4.0, "k_anneal_fraction": 0.08}},
     "micro": {"micro_batch_size": 40},
+    "resample": {"resample": {"every_tokens": 384, "silent_tokens": 192, "sample_tokens": 960}, "ema_decay": 0.9},
 }
 
 
@@ -146,6 +155,12 @@ def check_resume(planted: ModuleType, kind: str, changes: dict[str, object]) -> 
 @pytest.mark.parametrize("kind", ["batchtopk", "relu", "gated", "jumprelu"])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_resumed_run_goes_on_bit_for_bit(planted: ModuleType, kind: str, option: str) -> None:
+    check_resume(planted, kind, OPTIONS[option])
+
+
+@pytest.mark.parametrize("kind", ["crosscoder", "crosscoder-relu", "mlsae"])
+@pytest.mark.parametrize("option", ["adam-ema", "signum"])
+def test_resumed_run_of_several_hook_points_goes_on_bit_for_bit(planted: ModuleType, kind: str, option: str) -> None:
     check_resume(planted, kind, OPTIONS[option])
 
 

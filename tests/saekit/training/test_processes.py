@@ -1,6 +1,7 @@
 """Two processes that share every batch train the same SAE as one."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,13 +16,16 @@ from saekit.sae import (
     GatedConfig,
     JumpReLUConfig,
     MatryoshkaTopKConfig,
+    MLSAEConfig,
     ReLUConfig,
     SAEConfig,
     TopKConfig,
+    TopKCrosscoderConfig,
     build_sae,
     load_sae_folder,
 )
 from saekit.training import TrainConfig, Trainer, read_metrics
+from saekit.training.state import latest_checkpoint, load_checkpoint
 
 CONFIG = TrainConfig(
     num_tokens=40 * 128,
@@ -37,14 +41,28 @@ CONFIGS: dict[str, SAEConfig] = {
     "jumprelu": JumpReLUConfig(d_in=16, d_sae=32, target_l0=2),
     "relu": ReLUConfig(d_in=16, d_sae=32, target_l0=2, p_end=0.5),
     "gated": GatedConfig(d_in=16, d_sae=32, target_l0=2),
+    "crosscoder": TopKCrosscoderConfig(d_in=8, num_sites=2, d_sae=32, k=2),
+    "mlsae": MLSAEConfig(d_in=8, num_sites=2, d_sae=32, k=2),
 }
-EXACT = {"topk", "matryoshka"}
+CONFIGS["resampled"] = TopKConfig(d_in=16, d_sae=64, k=1)
+EXACT = {"topk", "matryoshka", "crosscoder", "mlsae", "resampled"}
+RESAMPLE = {"every_tokens": 8 * 128, "silent_tokens": 4 * 128, "sample_tokens": 1024, "encoder_norm": 1.0}
 
 
 def train(planted: ModuleType, kind: str, out: Path, *, rank: int = 0, world_size: int = 1) -> None:
     source = planted.PlantedSource(batch_size=128, rank=rank, world_size=world_size)
     view = planted.PlantedView(source, num_batches=4)
-    Trainer(build_sae(CONFIGS[kind]), source, CONFIG, test=view).fit(out)
+    config = TrainConfig.parse(CONFIG.to_dict() | ({"resample": RESAMPLE} if kind == "resampled" else {}))
+    Trainer(build_sae(CONFIGS[kind]), source, config, test=view).fit(out)
+
+
+def train_until_one_is_killed(planted: ModuleType, out: Path, *, rank: int) -> None:
+    """The second process is killed in its 21st step, five steps after a checkpoint."""
+    source = planted.PlantedSource(batch_size=128, rank=rank, world_size=2)
+    if rank == 1:
+        # The start reads 16,384 tokens of each process first, and comes back.
+        source.kill_at, source.armed_after = 20, 16_384 // 64
+    Trainer(build_sae(CONFIGS["topk"]), source, CONFIG).fit(out)
 
 
 SCRIPT = """
@@ -58,7 +76,7 @@ module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 for kind in module.CONFIGS:
     module.train(planted, kind, Path({out!r}) / kind, rank={rank}, world_size=2)
-torch.distributed.destroy_process_group()
+module.train_until_one_is_killed(planted, Path({out!r}) / "killed", rank={rank})
 """
 
 
@@ -89,12 +107,13 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         running.append(
             subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, text=True)
         )
-    for process in running:
+    for rank, process in enumerate(running):
         try:
             _, errors = process.communicate(timeout=300)
         finally:
             process.kill()
-        assert process.returncode == 0, errors
+        # The first process loses the second one, and says so.
+        assert process.returncode == (-signal.SIGKILL if rank else 1), errors
     return out
 
 
@@ -105,10 +124,11 @@ def test_two_processes_equal_one(planted: ModuleType, two_processes: Path, tmp_p
     assert len(rows) == len(expected)
     # Thresholds start at the mean of both processes' quantiles, which is not the quantile of both.
     tolerance = 1e-4 if kind in EXACT else 0.05
+    assert ("resample" in {row["split"] for row in rows}) == (kind == "resampled")
     for row, other in zip(rows, expected, strict=True):
         for key in ("tokens", "split"):
             assert row[key] == other[key]
-        for key in ("fvu", "l0", "dead_fraction"):
+        for key in row.keys() & {"fvu", "l0", "dead_fraction", "gradient_norm", "resampled"}:
             assert row[key] == pytest.approx(other[key], rel=tolerance, abs=0.0 if kind in EXACT else 0.1), row
     if kind in EXACT:
         found, single = load_sae_folder(two_processes / kind), load_sae_folder(tmp_path)
@@ -119,6 +139,22 @@ def test_two_processes_equal_one(planted: ModuleType, two_processes: Path, tmp_p
 def test_checkpoint_has_a_part_of_each_process(two_processes: Path) -> None:
     (checkpoint,) = (two_processes / "topk" / "checkpoints").iterdir()
     assert sorted(path.name for path in checkpoint.iterdir()) == ["process_0.pt", "process_1.pt", "run.pt"]
+
+
+def test_a_process_that_is_killed_leaves_a_checkpoint_that_one_process_goes_on_from(
+    planted: ModuleType, two_processes: Path, tmp_path: Path
+) -> None:
+    folder = two_processes / "killed"
+    checkpoint = latest_checkpoint(folder)
+    assert checkpoint is not None
+    assert checkpoint.name == "step_00000015"
+    assert load_checkpoint(checkpoint, "run")["run"]["step"] == 15
+    assert load_checkpoint(checkpoint, "process_1")["source"] == {"position": 15}
+    for out in (folder, tmp_path):
+        Trainer(build_sae(CONFIGS["topk"]), planted.PlantedSource(batch_size=128), CONFIG).fit(out)
+    found, single = load_sae_folder(folder), load_sae_folder(tmp_path)
+    for name, value in found.named_parameters():
+        torch.testing.assert_close(value, single.get_parameter(name), atol=2e-4, rtol=1e-3)
 
 
 def test_batch_that_cannot_be_shared_is_refused(

@@ -71,6 +71,27 @@ def test_wrong_normalisation_would_be_seen(
         check_rows_stay_unit(planted, TOPK)
 
 
+@pytest.mark.parametrize(("optimizer", "times"), [("adam", 0), ("signum", 0), ("muon", 1)])
+def test_rows_are_made_unit_once_a_step(
+    planted: ModuleType, optimizer: str, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig.parse({"num_tokens": 960, "batch_size": 96, "optimizer": optimizer})
+    run = make_run(planted, TOPK, config)
+    normalize, calls = SAE.normalize_decoder, []
+
+    def note(self: SAE) -> None:
+        calls.append(1)
+        normalize(self)
+
+    monkeypatch.setattr(SAE, "normalize_decoder", note)
+    run.train_step()
+    assert len(calls) == times
+    before = run.sae.W_dec.detach().clone()
+    run.objective.settle()
+    # A second pass would have moved rows by no more than a rounding.
+    torch.testing.assert_close(run.sae.W_dec.detach(), before, atol=0.0, rtol=3e-7)
+
+
 def test_projected_gradient_is_orthogonal_to_each_row_and_else_unchanged() -> None:
     W_dec = nn.Parameter(nn.functional.normalize(torch.randn(9, 5, dtype=torch.float64), dim=1))
     gradient = torch.randn(9, 5, dtype=torch.float64)
@@ -220,8 +241,8 @@ def test_dead_features_are_counted_in_tokens_of_all_processes(
 
 
 def test_counting_tokens_of_one_process_would_be_seen(planted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = DeadFeatures.update
-    monkeypatch.setattr(DeadFeatures, "update", lambda self, fired, num_tokens: right(self, fired, num_tokens // 4))
+    right = DeadFeatures.after
+    monkeypatch.setattr(DeadFeatures, "after", lambda self, fired, num_tokens: right(self, fired, num_tokens // 4))
     with pytest.raises(AssertionError):
         check_dead_after_global_tokens(planted, monkeypatch, 4)
 
@@ -229,10 +250,10 @@ def test_counting_tokens_of_one_process_would_be_seen(planted: ModuleType, monke
 def test_a_feature_that_fires_again_is_alive() -> None:
     dead = DeadFeatures(3, 100, torch.device("cpu"))
     never, second = torch.zeros(3, dtype=torch.bool), torch.tensor([False, True, False])
-    dead.update(never, 60)
-    dead.update(second, 60)
+    dead.take(dead.after(never, 60)[0])
+    dead.take(dead.after(second, 60)[0])
     assert dead.mask.tolist() == [True, False, True]
-    dead.update(second.logical_not(), 10)
+    dead.take(dead.after(second.logical_not(), 10)[0])
     assert dead.silent_tokens.tolist() == [0, 10, 0]
 
 

@@ -1,6 +1,5 @@
 """From a real cache to an SAE of its hook point."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -9,35 +8,16 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from saekit.activations import ActivationStore, CacheConfig, StoreView, cache_activations
+from saekit.activations import ActivationStore, StoreView
 from saekit.errors import ConfigError, ResourceError
 from saekit.hub import load_sae
 from saekit.manifest import locked, read_manifest
-from saekit.models import load_model
 from saekit.progress import NO_PROGRESS, Task
 from saekit.sae import JumpReLUConfig, SAEConfig, TopKConfig, build_sae
 from saekit.training import TrainConfig, Trainer, read_metrics
 
 HOOK_POINT = "model.layers.1"
 CONFIG = TrainConfig(num_tokens=6400, batch_size=64)
-
-
-@pytest.fixture(scope="module")
-def store(
-    tiny_model_dir: Callable[[str], Path], documents_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> ActivationStore:
-    config = CacheConfig.parse(
-        {
-            "model": {"name": str(tiny_model_dir("llama"))},
-            "text": {"kind": "files", "paths": [str(documents_file)]},
-            "tokens": {"context_len": 16},
-            "hook_points": [HOOK_POINT],
-            "num_tokens": 640,
-            "dtype": "float32",
-        }
-    )
-    out = tmp_path_factory.mktemp("store")
-    return cache_activations(config, out, lm=load_model(config.model))
 
 
 @pytest.mark.parametrize(

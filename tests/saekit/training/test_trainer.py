@@ -11,10 +11,12 @@ import torch
 
 from saekit.errors import ConfigError, NonFiniteError, ResourceError
 from saekit.manifest import read_manifest
-from saekit.sae import JumpReLUConfig, SAEConfig, TopKConfig, build_sae, load_sae_folder
+from saekit.sae import BatchTopKConfig, JumpReLUConfig, SAEConfig, TopKConfig, build_sae, load_sae_folder
 from saekit.training import TrainConfig, Trainer, read_metrics
+from saekit.training.heldout import heldout_figures
 
 TOPK = TopKConfig(d_in=16, d_sae=32, k=2)
+BATCHTOPK = BatchTopKConfig(d_in=16, d_sae=32, k=2)
 JUMPRELU = JumpReLUConfig(d_in=16, d_sae=32, target_l0=2)
 
 
@@ -23,7 +25,7 @@ def short(**changes: object) -> TrainConfig:
     return TrainConfig.parse(values | changes)
 
 
-@pytest.mark.parametrize("cfg", [TOPK, JUMPRELU], ids=["topk", "jumprelu"])
+@pytest.mark.parametrize("cfg", [TOPK, BATCHTOPK, JUMPRELU], ids=["topk", "batchtopk", "jumprelu"])
 def test_planted_dictionary_is_recovered(planted: ModuleType, cfg: SAEConfig, tmp_path: Path) -> None:
     source = planted.PlantedSource()
     sae = build_sae(cfg)
@@ -86,7 +88,11 @@ def test_metrics_have_a_row_for_every_log_point(planted: ModuleType, tmp_path: P
     assert [row["tokens"] for row in rows if row["split"] == "test"] == [2560, 5120, 7680, 10_240]
     for row in rows:
         keys = {"split", "step", "tokens", "fvu", "l0", "dead_fraction"}
-        extra = {"loss", "auxk", "lr", "l0_coefficient", "tokens_per_second"} if row["split"] == "train" else set()
+        extra = (
+            {"loss", "auxk", "lr", "gradient_norm", "l0_coefficient", "tokens_per_second"}
+            if row["split"] == "train"
+            else set()
+        )
         assert set(row) == keys | extra
 
 
@@ -211,3 +217,20 @@ def test_default_config_runs(planted: ModuleType, tmp_path: Path) -> None:
     source = planted.PlantedSource(batch_size=4096)
     sae = Trainer(build_sae(TOPK), source, TrainConfig(num_tokens=12_288)).fit(tmp_path)
     assert bool(torch.isfinite(sae.W_dec).all())
+
+
+def test_batchtopk_has_its_l0_and_fvu_under_both_rules(planted: ModuleType, tmp_path: Path) -> None:
+    source = planted.PlantedSource()
+    sae = Trainer(build_sae(BATCHTOPK), source, short(), test=planted.PlantedView(source)).fit(tmp_path)
+    row = [row for row in read_metrics(tmp_path) if row["split"] == "test"][-1]
+    assert row["l0_training"] == 2.0
+    assert row["l0"] == pytest.approx(2.0, rel=0.15)
+    assert row["l0"] != 2.0
+    assert row["fvu_training"] == pytest.approx(row["fvu"], rel=0.2)
+    for name in ("l0_training", "fvu_training", "l0", "fvu"):
+        assert sae.source[name] == pytest.approx(row[name], rel=1e-3), name
+    # With another threshold inference has another L0, and training the same one.
+    sae.get_parameter("threshold").data.mul_(2)
+    figures = heldout_figures(sae, planted.PlantedView(source).x)
+    assert figures["l0_training"] == 2.0
+    assert figures["l0"] < 1.9

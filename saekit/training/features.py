@@ -1,0 +1,13 @@
+"""Where a feature's own numbers are in the trained parameters, and in whatever has their shape."""
+
+from torch import Tensor
+
+__all__ = ["PER_FEATURE", "by_feature"]
+
+PER_FEATURE = frozenset({"W_enc", "b_enc", "W_dec", "log_threshold", "r_mag", "b_mag"})
+"""Trained parameters that have an entry or a row for each feature."""
+
+
+def by_feature(name: str, value: Tensor) -> Tensor:
+    """Returns the view of a parameter of PER_FEATURE, or of what has its shape, whose first axis are the features."""
+    return value.T if name == "W_enc" else value

@@ -1,0 +1,139 @@
+"""Several SAEs trained in step on one read of a store, each to the same bits as alone."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from saekit.activations.shuffle import ShuffledBatches
+from saekit.activations.view import StoreView
+from saekit.errors import NonFiniteError
+from saekit.progress import NO_PROGRESS, Progress
+from saekit.sae.base import SAE
+from saekit.sae.checkpoint import load_sae_folder
+from saekit.training.interrupt import StopRequest
+from saekit.training.loop import TrainingLoop
+from saekit.training.memory import free_bytes, training_bytes
+from saekit.training.shared import SharedBatches, Tap
+from saekit.training.trainer import Trainer, make_accelerator
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["train_together"]
+
+
+def train_together(trainers: Mapping[str | Path, Trainer], *, progress: Progress = NO_PROGRESS) -> dict[Path, SAE]:
+    """Trains SAEs into a folder each; those that read the same tokens in the same order take every batch from one read.
+
+    That is so for the same view of a store, batch size and seed. The others are trained one after another. The same call again
+    goes on where each of them ended, also where some were trained alone.
+
+    Args:
+        trainers: folder -> trainer.
+        progress: is told the memory that is needed, and how far the trainings are.
+
+    Returns:
+        Folder -> SAE with its final weights, on the CPU.
+
+    Raises:
+        NonFiniteError: some of them met NaN or Inf; all others are finished.
+        ConfigError, ResourceError, KeyboardInterrupt: as `Trainer.fit`; the folders stay resumable.
+    """
+    accelerator = make_accelerator()
+    groups: dict[object, dict[Path, Trainer]] = {}
+    for folder, trainer in trainers.items():
+        groups.setdefault(_order_of(trainer), {})[Path(folder)] = trainer
+    failed: dict[Path, NonFiniteError] = {}
+    for group in groups.values():
+        _Group(group, accelerator, progress).train(failed)
+    if failed:
+        shown = "; ".join(f"{folder}: {error}" for folder, error in failed.items())
+        raise NonFiniteError(f"{len(failed)} of {len(trainers)} trainings failed, the others are finished: {shown}")
+    return {Path(folder): trainer.take(load_sae_folder(Path(folder))) for folder, trainer in trainers.items()}
+
+
+def _order_of(trainer: Trainer) -> object:
+    """What trainings have to have in common to take the same batches; whole rows and sources of one's own are not shared."""
+    view = trainer.train
+    if not isinstance(view, StoreView) or trainer.config.objective is not None:
+        return trainer
+    # A store's text names all of its hook points, also where it joins several.
+    return view.store.sha256, repr(view.store), view.fingerprint, trainer.config.batch_size, trainer.config.seed
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Trainings that read the same batches."""
+
+    trainers: Mapping[Path, Trainer]
+    accelerator: "Accelerator"
+    progress: Progress
+
+    def train(self, failed: dict[Path, NonFiniteError]) -> None:
+        """Trains all to their end; adds those that met NaN or Inf to `failed`."""
+        with contextlib.ExitStack() as stack:
+            shared = self._open(stack)
+            loops: dict[Path, TrainingLoop] = {}
+            self._say_memory()
+            for folder, trainer in self.trainers.items():
+                source = None if shared is None else Tap(shared)
+                try:
+                    loop = trainer.begin(folder, self.accelerator, stack, source=source, progress=self.progress)
+                except NonFiniteError as error:
+                    failed[folder] = error
+                else:
+                    loops |= {} if loop is None else {folder: loop}
+            self._run(loops, failed)
+
+    def _open(self, stack: contextlib.ExitStack) -> SharedBatches | None:
+        first = next(iter(self.trainers.values()))
+        if not isinstance(first.train, StoreView) or first.config.objective is not None:
+            return None
+        batches = first.open_source(self.accelerator, stack)
+        assert isinstance(batches, ShuffledBatches)
+        return SharedBatches(batches)
+
+    def _say_memory(self) -> None:
+        device, processes = self.accelerator.device, self.accelerator.num_processes
+        needed = sum(training_bytes(t.sae, t.config, num_processes=processes) for t in self.trainers.values())
+        free = free_bytes(device)
+        than = ", more than is free: train fewer at a time" if needed > free else ""
+        self.progress.say(
+            f"{len(self.trainers)} SAEs on one read of the data: about {needed / 1e9:.2g} GB for weights, gradients and"
+            f" optimizers beside the data, {free / 1e9:.2g} GB are free on {device}{than}"
+        )
+
+    def _run(self, loops: dict[Path, TrainingLoop], failed: dict[Path, NonFiniteError]) -> None:
+        total = sum(t.config.num_steps * t.config.batch_size for t in self.trainers.values())
+        left = sum((loop.run.config.num_steps - loop.run.step) * loop.run.config.batch_size for loop in loops.values())
+        with StopRequest() as stop, self.progress.task("train together", total, "tokens", done=total - left) as task:
+            while loops:
+                # Those that are behind first: after a resume they catch up, and then all take each batch in turn.
+                step = min(loop.run.step for loop in loops.values())
+                is_stopped = False
+                for folder, loop in [item for item in loops.items() if item[1].run.step == step]:
+                    try:
+                        with self.trainers[folder].locating():
+                            if loop.is_done:
+                                self.trainers[folder].finish(loop)
+                                del loops[folder]
+                                continue
+                            figures = loop.advance(stop_asked=stop.is_set)
+                    except NonFiniteError as error:
+                        failed[folder] = error
+                        del loops[folder]
+                        self.progress.say(f"{folder}: failed, the others go on: {error}")
+                        continue
+                    task.advance(loop.run.config.batch_size, fvu=figures.fvu, saes=float(len(loops)))
+                    is_stopped |= figures.stop_asked
+                if is_stopped:
+                    self._stop(list(loops.values()))
+
+    def _stop(self, loops: Sequence[TrainingLoop]) -> None:
+        for loop in loops:
+            loop.save()
+        message = f"interrupted, checkpoints of {len(loops)} SAEs written; run the same again to go on"
+        self.progress.say(message)
+        raise KeyboardInterrupt(message)
