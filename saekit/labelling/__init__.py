@@ -15,6 +15,7 @@ from saekit.labelling.ledger import Ledger
 from saekit.labelling.llmconfig import BatchConfig, LLMConfig
 from saekit.labelling.records import Label, Score
 from saekit.labelling.rules import Clause, Rule
+from saekit.labelling.scoring.embedding import Embed, EmbeddingConfig
 from saekit.labelling.scoring.rule import RuleScoringConfig, score_rules
 from saekit.labelling.store import read_controls, read_labels, read_scores
 
@@ -30,6 +31,8 @@ __all__ = [
     "CodeSample",
     "Context",
     "ContextConfig",
+    "Embed",
+    "EmbeddingConfig",
     "FeatureContexts",
     "LLMConfig",
     "LLMEstimate",

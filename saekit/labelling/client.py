@@ -14,6 +14,7 @@ from saekit.errors import ConfigError, LabelerError, MissingDependencyError
 from saekit.labelling.chat import ChatReply, ChatRequest
 from saekit.labelling.dialect import Complaint, charged_tokens, read_completion
 from saekit.labelling.llmconfig import LLMConfig
+from saekit.labelling.vectors import read_embeddings
 
 if TYPE_CHECKING:
     import openai
@@ -140,6 +141,28 @@ class OpenAIClient:
         if reply is None:
             charged = charged_tokens(body) if isinstance(body, dict) else None
             raise EmptyError(f"no completion in {str(body)[:80]!r}", charged)
+        return reply, raw.headers
+
+    async def embed(self, request: ChatRequest) -> tuple[ChatReply, Mapping[str, str]]:
+        """Returns the vectors of the lines of a question, as `pack_vectors` writes them, and the response's headers.
+
+        Raises:
+            RefusedError, EmptyError, LostError, UnreachableError: there are none.
+        """
+        texts = request.user.split("\n")
+        async with self._calling() as client:
+            raw = await client.embeddings.with_raw_response.create(
+                model=request.model, input=texts, encoding_format="float"
+            )
+        try:
+            body: JsonValue = json.loads(raw.content)
+        except ValueError as error:
+            raise EmptyError(f"body is no JSON: {error}", None) from error
+        reply = (
+            read_embeddings(body, len(texts), most_input=request.most_tokens()[0]) if isinstance(body, dict) else None
+        )
+        if reply is None:
+            raise EmptyError(f"no {len(texts)} vectors in {str(body)[:80]!r}", None)
         return reply, raw.headers
 
     async def upload(self, lines: bytes) -> str:

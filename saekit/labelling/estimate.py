@@ -32,6 +32,22 @@ class LLMEstimate:
     """In dollars; None without prices."""
     most_cost: float | None
 
+    def __add__(self, other: "LLMEstimate") -> "LLMEstimate":
+        """Returns what both would take; a cost is known only if both are."""
+
+        def total(one: float | None, two: float | None) -> float | None:
+            return None if one is None or two is None else one + two
+
+        return LLMEstimate(
+            num_requests=self.num_requests + other.num_requests,
+            num_answered=self.num_answered + other.num_answered,
+            input_tokens=self.input_tokens + other.input_tokens,
+            output_tokens=self.output_tokens + other.output_tokens,
+            most_output_tokens=self.most_output_tokens + other.most_output_tokens,
+            cost=total(self.cost, other.cost),
+            most_cost=total(self.most_cost, other.most_cost),
+        )
+
     def __str__(self) -> str:
         known = f" ({self.num_answered:,} more are answered already)" if self.num_answered else ""
         cost = "no price known" if self.cost is None else f"about ${self.cost:.4f}, at most ${self.most_cost:.4f}"

@@ -8,11 +8,13 @@ from saekit.activations import StoreView
 from saekit.errors import ConfigError, DataError
 from saekit.labelling.chat import ChatClient
 from saekit.labelling.collect import collect_contexts, sae_fingerprint
+from saekit.labelling.embed import server_config
 from saekit.labelling.estimate import LLMEstimate
 from saekit.labelling.labelconfig import LabelConfig
 from saekit.labelling.ledger import LEDGER_NAME, Ledger
 from saekit.labelling.llmconfig import LLMConfig
 from saekit.labelling.records import Label, Score
+from saekit.labelling.scoring.embedding import Embed, EmbeddingConfig
 from saekit.labelling.stage import LabelStage
 from saekit.labelling.store import CONTROLS_NAME, LABELS_NAME, SCORES_NAME, RecordFile, read_labels
 from saekit.labelling.vocabulary import Vocabulary
@@ -36,6 +38,7 @@ def label_features(
     out: str | Path,
     config: LabelConfig | None = None,
     client: ChatClient | None = None,
+    embed: Embed | None = None,
     retry_failed: bool = False,
     progress: Progress = NO_PROGRESS,
 ) -> Path:
@@ -51,6 +54,7 @@ def label_features(
             label_report.json, ledger.sqlite and the manifest.
         config: None: defaults.
         client: talks to the labelling model; None: the one that `config.llm` describes.
+        embed: sentence embedding of a list of texts [n, D], in place of a server's; `config.embedding` names it in the scores.
         retry_failed: features whose labels by a labelling model failed are asked about anew; their cost stays counted.
         progress: told of every part.
 
@@ -58,7 +62,7 @@ def label_features(
         `out`.
 
     Raises:
-        ConfigError: `out` was written with another config or other inputs, or the labelling model's key is
+        ConfigError: `embed` without `config.embedding`, `out` was written with another config or other inputs, or the labelling model's key is
             missing.
         DataError: the views share a document, one is empty, or they are of another width than the dictionary.
         MissingDependencyError: the labelling model needs an extra that is not installed.
@@ -67,15 +71,19 @@ def label_features(
     config, out = config or LabelConfig(), Path(out)
     _check_views(sae, train, test)
     train.store.check_model(lm)
+    if embed is not None and config.embedding is None:
+        raise ConfigError("labels: found a callable `embed` and no config.embedding, needs one with the model's name")
     if client is None and "llm" in config.labelers and config.llm is not None:
         client = _client(config.llm)
+    embedder = None if embed is not None or config.embedding is None else _embedder(config.embedding, config.llm)
     state = begin_stage(out, "label", config.identity(), _inputs(sae, train, test, lm))
     if state == "complete" and not (retry_failed and _failures(out)):
         return out
     with locked(out):
         if retry_failed:
             _forget_failures(out)
-        counts = _stage(sae, train, test=test, lm=lm, out=out, config=config, progress=progress).run(client)
+        stage = _stage(sae, train, test=test, lm=lm, out=out, config=config, progress=progress)
+        counts = stage.run(client, embed=embed, embedder=embedder)
         finish_stage(out, counts)
     return out
 
@@ -90,16 +98,16 @@ def estimate_labels(
     config: LabelConfig,
     progress: Progress = NO_PROGRESS,
 ) -> LLMEstimate:
-    """Returns the requests, tokens and cost that `label_features` would ask of the labelling model; sends nothing.
+    """Returns the requests, tokens and cost that `label_features` would ask of labelling model and embedding; sends nothing.
 
     Contexts and token effects are gathered in `out` on the way and are there for the run itself.
 
     Raises:
-        ConfigError: no labelling model in `config`, or `out` was written with another config or other inputs.
+        ConfigError: neither a labelling model nor an embedding in `config`, or `out` was written with another config or other inputs.
         DataError: as `label_features`.
     """
     out = Path(out)
-    if config.llm is None or "llm" not in config.labelers:
+    if config.llm is None and config.embedding is None:
         raise ConfigError("label estimate: no labelling model, needs labeler 'llm' and a table [llm]")
     _check_views(sae, train, test)
     train.store.check_model(lm)
@@ -210,3 +218,9 @@ def _client(config: LLMConfig) -> ChatClient:
     from saekit.labelling.live import OpenAIChat
 
     return OpenAIChat(config)
+
+
+def _embedder(config: EmbeddingConfig, llm: LLMConfig | None) -> ChatClient:
+    from saekit.labelling.live import OpenAIEmbeddings
+
+    return OpenAIEmbeddings(server_config(config, llm))

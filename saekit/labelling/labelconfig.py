@@ -8,6 +8,7 @@ from saekit.config import Config
 from saekit.labelling.collect import ContextConfig
 from saekit.labelling.evidence.tokenchange import TokenChangeConfig
 from saekit.labelling.llmconfig import LLMConfig
+from saekit.labelling.scoring.embedding import EmbeddingConfig
 from saekit.labelling.scoring.rule import RuleScoringConfig
 
 __all__ = ["LabelConfig"]
@@ -30,6 +31,8 @@ class LabelConfig(Config):
     """Steering; None: none."""
     rule_scoring: RuleScoringConfig = RuleScoringConfig()
     """How label rules are checked on held-out documents."""
+    embedding: EmbeddingConfig | None = None
+    """The sentence embedding that scores all labels; None: none."""
     llm: LLMConfig | None = None
     """The explaining and judging language model; None: none."""
     seed: int = Field(default=0, ge=0)
@@ -59,6 +62,7 @@ class LabelConfig(Config):
 
 
 _OPERATIONAL = {
+    "embedding": {"api_key_env", "base_url", "price_input"},
     "contexts": {"batch_tokens"},
     "token_change": {"batch_features"},
     "llm": {

@@ -1,7 +1,7 @@
 """Questions one by one, as many at a time as the server takes: repeated, slowed down, given up, or the end of the run."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from saekit.errors import LabelerError, SaekitError
@@ -11,7 +11,7 @@ from saekit.labelling.dialect import Complaint, Dialect, retry_after
 from saekit.labelling.llmconfig import LLMConfig
 from saekit.labelling.pace import Pace
 
-__all__ = ["OpenAIChat"]
+__all__ = ["OpenAIChat", "OpenAIEmbeddings"]
 
 MAX_RATE_LIMIT_WAITS = 200
 FIRST_TRIES = 2
@@ -42,6 +42,9 @@ class OpenAIChat:
     async def close(self) -> None:
         """See `ChatClient.close`."""
         await self._client.close()
+
+    async def _call(self, request: ChatRequest, options: Mapping[str, object]) -> tuple[ChatReply, Mapping[str, str]]:
+        return await self._client.chat(request, options)
 
     async def _worker(self, run: "_Run") -> None:
         for request in run.waiting:
@@ -137,7 +140,7 @@ class OpenAIChat:
         options = self._dialect.options(request, answer_format)
         run.num_open += 1
         try:
-            reply, headers = await self._client.chat(request, options)
+            reply, headers = await self._call(request, options)
         except (RefusedError, LostError, UnreachableError) as error:
             run.desk.unanswered(request, _charged(error))
             complaint = None
@@ -152,6 +155,13 @@ class OpenAIChat:
         self._pace.told(headers)
         self._pace.answered()
         return reply
+
+
+class OpenAIEmbeddings(OpenAIChat):
+    """The same for a server's embeddings: the lines of a question are its texts, an answer is their vectors."""
+
+    async def _call(self, request: ChatRequest, options: Mapping[str, object]) -> tuple[ChatReply, Mapping[str, str]]:
+        return await self._client.embed(request)
 
 
 @dataclass(kw_only=True, slots=True)

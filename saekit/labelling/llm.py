@@ -14,7 +14,7 @@ from saekit.labelling.scoring.pieces import Piece
 from saekit.labelling.store import RecordFile
 from saekit.progress import NO_PROGRESS, Progress, Task
 
-__all__ = ["Questions", "ScoreJob", "explain_and_judge", "least_explained"]
+__all__ = ["Questions", "ScoreJob", "explain_and_judge", "least_explained", "stand_in"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +64,7 @@ class Questions:
         requests = [e.request(f) for e in self.explainers for f in self.features if e.has_evidence(f)]
         known = {(label.feature, label.labeler) for label in labels}
         stand_ins = [
-            Label(feature=feature, labeler=labeler, label="x" * 40, fires_on="some words " * 15)
+            stand_in(feature, labeler)
             for labeler in self.judged
             for feature in self.features
             if (feature, labeler) not in known
@@ -89,6 +89,11 @@ class Questions:
                 jobs += [ScoreJob(scorer=scorer, label=label, pieces=pieces, is_control=False) for label in own]
                 jobs += [ScoreJob(scorer=scorer, label=label, pieces=pieces, is_control=True) for label in others]
         return jobs
+
+
+def stand_in(feature: int, labeler: str) -> Label:
+    """Returns a label of the usual length in place of one that is not there yet, for estimates."""
+    return Label(feature=feature, labeler=labeler, label="x" * 40, fires_on="some words " * 15)
 
 
 def explain_and_judge(

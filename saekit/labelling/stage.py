@@ -1,5 +1,7 @@
 """The parts of the label stage, each done once and kept."""
 
+import functools
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from saekit.activations import StoreView
 from saekit.labelling.asking import LabellingModel
 from saekit.labelling.chat import ChatClient
 from saekit.labelling.contexts import FeatureContexts
+from saekit.labelling.embed import EmbeddingQuestions, server_config
 from saekit.labelling.estimate import LLMEstimate, estimate_requests, token_counter
 from saekit.labelling.evidence.effects import TokenEffects, effects_path
 from saekit.labelling.evidence.tokenchange import steering_contexts, steering_strengths, token_change
@@ -19,10 +22,12 @@ from saekit.labelling.explain import Explainer, llm_labeler
 from saekit.labelling.labelconfig import LabelConfig
 from saekit.labelling.ledger import LEDGER_NAME, Ledger
 from saekit.labelling.lexical import LexicalLabeler
-from saekit.labelling.llm import Questions, explain_and_judge, least_explained
+from saekit.labelling.llm import Questions, explain_and_judge, least_explained, stand_in
 from saekit.labelling.records import LEXICAL, Label, Score
 from saekit.labelling.runreport import LABEL_REPORT_NAME, LabelerReport, ledger_figures, report_labeler, write_report
 from saekit.labelling.scoring.controls import Controls
+from saekit.labelling.scoring.embedding import Embed, EmbeddingConfig, EmbeddingScorer
+from saekit.labelling.scoring.pieces import PieceTable
 from saekit.labelling.scoring.rule import HeldOut, score_rules
 from saekit.labelling.scoring.scorers import make_scorers
 from saekit.labelling.scoring.summary import summarise_scores, summary_lines
@@ -56,36 +61,58 @@ class LabelStage:
     controls: RecordFile[Score]
     progress: Progress
 
-    def run(self, client: ChatClient | None) -> dict[str, object]:
+    def run(
+        self, client: ChatClient | None, *, embed: Embed | None = None, embedder: ChatClient | None = None
+    ) -> dict[str, object]:
         """Does what is not done yet, writes table and report, and returns the manifest's counts.
 
         Args:
             client: needed where `llm` is among the labelers.
+            embed: turns texts into vectors; one of `embed` and `embedder` is needed where the config has an embedding.
+            embedder: asks a server for vectors.
         """
         counts: dict[str, object] = {"features": len(self.features)}
         lexical, effects = self._evidence()
         if "lexical" in self.config.labelers:
             self._label_lexically(lexical, effects)
         held_out = self._held_out()
-        questions: Questions | None = None
-        if "llm" in self.config.labelers:
-            assert client is not None, "label_features makes one"
-            questions = self._questions(lexical, held_out, effects)
-            counts["llm"] = self._ask(questions, client)
-        else:
-            self._write_outputs(None, None)
+        questions = self._questions(lexical, held_out, effects) if "llm" in self.config.labelers else None
+        ledger = Ledger(self.out / LEDGER_NAME) if questions is not None or embedder is not None else None
+        try:
+            if questions is not None:
+                assert client is not None, "label_features makes one"
+                assert ledger is not None, "opened for the questions"
+                self._ask(questions, client, ledger)
+            if self.config.embedding is not None:
+                self._embed(self._embedding(held_out, self.config.embedding), ledger, embed=embed, embedder=embedder)
+        finally:
+            # Also of a run that stops here, so that it can be seen what is missing.
+            self._write_outputs(questions, ledger)
+            if ledger is not None:
+                figures = self._figures(ledger)
+                ledger.close()
+        if ledger is not None:
+            counts["llm"] = figures if questions is None else {"features": len(questions.features), **figures}
         counts["rule_scores"] = self._score_rules(held_out)
         counts["labels"] = self._counted_labels()
         return counts
 
     def estimate(self) -> LLMEstimate:
-        """Returns what the labelling model would be asked; sends nothing."""
+        """Returns what labelling model and embedding would be asked; sends nothing."""
         lexical, effects = self._evidence()
-        questions = self._questions(lexical, self._held_out(), effects)
+        held_out = self._held_out()
         path = self.out / LEDGER_NAME
         ledger = Ledger(path) if path.exists() else None
         try:
-            return self._estimated(questions, ledger)
+            parts: list[LLMEstimate] = []
+            questions = self._questions(lexical, held_out, effects) if self.config.llm is not None else None
+            if questions is not None:
+                parts.append(self._estimated(questions, ledger))
+            if self.config.embedding is not None:
+                config = server_config(self.config.embedding, self.config.llm)
+                requests = self._embedding(held_out, self.config.embedding).requests(self._labels_to_come(questions))
+                parts.append(estimate_requests(requests, config, count=token_counter(self.lm.tokenizer), ledger=ledger))
+            return functools.reduce(operator.add, parts)
         finally:
             if ledger is not None:
                 ledger.close()
@@ -95,6 +122,46 @@ class LabelStage:
         name = config.tokenizer or (config.model if config.backend == "local" else None)
         count = token_counter(self.lm.tokenizer if name is None else load_tokenizer(name))
         return estimate_requests(questions.requests(self.labels.records), config, count=count, ledger=ledger)
+
+    def _labels_to_come(self, questions: Questions | None) -> list[Label]:
+        """Returns the labels that there are, and stand-ins of the usual length for the others."""
+        known = {(label.feature, label.labeler) for label in self.labels.records}
+        asked = [(f, LEXICAL) for f in self.features] if "lexical" in self.config.labelers else []
+        if questions is not None:
+            asked += [(feature, labeler) for labeler in questions.labelers for feature in questions.features]
+        return [*self.labels.records, *(stand_in(*key) for key in asked if key not in known)]
+
+    def _figures(self, ledger: Ledger) -> dict[str, object]:
+        """Returns what the ledger says, under the labelling model's name if there is one."""
+        config = self.config.llm
+        if config is None:
+            assert self.config.embedding is not None, "there is a ledger because something asks"
+            config = server_config(self.config.embedding, None)
+        return ledger_figures(ledger, config)
+
+    def _embedding(self, held_out: HeldOut, config: EmbeddingConfig) -> EmbeddingQuestions:
+        return EmbeddingQuestions(
+            scorer=EmbeddingScorer(PieceTable(held_out), config),
+            controls=Controls(held_out, seed=config.seed),
+            num_controlled=config.num_controlled,
+        )
+
+    def _embed(
+        self,
+        questions: EmbeddingQuestions,
+        ledger: Ledger | None,
+        *,
+        embed: Embed | None,
+        embedder: ChatClient | None,
+    ) -> None:
+        source: Embed | LabellingModel | None = embed
+        if embedder is not None:
+            assert self.config.embedding is not None, "it is what is asked for"
+            assert ledger is not None, "opened for the embedder"
+            config = server_config(self.config.embedding, self.config.llm)
+            source = LabellingModel(embedder, ledger, config, progress=self.progress)
+        assert source is not None, "label_features makes one"
+        questions.score(source, self.labels.records, scores=self.scores, controls=self.controls, progress=self.progress)
 
     def _evidence(self) -> tuple[LexicalLabeler, EffectsOf]:
         projected = self._projected()
@@ -181,27 +248,18 @@ class LabelStage:
             config=config,
         )
 
-    def _ask(self, questions: Questions, client: ChatClient) -> dict[str, object]:
+    def _ask(self, questions: Questions, client: ChatClient, ledger: Ledger) -> None:
         config = questions.config
-        ledger = Ledger(self.out / LEDGER_NAME)
-        try:
-            self.progress.say(f"labelling model {config.model!r}: {self._estimated(questions, ledger)}")
-            model = LabellingModel(client, ledger, config, progress=self.progress)
-            try:
-                explain_and_judge(
-                    model,
-                    questions,
-                    labels=self.labels,
-                    scores=self.scores,
-                    controls=self.controls,
-                    progress=self.progress,
-                )
-            finally:
-                # Also of a run that stops here, so that it can be seen what is missing.
-                self._write_outputs(questions, ledger)
-            return {"features": len(questions.features), **ledger_figures(ledger, config)}
-        finally:
-            ledger.close()
+        self.progress.say(f"labelling model {config.model!r}: {self._estimated(questions, ledger)}")
+        model = LabellingModel(client, ledger, config, progress=self.progress)
+        explain_and_judge(
+            model,
+            questions,
+            labels=self.labels,
+            scores=self.scores,
+            controls=self.controls,
+            progress=self.progress,
+        )
 
     def _write_outputs(self, questions: Questions | None, ledger: Ledger | None) -> None:
         num_features = self.sae.cfg.d_sae
@@ -211,7 +269,7 @@ class LabelStage:
             skipped = self._skipped(questions if labeler != LEXICAL else None, labeler)
             reports.append(report_labeler(labeler, self.labels.records, num_features=num_features, skipped=skipped))
             self.progress.say(str(reports[-1]))
-        llm = ledger_figures(ledger, questions.config) if ledger is not None and questions is not None else None
+        llm = self._figures(ledger) if ledger is not None else None
         summary = summarise_scores(self.scores.records, self.controls.records)
         for line in summary_lines(summary):
             self.progress.say(line)
