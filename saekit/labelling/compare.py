@@ -147,4 +147,4 @@ def mcnemar(only_a: int, only_b: int) -> float:
     for hits in range(least):
         ways = ways * (total - hits) // (hits + 1)
         tail += ways
-    return min(1.0, 2 * tail / 2**total)
+    return min(1.0, float(2 * tail / 2**total))

@@ -262,7 +262,8 @@ def _score_type(score: Score) -> str:
 
 
 def _judge(score: Score, model: str | None) -> str:
-    return model if model and score.scorer == "detection" else "saekit"
+    # Scores of earlier versions do not name their judge.
+    return score.judge or (model if model and score.scorer == "detection" else "saekit")
 
 
 def _value(score: Score) -> float | None:

@@ -25,6 +25,7 @@ COMMANDS = [
     "verify",
     "convert",
     "export",
+    "compare-labels",
     "ls",
     "info",
     "pull",
@@ -294,6 +295,16 @@ def test_labels_by_a_model_keep_to_the_budget_resume_and_are_asked_again_where_t
         == 0
     )
     assert "1_" in next(iter(json.loads(labels.read_text())))
+
+
+def test_compare_labels_prints_one_line_for_each_scorer(finished_run: tuple[Path, Path], tmp_path: Path) -> None:
+    labels = finished_run[1] / "label" / "topk"
+    assert "needs two labelers" in one_line_error(invoke("compare-labels", labels, labels))
+    assert "labelers with scores: lexical in A, none in B" in one_line_error(invoke("compare-labels", labels, tmp_path))
+    same = invoke("compare-labels", labels, labels, "--labeler", "lexical")
+    assert same.exit_code == 0, same.output
+    assert same.output.startswith("rule: lexical ")
+    assert "difference +0.000 [+0.000, +0.000]" in same.output
 
 
 def test_budget_without_a_labelling_model_is_refused(recipe_file: Path) -> None:

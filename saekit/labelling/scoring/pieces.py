@@ -101,7 +101,7 @@ class PieceTable:
         for number in active.tolist():
             length = int(self.lengths[number])
             fits = len(pairs) < min(num, len(silent)) and length <= longest
-            fitting = np.flatnonzero(free & (self.lengths[silent] >= length)) if fits else ()
+            fitting = np.flatnonzero(free & (self.lengths[silent] >= length) & fits)
             if len(fitting):
                 free[fitting[0]] = False
                 negative = self.piece(int(silent[fitting[0]]), is_active=False)

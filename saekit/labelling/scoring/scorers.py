@@ -1,6 +1,8 @@
 """The scorers that ask a labelling model, by name."""
 
-from saekit.labelling.llmconfig import LLMConfig
+from collections.abc import Callable
+
+from saekit.labelling.llmconfig import LLMConfig, LLMScorer
 from saekit.labelling.scoring.detection import Judge, PieceScorer
 from saekit.labelling.scoring.fuzzing import Fuzzer
 from saekit.labelling.scoring.intruder import IntruderJudge
@@ -15,5 +17,9 @@ def make_scorers(held_out: HeldOut, config: LLMConfig) -> list[PieceScorer]:
     if config.num_judged == 0:
         return []
     table = PieceTable(held_out)
-    known = {"detection": Judge, "fuzzing": Fuzzer, "intruder": IntruderJudge}
+    known: dict[LLMScorer, Callable[[PieceTable, LLMConfig], PieceScorer]] = {
+        "detection": Judge,
+        "fuzzing": Fuzzer,
+        "intruder": IntruderJudge,
+    }
     return [known[name](table, config) for name in dict.fromkeys(config.scorers)]

@@ -18,6 +18,7 @@ from saekit.labelling import (
     effects_path,
     estimate_labels,
     label_features,
+    read_controls,
     read_labels,
     read_scores,
 )
@@ -341,3 +342,36 @@ def test_batches_label_the_same_as_single_questions(world, tmp_path) -> None:
     for read in (read_labels, read_scores):
         single, batch = (sorted(read(tmp_path / name), key=by_name) for name in ("single", "batch"))
         assert single == batch
+
+
+def test_scorers_and_controls_are_estimated_and_reported(world, tmp_path) -> None:
+    def by_feature(body: dict[str, object], number: int) -> str:
+        # Labels of different features differ, so that each control is a question of its own.
+        user = str(body["messages"][1]["content"])  # type: ignore[index]
+        if user.startswith("Group 1"):
+            return '{"answers": [{"id": 1, "intruder": "a"}]}'
+        answer = oracle(body, number)
+        return answer.replace("words for waters", f"words for waters {len(user)}") if "Pieces:" not in user else answer
+
+    with serving(by_feature) as server:
+        scorers = ["detection", "fuzzing", "intruder"]
+        llm = _llm(server, num_controlled=4, scorers=scorers, price_input=1.0, price_output=2.0, attempts=1)
+        config = LabelConfig.parse({**OFFLINE, "llm": llm})
+        views = {"test": world.test, "lm": LM, "out": tmp_path, "config": config}
+        estimate = estimate_labels(world.sae, world.train, **views)
+        assert server.requests == []
+        label_features(world.sae, world.train, **views)
+    assert estimate.num_requests == len(server.requests)
+    assert {score.scorer for score in read_scores(tmp_path)} == {"rule", "detection", "fuzzing"}
+    controls = {(score.scorer, score.labeler) for score in read_controls(tmp_path)}
+    assert len(controls) == 2 * 3 + 1
+    entries = _report(tmp_path)["scores"]
+    assert [(entry["scorer"], entry["labeler"]) for entry in entries][:4] == [
+        ("detection", "llm:stub"),
+        ("detection", "control:empty"),
+        ("detection", "control:random"),
+        ("detection", "control:shuffled"),
+    ]
+    assert {entry["judge"] for entry in entries} == {"stub"}
+    assert all(0 < entry["natural_rate"] < 1 for entry in entries if entry["scorer"] != "intruder")
+    assert _report(tmp_path)["llm"]["answers"] == len(server.requests)
