@@ -33,7 +33,9 @@ def measure(folder: Path, data: Path, own: dict[str, float], *, k: int) -> dict[
     gate = _figures(sae, x[:GATE_TOKENS], documents[:GATE_TOKENS])
     for name in ("fvu", "l0"):
         if not abs(gate[name] / own[name] - 1) < GATE:
-            raise SystemExit(f"{folder}: {name} is {gate[name]:.6g} by us, {own[name]:.6g} by its library, needs the same")
+            raise SystemExit(
+                f"{folder}: {name} is {gate[name]:.6g} by us, {own[name]:.6g} by its library, needs the same"
+            )
     figures = _figures(sae, x, documents)
     result = {"raw_fvu": figures["fvu"], "raw_l0": figures["l0"], "dead": figures["dead"]}
     train = np.load(data / "train.npy", mmap_mode="r")[-CALIBRATION_TOKENS:]

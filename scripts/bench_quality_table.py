@@ -14,9 +14,9 @@ import numpy as np
 from saekit.evaluation.bootstrap import resample_documents
 from scripts.bench_peers import PEERS, TORCH, commit_now, cpu_name
 from scripts.bench_quality_data import PLANTED, Shape
-from scripts.bench_quality_runs import ARCHITECTURES, LIBRARIES, Results
+from scripts.bench_quality_runs import ARCHITECTURES, LIBRARIES, Results, merit
 
-__all__ = ["Interval", "difference", "mean_interval", "write_table"]
+__all__ = ["Interval", "chosen_rows", "difference", "mean_interval", "verdict", "write_table"]
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -78,7 +78,16 @@ def verdict(found: Interval, *, more_is_better: bool) -> str:
     return "better" if (found.mean > 0) == more_is_better else "worse"
 
 
-def write_table(path: Path, results: Results, shapes: Mapping[str, Shape], *, seeds: int, settings: Any) -> None:
+def chosen_rows(rows: Sequence[Mapping[str, Any]], *, k: int, seeds: int) -> list[Mapping[str, Any]]:
+    """Returns those of the setting that most seeds were trained with, the best one of several: the search trains one only."""
+    by_setting: dict[tuple[Any, Any], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["seed"] < seeds:
+            by_setting.setdefault((row["lr"], row["coefficient"]), []).append(row)
+    return max(by_setting.values(), key=lambda group: (len(group), merit(group[0], k)), default=[])
+
+
+def write_table(path: Path, results: Results, shapes: Mapping[str, Shape], *, seeds: int) -> None:
     """Writes the figures of the settings that were chosen.
 
     Args:
@@ -86,18 +95,17 @@ def write_table(path: Path, results: Results, shapes: Mapping[str, Shape], *, se
         results: of all trainings, those of the search too.
         shapes: by part.
         seeds: how many count.
-        settings: (part, library, architecture) -> what was chosen, or None where nothing was.
     """
     lines = ["# Quality of trained SAEs", "", "Written by `scripts/bench_quality`.", "", *_facts(results), ""]
     notes = path.with_name("quality_notes.md")
     if notes.exists():
         lines += [notes.read_text(encoding="utf-8").strip(), ""]
     for data, shape in shapes.items():
-        lines += _part(data, shape, results, seeds, settings)
+        lines += _part(data, shape, results, seeds)
     path.write_text("\n".join(lines).rstrip("\n") + "\n", encoding="utf-8")
 
 
-def _part(data: str, shape: Shape, results: Results, seeds: int, settings: Any) -> list[str]:
+def _part(data: str, shape: Shape, results: Results, seeds: int) -> list[str]:
     names = [name for name in FIGURES if data == "planted" or name == "fvu"]
     sizes = f"F {shape.d_sae:,}, k {shape.k}, {shape.steps} steps of {shape.batch:,} tokens"
     title = "Planted dictionary" if data == "planted" else "Real activations"
@@ -105,13 +113,9 @@ def _part(data: str, shape: Shape, results: Results, seeds: int, settings: Any) 
     lines = [f"## {title}: {sizes}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     verdicts = []
     for arch, libraries in ARCHITECTURES.items():
-        found: dict[str, list[dict[str, Any]]] = {}
+        found: dict[str, list[Mapping[str, Any]]] = {}
         for library in libraries:
-            setting = settings(data, library, arch)
-            if setting is None:
-                continue
-            rows = results.find(data=data, library=library, arch=arch, **setting._asdict())
-            rows = [row for row in rows if row["seed"] < seeds]
+            rows = chosen_rows(results.find(data=data, library=library, arch=arch), k=shape.k, seeds=seeds)
             if rows:
                 found[library] = rows
                 lines.append(f"| {' | '.join([TITLES[arch], library, *_cells(rows, names)])} |")
@@ -121,7 +125,7 @@ def _part(data: str, shape: Shape, results: Results, seeds: int, settings: Any) 
     return [*lines, ""]
 
 
-def _cells(rows: list[dict[str, Any]], names: list[str]) -> list[str]:
+def _cells(rows: list[Mapping[str, Any]], names: list[str]) -> list[str]:
     first = rows[0]
     chosen = ["own" if first[name] is None else f"{first[name]:.3g}" for name in ("lr", "coefficient")]
     raw = statistics.fmean(row["raw_l0"] for row in rows)
@@ -129,13 +133,15 @@ def _cells(rows: list[dict[str, Any]], names: list[str]) -> list[str]:
     return [str(len(rows)), *chosen, f"{raw:.1f}", *figures, f"{statistics.fmean(row['dead'] for row in rows):.4f}"]
 
 
-def _verdicts(arch: str, found: dict[str, list[dict[str, Any]]], names: list[str]) -> list[str]:
+def _verdicts(arch: str, found: dict[str, list[Mapping[str, Any]]], names: list[str]) -> list[str]:
     ours = found.pop(LIBRARIES[0], [])
     lines = []
     for name in names:
         title, more_is_better = FIGURES[name]
         peers = {
-            library: rows for library, rows in found.items() if {row["seed"] for row in ours} & {row["seed"] for row in rows}
+            library: rows
+            for library, rows in found.items()
+            if {row["seed"] for row in ours} & {row["seed"] for row in rows}
         }
         if not peers:
             continue

@@ -201,9 +201,7 @@ def train_dictionary_learning(job: Job) -> Callable[[Tensor], Code]:
         **options,
         **({} if job.lr is None else {"lr": job.lr}),
     }
-    training.trainSAE(
-        tokens, [settings], steps=job.steps, save_dir=job.out, normalize_activations=True, device="cpu"
-    )
+    training.trainSAE(tokens, [settings], steps=job.steps, save_dir=job.out, normalize_activations=True, device="cpu")
     folder = str(Path(job.out) / "trainer_0")
     loaded, _ = importlib.import_module("dictionary_learning.utils").load_dictionary(folder, "cpu")
 

@@ -34,7 +34,7 @@ class Recovery(NamedTuple):
     f1: float
     """Mean over the d_sae most frequent planted features of the F1 of their firing; 0 for one without a partner."""
     uniqueness: float
-    """Part of the SAE's features whose nearest planted feature is no other's nearest."""
+    """Planted features that are nearest to some feature, per feature of the SAE; below 1 some share theirs."""
     recovered: float
     """Part of the d_sae most frequent planted features that some feature has with a cosine above 0.9."""
 
