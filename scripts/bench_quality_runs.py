@@ -42,7 +42,7 @@ TUNING_SEED = 0
 LR_FACTORS = {"sae-lens": (1.0, 3.0, 10.0), "dictionary-learning": (1.0, 3.0, 10.0), "eai-sparsify": (0.1, 0.3, 1.0)}
 """Tried in multiples of the library's own rate: those of Adam are for trainings a hundred times as long."""
 FIRST_COEFFICIENTS = {
-    ("sae-lens", "jumprelu"): 0.3,
+    ("sae-lens", "jumprelu"): 2.0,
     ("sae-lens", "gated"): 2.0,
     ("sae-lens", "relu"): 2.0,
     ("dictionary-learning", "gated"): 0.03,
@@ -186,8 +186,12 @@ class Study:
         if library == LIBRARIES[0]:
             return Setting(None, None)
         if (library, arch) not in self._chosen:
-            tried = [self._search(library, arch, lr) for lr in self._rates(library, arch)]
-            best = max(tried, key=lambda row: merit(row, self.shape.k))
+            rates = self._rates(library, arch)
+            best = max((self._search(library, arch, lr) for lr in rates), key=self._merit)
+            # The best rate is no best one while a larger one might be better.
+            while arch == "topk" and best["lr"] == rates[-1]:
+                rates.append(float(f"{3 * rates[-1]:.4g}"))
+                best = max(best, self._search(library, arch, rates[-1]), key=self._merit)
             self._chosen[library, arch] = Setting(best["lr"], best["coefficient"])
         return self._chosen[library, arch]
 
@@ -241,6 +245,9 @@ class Study:
 
     def _excess(self, row: dict[str, Any]) -> float:
         return math.log(max(row["raw_l0"], 1e-3) / self.shape.k)
+
+    def _merit(self, row: dict[str, Any]) -> float:
+        return merit(row, self.shape.k)
 
     @staticmethod
     def _shown(row: dict[str, Any]) -> str:

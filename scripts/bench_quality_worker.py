@@ -121,15 +121,26 @@ def train_sae_lens(job: Job) -> Callable[[Tensor], Code]:
     trainer = importlib.import_module("sae_lens.training.sae_trainer")
     tokens, warm = Tokens(job), job.part(SPARSITY_WARMUP)
     ends = [round(part * job.d_sae) for part in itertools.accumulate(GROUP_FRACTIONS)]
-    weight = {} if job.coefficient is None else {"value": job.coefficient}
-    penalty = {f"{norm}_coefficient": weight.get("value", 1.0) for norm in ("l0", "l1")}
+    weight = 1.0 if job.coefficient is None else job.coefficient
     kinds: dict[str, tuple[str, dict[str, Any]]] = {
         "topk": ("TopK", {"k": job.k}),
         "batchtopk": ("BatchTopK", {"k": float(job.k)}),
         "matryoshka_batchtopk": ("MatryoshkaBatchTopK", {"k": float(job.k), "matryoshka_widths": ends}),
-        "jumprelu": ("JumpReLU", {"l0_coefficient": penalty["l0_coefficient"], "l0_warm_up_steps": warm}),
-        "gated": ("Gated", {"l1_coefficient": penalty["l1_coefficient"], "l1_warm_up_steps": warm}),
-        "relu": ("Standard", {"l1_coefficient": penalty["l1_coefficient"], "l1_warm_up_steps": warm}),
+        "jumprelu": (
+            "JumpReLU",
+            # Anthropic's recipe: with the step loss of its defaults L0 stops falling at several times the wanted one.
+            {
+                "jumprelu_sparsity_loss_mode": "tanh",
+                "jumprelu_bandwidth": 2.0,
+                "jumprelu_init_threshold": 0.1,
+                "jumprelu_ste_to_input": True,
+                "pre_act_loss_coefficient": 3e-6,
+                "l0_coefficient": weight,
+                "l0_warm_up_steps": job.steps,
+            },
+        ),
+        "gated": ("Gated", {"l1_coefficient": weight, "l1_warm_up_steps": warm}),
+        "relu": ("Standard", {"l1_coefficient": weight, "l1_warm_up_steps": warm}),
     }
     name, options = kinds[job.arch]
     torch.manual_seed(job.seed)
