@@ -85,5 +85,5 @@ def _is_there(folder: Path, facts: dict[str, object]) -> bool:
     return True
 
 
-def _open(path: Path, num_rows: int, width: int, dtype: type[np.floating]) -> np.memmap:  # type: ignore[type-arg]  # numpy's own
+def _open(path: Path, num_rows: int, width: int, dtype: type[np.floating]) -> np.memmap:
     return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(num_rows, width))
