@@ -11,10 +11,12 @@ from saekit.activations import ActivationStore
 from saekit.evaluation.planted import PlantedConfig, PlantedDictionary
 from saekit.manifest import write_json
 
-__all__ = ["PLANTED", "Shape", "prepare_planted", "prepare_real"]
+__all__ = ["PLANTED", "PLANTED_TUNING", "Shape", "prepare_planted", "prepare_real"]
 
 PLANTED = PlantedConfig(num_features=512, d_in=128, num_roots=16, num_children=4, depth=2, min_probability=4e-3)
 """Half the size of the reference set, so that a run takes seconds."""
+PLANTED_TUNING = PLANTED.model_copy(update={"seed": 1886151022})
+"""Another dictionary of the same kind, on which peers are tuned."""
 TEST_FRACTION = 0.15
 SAMPLE_TOKENS = 4096
 
@@ -52,14 +54,14 @@ def prepare_real(folder: Path, store: Path, shape: Shape) -> None:
     write_json(folder / "facts.json", facts)
 
 
-def prepare_planted(folder: Path, shape: Shape) -> None:
-    """Writes tokens of the planted dictionary: train.npy, test.npy and truth.pt, each stream with a seed of its own."""
-    facts = {"planted": PLANTED.to_dict(), **shape._asdict(), "d_sae": 0, "k": 0}
+def prepare_planted(folder: Path, shape: Shape, config: PlantedConfig) -> None:
+    """Writes tokens of a planted dictionary: train.npy, test.npy and truth.pt, each stream with a seed of its own."""
+    facts = {"planted": config.to_dict(), **shape._asdict(), "d_sae": 0, "k": 0}
     if _is_there(folder, facts):
         return
-    planted = PlantedDictionary(PLANTED)
+    planted = PlantedDictionary(config)
     wanted = shape.steps * shape.batch
-    array = _open(folder / "train.npy", wanted, PLANTED.d_in, np.float32)
+    array = _open(folder / "train.npy", wanted, config.d_in, np.float32)
     generator = torch.Generator().manual_seed(1)
     for start in range(0, wanted, SAMPLE_TOKENS):
         size = min(SAMPLE_TOKENS, wanted - start)

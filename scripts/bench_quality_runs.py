@@ -37,8 +37,9 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "matryoshka_topk": LIBRARIES[:1],
 }
 """Who has which."""
+PENALIZED = {"jumprelu", "gated", "relu"}
 TUNING_SEED = 0
-"""Of the trainings that choose a peer's settings; the best of them counts as one of its seeds, which favors peers."""
+"""Of the trainings that choose a peer's settings; on real activations the best of them counts as one of its seeds."""
 LR_FACTORS = {"sae-lens": (1.0, 3.0, 10.0), "dictionary-learning": (1.0, 3.0, 10.0), "eai-sparsify": (0.1, 0.3, 1.0)}
 """Tried in multiples of the library's own rate: those of Adam are for trainings a hundred times as long."""
 FIRST_COEFFICIENTS = {
@@ -151,6 +152,7 @@ class Study:
         *,
         workers: Workers,
         num_rates: int,
+        tuned_on: "Study | None" = None,
         say: Callable[[str], None],
     ) -> None:
         """Trains nothing yet.
@@ -161,7 +163,9 @@ class Study:
             shape: sizes.
             results: of earlier calls too.
             workers: train.
-            num_rates: learning rates that are tried for architectures other than TopK.
+            num_rates: learning rates that are tried for architectures other than TopK, TopK's best one first; with 1, penalized
+                ones try one or two more around it.
+            tuned_on: where peers' settings are chosen; None = here.
             say: for progress.
         """
         self.name = name
@@ -171,6 +175,7 @@ class Study:
         self.workers = workers
         self.say = say
         self.num_rates = num_rates
+        self.tuned_on = tuned_on
         self._chosen: dict[tuple[str, str], Setting] = {}
 
     def run(self, library: str, arch: str, seed: int) -> None:
@@ -185,6 +190,8 @@ class Study:
         """
         if library == LIBRARIES[0]:
             return Setting(None, None)
+        if self.tuned_on is not None:
+            return self.tuned_on.choose(library, arch)
         if (library, arch) not in self._chosen:
             rates = self._rates(library, arch)
             best = max((self._search(library, arch, lr) for lr in rates), key=self._merit)
@@ -192,6 +199,13 @@ class Study:
             while arch == "topk" and best["lr"] == rates[-1]:
                 rates.append(float(f"{3 * rates[-1]:.4g}"))
                 best = max(best, self._search(library, arch, rates[-1]), key=self._merit)
+            if arch in PENALIZED and self.num_rates == 1:
+                # Penalties may want another rate than top-k does: a larger one, or else a smaller one.
+                larger = self._search(library, arch, float(f"{3 * rates[0]:.4g}"))
+                if self._merit(larger) > self._merit(best):
+                    best = larger
+                else:
+                    best = max(best, self._search(library, arch, float(f"{0.3 * rates[0]:.4g}")), key=self._merit)
             self._chosen[library, arch] = Setting(best["lr"], best["coefficient"])
         return self._chosen[library, arch]
 

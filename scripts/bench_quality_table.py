@@ -55,7 +55,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
 def difference(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], figure: str) -> Interval:
     """Returns ours minus theirs over the seeds that both have, paired; FVU with the spread over documents as well.
 
-    The two spreads are independent, so their halves add in squares.
+    The two spreads are independent, so their halves add in squares; from one seed there is that over documents alone.
     """
     seeds = sorted({row["seed"] for row in ours} & {row["seed"] for row in theirs})
     pairs = [[next(row for row in rows if row["seed"] == seed) for rows in (ours, theirs)] for seed in seeds]
@@ -66,7 +66,7 @@ def difference(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, 
     sums = np.stack([errors[0] - errors[1], np.asarray(pairs[0][0]["variances"])], axis=1)
     totals = resample_documents(sums, NUM_BOOTSTRAP, seed=0)
     low, high = np.quantile(totals[:, 0] / totals[:, 1], (0.025, 0.975))
-    return Interval(over_seeds.mean, math.hypot(over_seeds.half, (high - low) / 2))
+    return Interval(over_seeds.mean, math.hypot(0.0 if len(pairs) < 2 else over_seeds.half, (high - low) / 2))
 
 
 def verdict(found: Interval, *, more_is_better: bool) -> str:
@@ -91,7 +91,7 @@ def write_table(path: Path, results: Results, shapes: Mapping[str, Shape], *, se
     """Writes the figures of the settings that were chosen.
 
     Args:
-        path: Markdown.
+        path: Markdown; what `quality_notes.md` beside it says is taken in.
         results: of all trainings, those of the search too.
         shapes: by part.
         seeds: how many count.
@@ -162,7 +162,8 @@ def _facts(results: Results) -> list[str]:
     return [
         f"- {datetime.date.today().isoformat()}; {cpu_name()}; {own}; {peers}, all with {TORCH.replace('==', ' ')}, float32.",
         "- Every library trains with its own trainer on the same tokens in the same order. Ours with all defaults. Of a peer, TopK "
-        "is tried with three learning rates around its own, the others with the best of them (planted: and 0.3 times that), and "
+        "is tried with three learning rates from its own upwards and more while the largest is the best; the others with the best of "
+        "them and (planted) 0.3 times that or (real, penalties only) 3 or else 0.3 times that; "
         "penalties are searched until L0 is within 20 %; the best by FVU (planted: by F1) on the very test tokens stays, and "
         "counts as one of the seeds. Both favor the peers. sae-lens' penalties are warmed up over 5 % and its rate falls over "
         "the last fifth, as in its tutorials; dictionary-learning's activations are normalised, its rate rises over 5 % and "
@@ -177,6 +178,6 @@ def _facts(results: Results) -> list[str]:
         f"- Planted: {planted}, trees of mutually exclusive children that need their parent, correlated roots "
         "(`saekit.evaluation.planted`).",
         "- ± is half of the 95 % interval over seeds (Student's t); of a difference it is paired by seed, and for FVU has the "
-        "spread over documents (bootstrap) added in squares.",
+        "spread over documents (bootstrap) added in squares; from one seed it is that over documents alone.",
         "- Before an SAE counts, our reading of its files gives the FVU and L0 of the library's own encode and decode within 0.2 %.",
     ]

@@ -137,7 +137,7 @@ def recovery(
     return Recovery(
         mcc=float(matching.cosines.mean()),
         f1=float(scores[frequent].mean()),
-        uniqueness=len(nearest.unique()) / len(W_dec),
+        uniqueness=len(set(nearest.tolist())) / len(W_dec),
         recovered=float((cosines[:, frequent].max(dim=0).values > 0.9).double().mean()),
     )
 

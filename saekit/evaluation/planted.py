@@ -14,6 +14,8 @@ __all__ = ["PlantedConfig", "PlantedDictionary", "PlantedSample"]
 MAX_SIBLING_PROBABILITY = 0.95
 """Children of an active parent may take so much of its firings together; the rest fires none."""
 
+_STREAM = 0x706C616E
+
 
 class PlantedConfig(Config):
     """What is planted."""
@@ -85,7 +87,9 @@ class PlantedDictionary:
     def __init__(self, config: PlantedConfig) -> None:
         """Draws the dictionary from the config's seed."""
         self.config = config
-        generator = torch.Generator().manual_seed(config.seed)
+        # Torch's stream of the plain seed is what the first weights of an SAE with this seed are drawn from: they would be the
+        # planted directions.
+        generator = torch.Generator().manual_seed(config.seed ^ _STREAM)
         num = config.num_features
         self.features = _spread(torch.randn(num, config.d_in, generator=generator), config.orthogonal_steps)
         self._levels = _levels(config)

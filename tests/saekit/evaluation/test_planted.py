@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from saekit.errors import ConfigError
+from saekit.evaluation.matching import match_features
 from saekit.evaluation.planted import PlantedConfig, PlantedDictionary
+from saekit.sae import TopKConfig, TopKSAE
 
 SMALL = PlantedConfig(
     num_features=96, d_in=48, num_roots=4, num_children=3, depth=2, min_probability=0.01, orthogonal_steps=20
@@ -82,6 +84,11 @@ def test_features_are_unit_and_driven_apart(planted: PlantedDictionary) -> None:
     assert torch.allclose(planted.features.norm(dim=1), torch.ones(96), atol=1e-5)
     before, after = (d.features @ d.features.T - identity for d in (together, planted))
     assert float(after.square().sum()) < float(before.square().sum())
+
+
+def test_features_are_not_the_first_weights_of_an_sae_with_the_same_seed(planted: PlantedDictionary) -> None:
+    sae = TopKSAE(TopKConfig(d_in=48, d_sae=96, k=4), seed=SMALL.seed)
+    assert float(match_features(sae.W_dec, planted.features).cosines.mean()) < 0.5
 
 
 def test_same_seed_same_dictionary_and_same_stream() -> None:
