@@ -65,21 +65,44 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple
     return make
 
 
-def test_choose_takes_the_learning_rate_with_the_least_fvu(study: Callable[[], tuple[Study, FakeWorkers]]) -> None:
+def test_choose_goes_on_past_the_edge_to_the_learning_rate_with_the_least_fvu(
+    study: Callable[[], tuple[Study, FakeWorkers]],
+) -> None:
     made, workers = study()
     setting = made.choose("sae-lens", "topk")
-    tried = [job["lr"] for _, job in workers.jobs]
-    assert tried == [pytest.approx(factor * 3e-4) for factor in (1, 3, 10)]
-    assert setting == Setting(min(tried, key=lambda lr: abs(math.log(lr / 1e-2))), None)
+    assert [job["lr"] for _, job in workers.jobs] == [pytest.approx(factor * 3e-4) for factor in (1, 3, 10, 30, 90)]
+    assert setting == Setting(pytest.approx(9e-3), None)
 
 
-def test_choose_searches_the_penalty_until_l0_is_near(study: Callable[[], tuple[Study, FakeWorkers]]) -> None:
+def test_choose_searches_the_penalty_until_l0_is_near_at_three_learning_rates(
+    study: Callable[[], tuple[Study, FakeWorkers]],
+) -> None:
     made, workers = study()
     setting = made.choose("sae-lens", "gated")
+    jobs = [job for _, job in workers.jobs if job["arch"] == "gated"]
+    assert list(dict.fromkeys(job["lr"] for job in jobs)) == pytest.approx([9e-3, 2.7e-2, 2.7e-3])
     # The first coefficient, 2.0, gives an L0 of 0.25; a step may not be longer than a factor of 10.
-    coefficients = [job["coefficient"] for _, job in workers.jobs if job["arch"] == "gated"]
+    coefficients = [job["coefficient"] for job in jobs if job["lr"] == jobs[0]["lr"]]
     assert coefficients == [2.0, pytest.approx(0.2, rel=0.01), pytest.approx(0.125, rel=0.01)]
-    assert setting.coefficient == coefficients[-1]
+    assert setting == Setting(pytest.approx(9e-3), coefficients[-1])
+
+
+def test_settings_chosen_on_other_data_are_taken_from_there(study: Callable[[], tuple[Study, FakeWorkers]]) -> None:
+    tuning, workers = study()
+    made = Study(
+        "planted",
+        tuning.folder,
+        SHAPE,
+        tuning.results,
+        workers=workers,
+        num_rates=1,
+        tuned_on=tuning,
+        say=lambda _: None,
+    )
+    made.run("sae-lens", "topk", 1)
+    assert {row["data"] for row in made.results.find(seed=1)} == {"planted"}
+    assert {row["data"] for row in made.results.find(seed=0)} == {"real"}
+    assert made.results.find(seed=1)[0]["lr"] == pytest.approx(9e-3)
 
 
 def test_our_own_settings_are_never_searched(study: Callable[[], tuple[Study, FakeWorkers]]) -> None:
