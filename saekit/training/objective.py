@@ -29,8 +29,9 @@ __all__ = [
 
 SumOverProcesses = Callable[[Tensor], Tensor]
 
-MAX_THRESHOLD_MEMORY_STEPS = 100
-"""Most steps over which BatchTopK's threshold is averaged, an order more than the batch-to-batch noise needs."""
+THRESHOLD_MEMORY_STEPS = (10, 100)
+"""Fewest and most steps over which BatchTopK's threshold is averaged; the latter is an order more than the batch-to-batch noise of
+thousands of tokens needs."""
 THRESHOLD_MEMORY_FRACTION = 1 / 40
 """The same as a part of training: the entries that a batch keeps change while the weights do, so the mean may not reach back to
 before the learning rate fell. Of 160 steps, a mean over 100 left an L0 of 26.6 where 32 were wanted."""
@@ -266,7 +267,8 @@ class BatchTopKObjective(Objective):
         super().after_step()
         self.num_seen += 1
         # A plain mean at first, so that the threshold's start does not matter; then a running one that follows the weights.
-        memory = min(MAX_THRESHOLD_MEMORY_STEPS, max(1.0, THRESHOLD_MEMORY_FRACTION * self.config.num_steps))
+        fewest, most = THRESHOLD_MEMORY_STEPS
+        memory = min(most, max(fewest, THRESHOLD_MEMORY_FRACTION * self.config.num_steps))
         weight = max(1.0 / float(self.num_seen), 1.0 / memory)
         self.sae.threshold.lerp_(self.smallest_kept.to(self.sae.threshold), weight)
 

@@ -321,8 +321,8 @@ def test_architectures_without_an_objective_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("num_steps", "expected"),
-    [(160, 2 - 0.75**10), (4_000, 2 - 0.99**10), (400_000, 2 - 0.99**10)],
-    ids=["a mean of 4 steps", "of 100 steps", "of no more than 100"],
+    [(160, 2 - 0.9**10), (800, 2 - 0.95**10), (4_000, 2 - 0.99**10), (400_000, 2 - 0.99**10)],
+    ids=["a mean of no less than 10 steps", "of 20 steps", "of 100 steps", "of no more than 100"],
 )
 def test_batchtopk_threshold_forgets_within_a_fortieth_of_training(num_steps: int, expected: float) -> None:
     sae = BatchTopKSAE(BatchTopKConfig(d_in=D_IN, d_sae=D_SAE, k=3), dtype=torch.float64)
