@@ -157,7 +157,7 @@ def test_fused_adam_on_a_transposed_view_equals_plain_adam() -> None:
     values = torch.randn(6, 4)
     transposed, plain = nn.Parameter(values.clone().T), nn.Parameter(values.T.contiguous())
     fused = build_optimizer({"W_enc": transposed}, config, lr=0.1)
-    other = torch.optim.Adam([plain], lr=0.1, betas=config.betas)
+    other = torch.optim.Adam([plain], lr=0.1, betas=config.adam_betas)
     for step in range(5):
         gradient = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
         transposed.grad, plain.grad = gradient.T, gradient.T.contiguous()
