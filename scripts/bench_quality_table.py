@@ -161,18 +161,19 @@ def _facts(results: Results) -> list[str]:
     planted = f"{PLANTED.num_features} features in {PLANTED.d_in} dimensions"
     return [
         f"- {datetime.date.today().isoformat()}; {cpu_name()}; {own}; {peers}, all with {TORCH.replace('==', ' ')}, float32.",
-        "- Every library trains with its own trainer on the same tokens in the same order. Ours with all defaults. Of a peer, TopK "
-        "is tried with three learning rates from its own upwards and more while the largest is the best; the others with the best of "
-        "them and (planted) 0.3 times that or (real, penalties only) 3 or else 0.3 times that; "
-        "penalties are searched until L0 is within 20 %; the best by FVU (planted: by F1) on the very test tokens stays, and "
-        "counts as one of the seeds. Both favor the peers. sae-lens' penalties are warmed up over 5 % and its rate falls over "
-        "the last fifth, as in its tutorials; dictionary-learning's activations are normalised, its rate rises over 5 % and "
-        "falls over the last fifth, as in its demo; eai-sparsify keeps its schedule-free signum. Steps until a feature is dead "
-        "are a thirtieth of the training for all.",
-        "- L0 is that of the inference rule as trained. FVU, MCC, F1 and dead fraction are at exactly the wanted L0: what "
+        "- Every library trains with its own trainer on the same tokens in the same order; ours with all defaults. Of a peer, TopK "
+        "is tried with three learning rates from its own upwards (eai-sparsify: downwards), and larger ones while the largest is the "
+        "best; the other architectures with the best of them and on the planted dictionary 0.3 times that, on real activations for "
+        "penalties 3 or else 0.3 times that. Penalties are searched until L0 is within 20 %. Peers are tuned for F1 on another "
+        "planted dictionary; on real activations for FVU on the test tokens themselves, and that SAE counts as seed 0, which favors "
+        "them.",
+        "- sae-lens: its penalties are warmed up over 5 % and its rate falls over the last fifth, as in its tutorials, and its JumpReLU "
+        "is the tanh recipe. dictionary-learning: activations normalised, the rate rises over 5 % and falls over the last fifth, as "
+        "in its demo. eai-sparsify: its schedule-free signum. A feature is dead after a thirtieth of the training, for all.",
+        "- L0 is that of the inference rule as trained. FVU, MCC and F1 are at exactly the wanted L0: what "
         "pre-activations are compared with is moved by one number, for every library alike, on training tokens (thresholds by a "
         "factor, biases of ReLU and of gates by a shift; top-k needs none).",
-        "- FVU is pooled around the mean of the held-out tokens, of other documents than those of training; dead = active on "
+        "- FVU is pooled around the mean of the held-out tokens, of other documents than those of training; dead = as trained, active on "
         "none of them. MCC: mean absolute cosine of the best one-to-one matching of decoder rows and planted features. F1: of the "
         "firing of matched pairs, averaged over the F most frequent planted features, 0 where one has no partner.",
         f"- Planted: {planted}, trees of mutually exclusive children that need their parent, correlated roots "
