@@ -149,6 +149,8 @@ def _verdicts(arch: str, found: dict[str, list[Mapping[str, Any]]], names: list[
         best = min(peers, key=lambda library: sign * statistics.fmean(row[name] for row in peers[library]))
         gap = difference(ours, peers[best], name)
         result = verdict(gap, more_is_better=more_is_better)
+        if not math.isnan(gap.half) and len({row["seed"] for row in ours} & {row["seed"] for row in peers[best]}) < 2:
+            result += ", on one seed"
         lines.append(f"| {TITLES[arch]} | {title} | {best} | {gap} | {result} |")
     return lines
 
