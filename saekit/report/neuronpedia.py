@@ -98,8 +98,7 @@ def export_neuronpedia(
     rows = (row for f in features for row in _activation_rows(f, contexts, reader, config))
     _write_batches(folder / "activations", rows)
     _write_batches(folder / "explanations", (_explanation_row(label, ids, config) for label in found))
-    models = {label.labeler: label.model for label in found}
-    _write_batches(folder / "explanation_scores", (_score_row(score, ids, models, config) for score in scores))
+    _write_batches(folder / "explanation_scores", (_score_row(score, ids, config) for score in scores))
     return folder
 
 
@@ -155,9 +154,7 @@ def _write_heads(
     models = sorted({label.model for label in labels if label.model})
     _write_lines(folder / "explanation_model_type.jsonl", [_named(model_name, named) for model_name in models])
     score_kinds = sorted({_score_type(score) for score in scores})
-    judges = sorted(
-        {_judge(score, label.model) for score in scores for label in labels if label.labeler == score.labeler}
-    )
+    judges = sorted({_judge(score) for score in scores})
     _write_lines(
         folder / "explanation_score_type.jsonl",
         [_named(k, named | {"creatorId": config.creator_id}) for k in score_kinds],
@@ -237,16 +234,14 @@ def _explanation_row(label: Label, ids: Mapping[tuple[int, str], str], config: N
     }
 
 
-def _score_row(
-    score: Score, ids: Mapping[tuple[int, str], str], models: Mapping[str, str | None], config: NeuronpediaConfig
-) -> Row:
+def _score_row(score: Score, ids: Mapping[tuple[int, str], str], config: NeuronpediaConfig) -> Row:
     explanation = ids[score.feature, score.labeler]
     return {
         "id": _id(explanation, score.scorer, json.dumps(score.to_dict(), sort_keys=True)),
         "value": _value(score),
         "explanationId": explanation,
         "explanationScoreTypeName": _score_type(score),
-        "explanationScoreModelName": _judge(score, models[score.labeler]),
+        "explanationScoreModelName": _judge(score),
         "initiatedByUserId": config.creator_id,
         "jsonDetails": json.dumps(score.to_dict(), sort_keys=True),
         "createdAt": config.created_at,
@@ -261,9 +256,8 @@ def _score_type(score: Score) -> str:
     return f"saekit_{score.scorer}"
 
 
-def _judge(score: Score, model: str | None) -> str:
-    # Scores of earlier versions do not name their judge.
-    return score.judge or (model if model and score.scorer == "detection" else "saekit")
+def _judge(score: Score) -> str:
+    return score.judge or "saekit"
 
 
 def _value(score: Score) -> float | None:
