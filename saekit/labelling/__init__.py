@@ -5,7 +5,10 @@ from saekit.labelling.chat import Answer, Ask, ChatClient, ChatReply, ChatReques
 from saekit.labelling.collect import ContextConfig, collect_contexts
 from saekit.labelling.contexts import CodeSample, Context, FeatureContexts
 from saekit.labelling.estimate import LLMEstimate
+from saekit.labelling.evidence.clamp import clamped_token_change
 from saekit.labelling.evidence.effects import TokenEffects, effects_path
+from saekit.labelling.evidence.sidescores import SideScores, input_scores, output_scores
+from saekit.labelling.evidence.steering import MatchedPush, SteeredContexts, match_kl
 from saekit.labelling.evidence.tokenchange import TokenChangeConfig, steering_contexts, steering_strengths, token_change
 from saekit.labelling.evidence.vocabproj import vocab_projection
 from saekit.labelling.label import CONTEXTS_FOLDER, estimate_labels, label_features
@@ -36,16 +39,23 @@ __all__ = [
     "LabelConfig",
     "LabellingModel",
     "Ledger",
+    "MatchedPush",
     "Rule",
     "RuleScoringConfig",
     "Score",
+    "SideScores",
+    "SteeredContexts",
     "TokenChangeConfig",
     "TokenEffects",
     "ask_in_rounds",
+    "clamped_token_change",
     "collect_contexts",
     "effects_path",
     "estimate_labels",
+    "input_scores",
     "label_features",
+    "match_kl",
+    "output_scores",
     "read_labels",
     "read_scores",
     "score_rules",

@@ -10,7 +10,9 @@ from saekit.labelling.asking import LabellingModel
 from saekit.labelling.chat import ChatClient
 from saekit.labelling.contexts import FeatureContexts
 from saekit.labelling.estimate import LLMEstimate, estimate_requests, token_counter
+from saekit.labelling.evidence.clamp import clamped_token_change
 from saekit.labelling.evidence.effects import TokenEffects, effects_path
+from saekit.labelling.evidence.sidescores import SIDE_SCORES_NAME, SideScores, input_scores, output_scores
 from saekit.labelling.evidence.tokenchange import steering_contexts, steering_strengths, token_change
 from saekit.labelling.evidence.vocabproj import vocab_projection
 from saekit.labelling.evidence.wording import EffectsOf
@@ -97,9 +99,11 @@ class LabelStage:
         projected = self._projected()
         lexical = LexicalLabeler(self.train.store, self.contexts, self.vocabulary)
         changed = self._changed(lexical)
+        self._score_sides(projected, changed[0] if changed else None)
+        gathered = [*changed, *([projected] if projected is not None else [])]
 
         def effects(feature: int) -> list[TokenEffects]:
-            return [found for found in (changed, projected) if found is not None and found.promoted(feature)]
+            return [found for found in gathered if found.promoted(feature)]
 
         return lexical, effects
 
@@ -128,24 +132,49 @@ class LabelStage:
             effects.save(path)
         return TokenEffects.open(path)
 
-    def _changed(self, lexical: LexicalLabeler) -> TokenEffects | None:
+    def _changed(self, lexical: LexicalLabeler) -> list[TokenEffects]:
+        """Returns the effects of turning features up and, where that was done, those of turning them down."""
         asked = self.config.token_change
         if asked is None:
-            return None
-        path = effects_path(self.out, "tokenchange")
+            return []
+        path, path_down = effects_path(self.out, "tokenchange"), effects_path(self.out, "tokenchange_down")
         if not path.exists():
             steered = asked.features if asked.features is not None else self._clearest(lexical, asked.num_features)
-            effects = token_change(
-                self.lm,
-                self.sae,
-                features=steered,
-                strengths=steering_strengths(self.contexts, strength=asked.strength),
-                tokens=steering_contexts(self.train, config=asked),
-                config=asked,
-                progress=self.progress,
+            tokens = steering_contexts(self.train, config=asked)
+            if asked.match == "clamp":
+                up, down = clamped_token_change(
+                    self.lm, self.sae, features=steered, tokens=tokens, config=asked, progress=self.progress
+                )
+                down.save(path_down)
+            else:
+                up = token_change(
+                    self.lm,
+                    self.sae,
+                    features=steered,
+                    strengths=steering_strengths(self.contexts, strength=asked.strength),
+                    tokens=tokens,
+                    config=asked,
+                    progress=self.progress,
+                )
+            # Last, as it says that all is there.
+            up.save(path)
+        return [TokenEffects.open(found) for found in (path, path_down) if found.exists()]
+
+    def _score_sides(self, projected: TokenEffects | None, changed: TokenEffects | None) -> None:
+        """Keeps the input score of every projected feature and the output score of those that were steered."""
+        path = self.out / SIDE_SCORES_NAME
+        if projected is None or path.exists():
+            return
+        output = np.full(len(projected.features), np.nan, dtype=np.float32)
+        steered = [] if changed is None else np.intersect1d(changed.features, projected.features).tolist()
+        if steered:
+            output[np.searchsorted(projected.features, steered)] = output_scores(
+                self.lm, self.sae, projected, features=steered, progress=self.progress
             )
-            effects.save(path)
-        return TokenEffects.open(path)
+        tokens = self.train.store.tokens()
+        SideScores(
+            projected.features, input_score=input_scores(self.contexts, tokens, projected), output_score=output
+        ).save(path)
 
     def _clearest(self, lexical: LexicalLabeler, num: int) -> list[int]:
         """Returns the `num` labelled features whose rules predict training firings best."""
@@ -203,7 +232,9 @@ class LabelStage:
         llm = ledger_figures(ledger, questions.config) if ledger is not None and questions is not None else None
         write_report(self.out / LABEL_REPORT_NAME, reports, num_features=num_features, llm=llm)
         costs = ledger.cost_of_features() if ledger is not None else {}
-        write_label_table(self.out / LABEL_TABLE_NAME, self.labels.records, cost_of_features=costs)
+        path = self.out / SIDE_SCORES_NAME
+        sides = SideScores.open(path) if path.exists() else None
+        write_label_table(self.out / LABEL_TABLE_NAME, self.labels.records, cost_of_features=costs, sides=sides)
 
     def _skipped(self, questions: Questions | None, labeler: str) -> dict[int, str]:
         """Returns feature -> why a labeler is not asked about it."""
