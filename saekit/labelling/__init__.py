@@ -2,7 +2,8 @@
 
 from saekit.labelling.asking import LabellingModel, ask_in_rounds
 from saekit.labelling.chat import Answer, Ask, ChatClient, ChatReply, ChatRequest
-from saekit.labelling.collect import ContextConfig, collect_contexts
+from saekit.labelling.collect import collect_contexts, collect_contexts_part
+from saekit.labelling.collector import ContextConfig
 from saekit.labelling.contexts import CodeSample, Context, FeatureContexts
 from saekit.labelling.estimate import LLMEstimate
 from saekit.labelling.evidence.clamp import clamped_token_change
@@ -50,6 +51,7 @@ __all__ = [
     "ask_in_rounds",
     "clamped_token_change",
     "collect_contexts",
+    "collect_contexts_part",
     "effects_path",
     "estimate_labels",
     "input_scores",

@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from saekit.config import Config
-from saekit.labelling.collect import ContextConfig
+from saekit.labelling.collector import ContextConfig
 from saekit.labelling.evidence.tokenchange import TokenChangeConfig
 from saekit.labelling.llmconfig import LLMConfig
 from saekit.labelling.scoring.rule import RuleScoringConfig
@@ -59,7 +59,7 @@ class LabelConfig(Config):
 
 
 _OPERATIONAL = {
-    "contexts": {"batch_tokens"},
+    "contexts": {"batch_tokens", "checkpoint_seconds"},
     "token_change": {"batch_features"},
     "llm": {
         "api_key_env",
