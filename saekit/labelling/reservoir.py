@@ -150,7 +150,7 @@ class Reservoir:
     def _take(
         self,
         groups: NDArray[np.int64],
-        priority: NDArray[np.float32] | NDArray[np.uint64],
+        priority: NDArray[np.float32] | NDArray[np.uint64] | NDArray[np.float32 | np.uint64],
         flat_new: NDArray[np.int64],
         acts_new: NDArray[np.float32],
         documents_new: NDArray[np.int64],

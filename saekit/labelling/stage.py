@@ -22,6 +22,7 @@ from saekit.labelling.labelconfig import LabelConfig
 from saekit.labelling.ledger import LEDGER_NAME, Ledger
 from saekit.labelling.lexical import LexicalLabeler
 from saekit.labelling.llm import Questions, explain_and_judge, least_explained
+from saekit.labelling.paper import PaperExplainer
 from saekit.labelling.records import LEXICAL, Label, Score
 from saekit.labelling.runreport import LABEL_REPORT_NAME, LabelerReport, ledger_figures, report_labeler, write_report
 from saekit.labelling.scoring.detection import Judge
@@ -195,9 +196,10 @@ class LabelStage:
         assert config is not None, "checked by LabelConfig"
         firing = {f: float(lexical.confidence[f]) for f in self.features if self.contexts.firing_count[f] > 0}
         reader = ExampleReader(self.train.store, self.vocabulary)
+        explainer = PaperExplainer if config.style == "paper_output_centric" else Explainer
         return Questions(
             explainers=[
-                Explainer(reader, self.contexts, config, kind=kind, effects=effects)
+                explainer(reader, self.contexts, config, kind=kind, effects=effects)
                 for kind in config.explainers
                 if kind != "concat"
             ],
