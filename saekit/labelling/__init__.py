@@ -16,6 +16,7 @@ from saekit.labelling.label import CONTEXTS_FOLDER, estimate_labels, label_featu
 from saekit.labelling.labelconfig import LabelConfig
 from saekit.labelling.ledger import Ledger
 from saekit.labelling.llmconfig import BatchConfig, LLMConfig
+from saekit.labelling.negatives import near_negatives, sibling_features
 from saekit.labelling.records import Label, Score
 from saekit.labelling.rules import Clause, Rule
 from saekit.labelling.scoring.rule import RuleScoringConfig, score_rules
@@ -57,10 +58,12 @@ __all__ = [
     "input_scores",
     "label_features",
     "match_kl",
+    "near_negatives",
     "output_scores",
     "read_labels",
     "read_scores",
     "score_rules",
+    "sibling_features",
     "steering_contexts",
     "steering_strengths",
     "token_change",

@@ -145,11 +145,11 @@ def output_scores(
 
 
 def _largest_act(lm: LanguageModel, sae: SAE, tokens: Tensor) -> float:
-    """Returns the largest activation of any feature at the last position of a prompt [1, T]."""
+    """Returns the largest activation of any feature at the last position of a prompt [1, T]; 0 where none fires."""
     assert sae.hook_point is not None, "checked by the caller"
     reads = list(sae.hook_points) if isinstance(sae, SitesSAE) else [sae.hook_point]
     found = capture(lm, tokens, reads)
     x = torch.cat([found[name][:, -1] for name in reads], dim=-1)  # [1, D]
     with torch.no_grad():
         acts, _ = sae.encode_sparse(x.to(sae.W_enc.device, sae.W_enc.dtype))
-    return float(acts.max())
+    return float(acts.max()) if acts.numel() else 0.0

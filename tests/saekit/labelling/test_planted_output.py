@@ -4,21 +4,37 @@ import numpy as np
 import pytest
 import torch
 
+from saekit.activations import ActivationStore, CacheConfig, cache_activations
 from saekit.errors import ConfigError, StoreError
 from saekit.labelling import (
+    FeatureContexts,
+    LabelConfig,
     SideScores,
     SteeredContexts,
     TokenChangeConfig,
+    TokenEffects,
     clamped_token_change,
+    effects_path,
     input_scores,
+    label_features,
     match_kl,
     output_scores,
+    read_labels,
     token_change,
     vocab_projection,
 )
 from saekit.labelling.evidence.sidescores import PROMPT
 from saekit.models import LanguageModel, add, capture, find_unembedding, load_model, logits, replace
-from saekit.sae import TopKConfig, TopKCrosscoder, TopKCrosscoderConfig, TopKSAE, Transcoder, TranscoderConfig
+from saekit.sae import (
+    JumpReLUConfig,
+    JumpReLUSAE,
+    TopKConfig,
+    TopKCrosscoder,
+    TopKCrosscoderConfig,
+    TopKSAE,
+    Transcoder,
+    TranscoderConfig,
+)
 
 NUM = 24
 """Planted features; number NUM + i is number i with the sign of its decoder row flipped."""
@@ -244,3 +260,61 @@ def test_side_scores_survive_the_disk(tmp_path) -> None:
     assert again.of(3) == again.of(9) == {"input_score": None, "output_score": None}
     with pytest.raises(StoreError, match="cannot be read as input and output scores"):
         SideScores.open(tmp_path / "none.safetensors")
+
+
+@pytest.fixture(scope="module")
+def store(lm, documents_file, tmp_path_factory) -> ActivationStore:
+    config = CacheConfig.parse(
+        {
+            "model": {"name": lm.name},
+            "text": {"kind": "files", "paths": [str(documents_file)]},
+            "tokens": {"context_len": 32},
+            "hook_points": [HOOK],
+            "num_tokens": 700,
+        }
+    )
+    out = tmp_path_factory.mktemp("cache")
+    cache_activations(config, out, lm=lm)
+    return ActivationStore.open(out)
+
+
+def _rule_sae(store: ActivationStore, lm: LanguageModel, triggers: list[int], planted: np.ndarray) -> JumpReLUSAE:
+    """Feature i fires on every token `triggers[i]` and on nothing else, and writes the pair `planted[i]`."""
+    sae = JumpReLUSAE(JumpReLUConfig(d_in=lm.d_model, d_sae=len(triggers), target_l0=1), hook_point=HOOK)
+    x = store.read_rows(np.arange(store.num_rows)).float().reshape(-1, lm.d_model)
+    ids = torch.from_numpy(np.array(store.tokens()).reshape(-1))
+    with torch.no_grad():
+        for feature, token in enumerate(triggers):
+            direction = x[ids == token].mean(dim=0)
+            scores = x @ direction
+            low, high = float(scores[ids == token].min()), float(scores[ids != token].max())
+            assert low > high, "the rule cannot be written in this model"
+            sae.W_enc[:, feature] = direction
+            sae.threshold[feature] = (low + high) / 2
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+        sae.W_dec.copy_(_rows(lm, planted)[: len(triggers)])
+    return sae
+
+
+def test_labels_carry_what_a_feature_reads_and_what_it_writes(lm, store, planted, tmp_path) -> None:
+    ids, counts = np.unique(np.array(store.tokens()), return_counts=True)
+    usual = ids[np.argsort(-counts, kind="stable")]
+    triggers = [int(token) for token in usual if token > 1 and len(lm.tokenizer.decode([int(token)]).strip()) > 1][:4]
+    sae = _rule_sae(store, lm, triggers, planted)
+    train, test = store.split(0.3)
+    config = LabelConfig.parse({"num_effect_tokens": 50, "token_change": {"context_len": 8}})
+    label_features(sae, train, test=test, lm=lm, out=tmp_path, config=config)
+    contexts = FeatureContexts.open(tmp_path / "contexts")
+    in_train = np.asarray(train.mask)
+    labels = {label.feature: label for label in read_labels(tmp_path)}
+    projected, changed = (TokenEffects.open(effects_path(tmp_path, kind)) for kind in ("vocabproj", "tokenchange"))
+    tokens = np.array(store.tokens())
+    for feature, token in enumerate(triggers):
+        assert contexts.firing_count[feature] == int(((tokens == token) & in_train).sum())
+        assert all(tokens[c.row, c.position] == token for c in contexts.feature(feature))
+        assert token in labels[feature].rule_tokens
+        assert _recall(projected.promoted(feature), planted[feature]) == 1
+        assert changed.promoted(feature)[0][0] in planted[feature]
+        assert labels[feature].promotes
+        assert token not in planted[feature]
