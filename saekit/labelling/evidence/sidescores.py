@@ -6,6 +6,7 @@ and output score, both over the 20 tokens that the logit lens gives the decoder 
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,11 @@ class SideScores:
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, atomically."""
-        arrays = {"features": self.features, "input_score": self.input_score, "output_score": self.output_score}
+        arrays: dict[str, NDArray[Any]] = {
+            "features": self.features,
+            "input_score": self.input_score,
+            "output_score": self.output_score,
+        }
         with atomic_write(path) as file:
             file.write(save(arrays))
 

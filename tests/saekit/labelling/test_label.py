@@ -168,18 +168,6 @@ def test_real_store_and_model_give_every_artifact(tiny_store, tiny_lm, tmp_path)
     assert all(label.promotes and label.suppresses for label in by_feature.values())
 
 
-def test_published_preset_turns_features_up_and_down(tiny_store, tiny_lm, tmp_path) -> None:
-    train, test = tiny_store.split(0.3)
-    sae = TopKSAE(TopKConfig(d_in=tiny_store.d_in, d_sae=12, k=4), hook_point="model.layers.1")
-    config = LabelConfig.parse({"preset": "paper_output_centric", "token_change": {"features": [2, 7]}})
-    label_features(sae, train, test=test, lm=tiny_lm, out=tmp_path, config=config)
-    up, down = (TokenEffects.open(effects_path(tmp_path, kind)) for kind in ("tokenchange", "tokenchange_down"))
-    assert up.features.tolist() == down.features.tolist() == [2, 7]
-    assert up.promoted_ids.shape == down.suppressed_ids.shape == (2, 10)
-    assert (up.strength.tolist(), down.strength.tolist()) == ([10, 10], [-10, -10])
-    assert TokenEffects.open(effects_path(tmp_path, "vocabproj")).promoted_ids.shape == (12, 50)
-
-
 def test_dictionary_of_another_width_is_refused(tiny_store, tiny_lm, tmp_path) -> None:
     train, test = tiny_store.split(0.3)
     sae = TopKSAE(TopKConfig(d_in=7, d_sae=9, k=2), hook_point="model.layers.1")

@@ -298,11 +298,11 @@ def _rule_sae(store: ActivationStore, lm: LanguageModel, triggers: list[int], pl
 
 
 def test_labels_carry_what_a_feature_reads_and_what_it_writes(lm, store, planted, tmp_path) -> None:
-    ids, counts = np.unique(np.array(store.tokens()), return_counts=True)
+    train, test = store.split(0.3)
+    ids, counts = np.unique(np.array(store.tokens())[np.asarray(train.mask)], return_counts=True)
     usual = ids[np.argsort(-counts, kind="stable")]
     triggers = [int(token) for token in usual if token > 1 and len(lm.tokenizer.decode([int(token)]).strip()) > 1][:4]
     sae = _rule_sae(store, lm, triggers, planted)
-    train, test = store.split(0.3)
     config = LabelConfig.parse({"num_effect_tokens": 50, "token_change": {"context_len": 8}})
     label_features(sae, train, test=test, lm=lm, out=tmp_path, config=config)
     contexts = FeatureContexts.open(tmp_path / "contexts")
@@ -318,3 +318,15 @@ def test_labels_carry_what_a_feature_reads_and_what_it_writes(lm, store, planted
         assert changed.promoted(feature)[0][0] in planted[feature]
         assert labels[feature].promotes
         assert token not in planted[feature]
+
+
+def test_published_preset_turns_features_up_and_down(lm, store, tmp_path) -> None:
+    train, test = store.split(0.3)
+    sae = TopKSAE(TopKConfig(d_in=store.d_in, d_sae=12, k=4), hook_point=HOOK)
+    config = LabelConfig.parse({"preset": "paper_output_centric", "token_change": {"features": [2, 7]}})
+    label_features(sae, train, test=test, lm=lm, out=tmp_path, config=config)
+    up, down = (TokenEffects.open(effects_path(tmp_path, kind)) for kind in ("tokenchange", "tokenchange_down"))
+    assert up.features.tolist() == down.features.tolist() == [2, 7]
+    assert up.promoted_ids.shape == down.suppressed_ids.shape == (2, 10)
+    assert (up.strength.tolist(), down.strength.tolist()) == ([10, 10], [-10, -10])
+    assert TokenEffects.open(effects_path(tmp_path, "vocabproj")).promoted_ids.shape == (12, 50)
