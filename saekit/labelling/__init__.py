@@ -2,17 +2,22 @@
 
 from saekit.labelling.asking import LabellingModel, ask_in_rounds
 from saekit.labelling.chat import Answer, Ask, ChatClient, ChatReply, ChatRequest
-from saekit.labelling.collect import ContextConfig, collect_contexts
+from saekit.labelling.collect import collect_contexts, collect_contexts_part
+from saekit.labelling.collector import ContextConfig
 from saekit.labelling.compare import LabelComparison, compare_labels
 from saekit.labelling.contexts import CodeSample, Context, FeatureContexts
 from saekit.labelling.estimate import LLMEstimate
+from saekit.labelling.evidence.clamp import clamped_token_change
 from saekit.labelling.evidence.effects import TokenEffects, effects_path
+from saekit.labelling.evidence.sidescores import SideScores, input_scores, output_scores
+from saekit.labelling.evidence.steering import MatchedPush, SteeredContexts, match_kl
 from saekit.labelling.evidence.tokenchange import TokenChangeConfig, steering_contexts, steering_strengths, token_change
 from saekit.labelling.evidence.vocabproj import vocab_projection
 from saekit.labelling.label import CONTEXTS_FOLDER, estimate_labels, label_features
 from saekit.labelling.labelconfig import LabelConfig
 from saekit.labelling.ledger import Ledger
 from saekit.labelling.llmconfig import BatchConfig, LLMConfig
+from saekit.labelling.negatives import near_negatives, sibling_features
 from saekit.labelling.records import Label, Score
 from saekit.labelling.rules import Clause, Rule
 from saekit.labelling.scoring.embedding import Embed, EmbeddingConfig
@@ -41,21 +46,31 @@ __all__ = [
     "LabelConfig",
     "LabellingModel",
     "Ledger",
+    "MatchedPush",
     "Rule",
     "RuleScoringConfig",
     "Score",
+    "SideScores",
+    "SteeredContexts",
     "TokenChangeConfig",
     "TokenEffects",
     "ask_in_rounds",
+    "clamped_token_change",
     "collect_contexts",
+    "collect_contexts_part",
     "compare_labels",
     "effects_path",
     "estimate_labels",
+    "input_scores",
     "label_features",
+    "match_kl",
+    "near_negatives",
+    "output_scores",
     "read_controls",
     "read_labels",
     "read_scores",
     "score_rules",
+    "sibling_features",
     "steering_contexts",
     "steering_strengths",
     "token_change",

@@ -81,6 +81,7 @@ class FeatureContexts:
             ordered by stratum, -1 where unused.
         firing_count: int64 [F], tokens with an activation above zero.
         max_act, mean_act: float32 [F]; the mean is over firings, 0 for a feature that never fires.
+        position_count: int32 [F, 16], firings by place in the row, in 16 equal parts.
         histogram: int32 [F, 16], firings by activation; the outer bins also hold what lies beyond them.
         histogram_edges: float32 [17], shared, equally spaced in log.
         num_tokens: tokens the pass has seen.
@@ -101,6 +102,7 @@ class FeatureContexts:
         self.firing_count: NDArray[np.int64] = arrays["firing_count"].astype(np.int64, copy=False)
         self.max_act: NDArray[np.float32] = arrays["max_act"].astype(np.float32, copy=False)
         self.mean_act: NDArray[np.float32] = arrays["mean_act"].astype(np.float32, copy=False)
+        self.position_count: NDArray[np.int32] = arrays["position_count"].astype(np.int32, copy=False)
         self.histogram: NDArray[np.int32] = arrays["histogram"].astype(np.int32, copy=False)
         self.histogram_edges: NDArray[np.float32] = arrays["histogram_edges"].astype(np.float32, copy=False)
 

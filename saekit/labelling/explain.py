@@ -1,6 +1,7 @@
 """The labelers that ask a language model: evidence of one feature in, one structured answer out."""
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from pydantic import JsonValue
 
@@ -9,7 +10,7 @@ from saekit.labelling.chat import Answer, ChatReply, ChatRequest
 from saekit.labelling.contexts import FeatureContexts
 from saekit.labelling.evidence.effects import TokenEffects
 from saekit.labelling.evidence.wording import EffectsOf, EvidenceText
-from saekit.labelling.examples import ExampleReader
+from saekit.labelling.examples import Example, ExampleReader
 from saekit.labelling.llmconfig import ExplainerKind, LLMConfig
 from saekit.labelling.records import Label
 
@@ -55,7 +56,18 @@ def llm_labeler(config: LLMConfig, kind: ExplainerKind = "raw") -> str:
 
 
 class Explainer:
-    """Makes the questions about features of one kind, and labels of their answers."""
+    """Makes the questions about features of one kind, and labels of their answers.
+
+    Attributes:
+        prompts: prompt file of each kind that asks.
+        schema: of an answer, with the key `needs`.
+        usual_answer: for estimates.
+    """
+
+    prompts: ClassVar[Mapping[ExplainerKind, str]] = PROMPTS
+    schema: ClassVar[dict[str, JsonValue]] = _SCHEMA
+    needs: ClassVar[str] = "label"
+    usual_answer: ClassVar[str] = USUAL_ANSWER
 
     def __init__(
         self,
@@ -71,9 +83,10 @@ class Explainer:
         self.purpose = f"explain:{kind}"
         self._config = config
         self._contexts = contexts
+        self._reader = reader
         self._effects = effects
         self._evidence = EvidenceText(reader, contexts, config)
-        self._system = prompt_template(PROMPTS[kind])
+        self._system = prompt_template(self.prompts[kind])
         self._again = prompt_template(AGAIN_PROMPT).rstrip()
 
     def has_evidence(self, feature: int) -> bool:
@@ -89,18 +102,26 @@ class Explainer:
             system=self._system,
             user="\n".join(self._lines(feature)) + (self._again if attempt else ""),
             schema_name="feature_label",
-            schema=_SCHEMA,
+            schema=self.schema,
             temperature=config.temperature,
             max_output_tokens=config.max_output_tokens * (2 if attempt else 1),
             attempt=attempt,
             purpose=self.purpose,
             feature=feature,
-            usual_answer=USUAL_ANSWER,
+            usual_answer=self.usual_answer,
         )
 
     def _effects_shown(self, feature: int) -> list[TokenEffects]:
         found = self._effects(feature) if self.kind != "input" else ()
-        return [effects for effects in found if self.kind in {"raw", effects.kind}]
+        return [effects for effects in found if self._is_shown(effects)]
+
+    def _is_shown(self, effects: TokenEffects) -> bool:
+        return self.kind in {"raw", effects.kind}
+
+    def _shown(self, feature: int) -> list[Example]:
+        """Returns the texts that are read for a feature, in the order of their numbers."""
+        top, spread = self._evidence.shown(feature)
+        return [*top, *spread]
 
     def _lines(self, feature: int) -> list[str]:
         lines = self._evidence.texts(feature) if self.kind in {"input", "raw"} else []
@@ -112,8 +133,7 @@ class Explainer:
         """Returns the documents that are read for a feature."""
         if self.kind not in {"input", "raw"}:
             return set()
-        top, sample = self._evidence.shown(feature)
-        return {example.document for example in (*top, *sample)}
+        return {example.document for example in self._shown(feature)}
 
     def label(self, feature: int, answers: Sequence[Answer], *, is_last: bool) -> Label | None:
         """Returns the label in the last of the answers about a feature.
@@ -139,20 +159,20 @@ class Explainer:
     def _values(self, reply: ChatReply, *, may_be_cut: bool) -> dict[str, JsonValue]:
         is_cut = reply.finish_reason == "length"
         try:
-            values = parse_object(reply.text, needs="label", is_cut=is_cut and may_be_cut)
+            values = parse_object(reply.text, needs=self.needs, is_cut=is_cut and may_be_cut)
         except UnusableAnswerError as error:
             if reply.refusal:
                 raise UnusableAnswerError(
                     f"the model would not answer: {' '.join(reply.refusal.split())[:200]}"
                 ) from error
             raise UnusableAnswerError("answer cut off at its longest" if is_cut else str(error)) from error
-        if not plain_text(values["label"]):
-            raise UnusableAnswerError("empty label")
+        if not plain_text(values[self.needs]):
+            raise UnusableAnswerError(f"empty {self.needs}")
         return values
 
     def _made(self, feature: int, values: Mapping[str, JsonValue], reason: str, replies: Sequence[ChatReply]) -> Label:
         costs = [reply.cost for reply in replies if reply.cost is not None]
-        label = " ".join(plain_text(values.get("label")).split())[:LABEL_CHARACTERS]
+        label = " ".join(plain_text(values.get(self.needs)).split())[:LABEL_CHARACTERS]
         fires_on, promotes, suppresses = (plain_text(values.get(key)) for key in ("fires_on", "promotes", "suppresses"))
         parts = [fires_on or label]
         parts += [f"Makes more likely: {promotes}"] if promotes else []
@@ -169,7 +189,7 @@ class Explainer:
             confidence=share(values.get("confidence")),
             examples=self._examples(feature, values.get("examples")),
             evidence=self.kind,
-            prompt_version=PROMPTS[self.kind],
+            prompt_version=self.prompts[self.kind],
             model=self._config.model,
             input_tokens=sum(reply.input_tokens for reply in replies),
             output_tokens=sum(reply.output_tokens for reply in replies),
@@ -182,8 +202,7 @@ class Explainer:
         """Returns the places in the store of the examples that an answer names by their numbers."""
         if self.kind not in {"input", "raw"} or not isinstance(said, list):
             return ()
-        top, spread = self._evidence.shown(feature)
-        shown = [*top, *spread]
+        shown = self._shown(feature)
         numbers = dict.fromkeys(number for item in said if (number := whole_number(item)) is not None)
         return tuple(shown[number - 1].flat for number in numbers if 1 <= number <= len(shown))[:MAX_EXAMPLES]
 

@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from saekit.config import Config
-from saekit.labelling.collect import ContextConfig
+from saekit.labelling.collector import ContextConfig
 from saekit.labelling.evidence.tokenchange import TokenChangeConfig
 from saekit.labelling.llmconfig import LLMConfig
 from saekit.labelling.scoring.embedding import EmbeddingConfig
@@ -17,6 +17,10 @@ __all__ = ["LabelConfig"]
 class LabelConfig(Config):
     """What to label, with which evidence, by whom, and how to score it."""
 
+    preset: Literal["paper_output_centric"] | None = None
+    """Values that stand where the recipe gives none. `paper_output_centric`: those of Gur-Arieh et al. 2025 (arXiv 2501.08319): 50 + 50
+    tokens of the vocabulary projection; token changes of 32 texts of 32 tokens, clamped to +10 and -10, 10 + 10 tokens of each;
+    descriptions by MaxAct, VocabProj, TokenChange, Ensemble Raw and Ensemble Concat in the paper's form, of every feature."""
     labelers: tuple[Literal["lexical", "llm"], ...] = ("lexical",)
     """`lexical` needs nothing; `llm` needs the table `llm`, and is added where that table is given and labelers are not."""
     max_features: int | None = Field(default=None, ge=1)
@@ -37,6 +41,22 @@ class LabelConfig(Config):
     """The explaining and judging language model; None: none."""
     seed: int = Field(default=0, ge=0)
     """Of the features drawn by `max_features`."""
+
+    @model_validator(mode="after")
+    def _preset_fills_in(self) -> Self:
+        for key, values in _PRESETS.get(self.preset, {}).items():
+            given = self if key == "" else getattr(self, key)
+            if given is None:
+                # Without a table [llm] nobody is asked.
+                continue
+            missing = {name: value for name, value in values.items() if name not in given.model_fields_set}
+            if key:
+                object.__setattr__(self, key, given.model_copy(update=missing))
+                continue
+            for name, value in missing.items():
+                # Past the freeze, as the model is not out in the world yet.
+                object.__setattr__(self, name, value)
+        return self
 
     @model_validator(mode="after")
     def _llm_is_named(self) -> Self:
@@ -61,9 +81,22 @@ class LabelConfig(Config):
         return values
 
 
+_PRESETS: dict[str | None, dict[str, dict[str, object]]] = {
+    "paper_output_centric": {
+        "": {"num_effect_tokens": 50},
+        "token_change": {"match": "clamp", "clamp": 10.0, "num_contexts": 32, "context_len": 32, "num_tokens": 10},
+        "llm": {
+            "style": "paper_output_centric",
+            "explainers": ("input", "vocabproj", "tokenchange", "raw", "concat"),
+            "max_features": None,
+        },
+    }
+}
+"""Preset -> table ("" for the config's own keys) -> values."""
+
 _OPERATIONAL = {
+    "contexts": {"batch_tokens", "checkpoint_seconds"},
     "embedding": {"api_key_env", "base_url", "price_input"},
-    "contexts": {"batch_tokens"},
     "token_change": {"batch_features"},
     "llm": {
         "api_key_env",

@@ -39,6 +39,9 @@ class LLMConfig(Config):
     explainers: tuple[ExplainerKind, ...] = Field(default=("raw",), min_length=1)
     """What an explanation is made from. `input`: contexts; `vocabproj`, `tokenchange`: tokens on the output side; `raw`: all of
     them in one question; `concat`: the descriptions of the first three, joined."""
+    style: Literal["saekit", "paper_output_centric"] = "saekit"
+    """How evidence is shown and what is asked. `paper_output_centric`: as published by Gur-Arieh et al. 2025 (all top contexts with
+    activations from 0 to 10, token lists without signs, one free sentence); see `LabelConfig.preset`."""
     max_features: int | None = Field(default=200, ge=1)
     """Explain so many of the labelled features that fire, those whose token rules explain least first; None: all."""
     num_top: int = Field(default=10, ge=1)

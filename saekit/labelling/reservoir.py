@@ -3,6 +3,8 @@
 An event is one activation above zero: a token (its flat index in the store), a feature and a value.
 """
 
+from collections.abc import Callable, Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -108,21 +110,66 @@ class Reservoir:
         """Takes in a batch; with `documents` [E], at most one event per (group, document) is kept, the best."""
         # The threshold first: once the groups are full, nearly every event stops here.
         new = np.flatnonzero(priority <= self.priority[groups, -1])
-        if not len(new):
+        self._take(
+            groups[new],
+            priority[new],
+            events.flat[new],
+            events.acts[new],
+            np.full(len(new), -1, dtype=np.int64) if documents is None else documents[new],
+            lambda chosen: (events.windows(new[chosen], self.windows.shape[2]) / self.scale).astype(np.float16),
+            is_by_document=documents is not None,
+        )
+
+    def merge(self, other: "Reservoir") -> None:
+        """Takes in what another reservoir of the same form kept of other events; the result is that of one which saw them all."""
+        group, slot = np.nonzero(other.flat >= 0)
+        self._take(
+            group,
+            other.priority[group, slot],
+            other.flat[group, slot],
+            other.acts[group, slot],
+            other.documents[group, slot],
+            lambda chosen: other.windows[group[chosen], slot[chosen]],
+            is_by_document=bool((other.documents[group, slot] >= 0).any()),
+        )
+
+    def state(self) -> dict[str, NDArray[np.generic]]:
+        """Returns the used slots as flat arrays, see `restore`."""
+        group, slot = np.nonzero(self.flat >= 0)
+        return {
+            "group": group,
+            "slot": slot,
+            **{name: getattr(self, name)[group, slot] for name in _KEPT},
+        }
+
+    def restore(self, state: Mapping[str, NDArray[np.generic]]) -> None:
+        """Fills an empty reservoir with the `state` of another of the same form."""
+        for name in _KEPT:
+            getattr(self, name)[state["group"], state["slot"]] = state[name]
+
+    def _take(
+        self,
+        groups: NDArray[np.int64],
+        priority: NDArray[np.float32] | NDArray[np.uint64] | NDArray[np.float32 | np.uint64],
+        flat_new: NDArray[np.int64],
+        acts_new: NDArray[np.float32],
+        documents_new: NDArray[np.int64],
+        windows_of: Callable[[NDArray[np.int64]], NDArray[np.float16]],
+        *,
+        is_by_document: bool,
+    ) -> None:
+        if not len(groups):
             return
-        touched = np.unique(groups[new])
+        touched = np.unique(groups)
         old_group, old_slot = np.nonzero(self.flat[touched] >= 0)
         old_group = touched[old_group]
-        group = np.concatenate([old_group, groups[new]])
-        rank_by = np.concatenate([self.priority[old_group, old_slot], priority[new]])
-        flat = np.concatenate([self.flat[old_group, old_slot], events.flat[new]])
-        acts = np.concatenate([self.acts[old_group, old_slot], events.acts[new]])
-        if documents is None:
-            document = np.full(len(group), -1, dtype=np.int64)
-        else:
-            document = np.concatenate([self.documents[old_group, old_slot], documents[new]])
+        group = np.concatenate([old_group, groups])
+        rank_by = np.concatenate([self.priority[old_group, old_slot], priority])
+        flat = np.concatenate([self.flat[old_group, old_slot], flat_new])
+        acts = np.concatenate([self.acts[old_group, old_slot], acts_new])
+        document = np.concatenate([self.documents[old_group, old_slot], documents_new])
         order = np.lexsort((flat, rank_by, group))
-        if documents is not None:
+        if is_by_document:
             order = order[_first_of_each(group[order], document[order])]
         slot = _rank_in_group(group[order])
         order, slot = order[slot < self.size], slot[slot < self.size]
@@ -131,14 +178,16 @@ class Reservoir:
         is_old = order < len(old_group)
         kept = order[is_old]
         windows[is_old] = self.windows[old_group[kept], old_slot[kept]]
-        fresh = new[order[~is_old] - len(old_group)]
-        windows[~is_old] = (events.windows(fresh, windows.shape[1]) / self.scale).astype(np.float16)
+        windows[~is_old] = windows_of(order[~is_old] - len(old_group))
 
         self.flat[touched] = -1
         self.priority[touched] = self._worst
         at = (group[order], slot)
         self.priority[at], self.flat[at], self.documents[at] = rank_by[order], flat[order], document[order]
         self.acts[at], self.windows[at] = acts[order], windows
+
+
+_KEPT = ("priority", "flat", "documents", "acts", "windows")
 
 
 def _rank_in_group(group: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -13,7 +13,9 @@ from saekit.labelling.chat import ChatClient
 from saekit.labelling.contexts import FeatureContexts
 from saekit.labelling.embed import EmbeddingQuestions, server_config
 from saekit.labelling.estimate import LLMEstimate, estimate_requests, token_counter
+from saekit.labelling.evidence.clamp import clamped_token_change
 from saekit.labelling.evidence.effects import TokenEffects, effects_path
+from saekit.labelling.evidence.sidescores import SIDE_SCORES_NAME, SideScores, input_scores, output_scores
 from saekit.labelling.evidence.tokenchange import steering_contexts, steering_strengths, token_change
 from saekit.labelling.evidence.vocabproj import vocab_projection
 from saekit.labelling.evidence.wording import EffectsOf
@@ -23,6 +25,7 @@ from saekit.labelling.labelconfig import LabelConfig
 from saekit.labelling.ledger import LEDGER_NAME, Ledger
 from saekit.labelling.lexical import LexicalLabeler
 from saekit.labelling.llm import Questions, explain_and_judge, least_explained, stand_in
+from saekit.labelling.paper import PaperExplainer
 from saekit.labelling.records import LEXICAL, Label, Score
 from saekit.labelling.runreport import LABEL_REPORT_NAME, LabelerReport, ledger_figures, report_labeler, write_report
 from saekit.labelling.scoring.controls import Controls
@@ -167,9 +170,11 @@ class LabelStage:
         projected = self._projected()
         lexical = LexicalLabeler(self.train.store, self.contexts, self.vocabulary)
         changed = self._changed(lexical)
+        self._score_sides(projected, changed[0] if changed else None)
+        gathered = [*changed, *([projected] if projected is not None else [])]
 
         def effects(feature: int) -> list[TokenEffects]:
-            return [found for found in (changed, projected) if found is not None and found.promoted(feature)]
+            return [found for found in gathered if found.promoted(feature)]
 
         return lexical, effects
 
@@ -198,24 +203,49 @@ class LabelStage:
             effects.save(path)
         return TokenEffects.open(path)
 
-    def _changed(self, lexical: LexicalLabeler) -> TokenEffects | None:
+    def _changed(self, lexical: LexicalLabeler) -> list[TokenEffects]:
+        """Returns the effects of turning features up and, where that was done, those of turning them down."""
         asked = self.config.token_change
         if asked is None:
-            return None
-        path = effects_path(self.out, "tokenchange")
+            return []
+        path, path_down = effects_path(self.out, "tokenchange"), effects_path(self.out, "tokenchange_down")
         if not path.exists():
             steered = asked.features if asked.features is not None else self._clearest(lexical, asked.num_features)
-            effects = token_change(
-                self.lm,
-                self.sae,
-                features=steered,
-                strengths=steering_strengths(self.contexts, strength=asked.strength),
-                tokens=steering_contexts(self.train, config=asked),
-                config=asked,
-                progress=self.progress,
+            tokens = steering_contexts(self.train, config=asked)
+            if asked.match == "clamp":
+                up, down = clamped_token_change(
+                    self.lm, self.sae, features=steered, tokens=tokens, config=asked, progress=self.progress
+                )
+                down.save(path_down)
+            else:
+                up = token_change(
+                    self.lm,
+                    self.sae,
+                    features=steered,
+                    strengths=steering_strengths(self.contexts, strength=asked.strength),
+                    tokens=tokens,
+                    config=asked,
+                    progress=self.progress,
+                )
+            # Last, as it says that all is there.
+            up.save(path)
+        return [TokenEffects.open(found) for found in (path, path_down) if found.exists()]
+
+    def _score_sides(self, projected: TokenEffects | None, changed: TokenEffects | None) -> None:
+        """Keeps the input score of every projected feature and the output score of those that were steered."""
+        path = self.out / SIDE_SCORES_NAME
+        if projected is None or path.exists():
+            return
+        output = np.full(len(projected.features), np.nan, dtype=np.float32)
+        steered = [] if changed is None else np.intersect1d(changed.features, projected.features).tolist()
+        if steered:
+            output[np.searchsorted(projected.features, steered)] = output_scores(
+                self.lm, self.sae, projected, features=steered, progress=self.progress
             )
-            effects.save(path)
-        return TokenEffects.open(path)
+        tokens = self.train.store.tokens()
+        SideScores(
+            projected.features, input_score=input_scores(self.contexts, tokens, projected), output_score=output
+        ).save(path)
 
     def _clearest(self, lexical: LexicalLabeler, num: int) -> list[int]:
         """Returns the `num` labelled features whose rules predict training firings best."""
@@ -236,9 +266,10 @@ class LabelStage:
         assert config is not None, "checked by LabelConfig"
         firing = {f: float(lexical.confidence[f]) for f in self.features if self.contexts.firing_count[f] > 0}
         reader = ExampleReader(self.train.store, self.vocabulary)
+        explainer = PaperExplainer if config.style == "paper_output_centric" else Explainer
         return Questions(
             explainers=[
-                Explainer(reader, self.contexts, config, kind=kind, effects=effects)
+                explainer(reader, self.contexts, config, kind=kind, effects=effects)
                 for kind in config.explainers
                 if kind != "concat"
             ],
@@ -275,7 +306,9 @@ class LabelStage:
             self.progress.say(line)
         write_report(self.out / LABEL_REPORT_NAME, reports, num_features=num_features, llm=llm, scores=summary)
         costs = ledger.cost_of_features() if ledger is not None else {}
-        write_label_table(self.out / LABEL_TABLE_NAME, self.labels.records, cost_of_features=costs)
+        path = self.out / SIDE_SCORES_NAME
+        sides = SideScores.open(path) if path.exists() else None
+        write_label_table(self.out / LABEL_TABLE_NAME, self.labels.records, cost_of_features=costs, sides=sides)
 
     def _skipped(self, questions: Questions | None, labeler: str) -> dict[int, str]:
         """Returns feature -> why a labeler is not asked about it."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from saekit.labelling.evidence.sidescores import SideScores
 from saekit.labelling.records import Label
 from saekit.manifest import atomic_write
 
@@ -37,16 +38,24 @@ _SCHEMA = pa.schema(
         pa.field("output_tokens", pa.int64(), nullable=False),
         pa.field("cost", pa.float64()),
         pa.field("feature_cost", pa.float64()),
+        pa.field("input_score", pa.float64()),
+        pa.field("output_score", pa.float64()),
     ],
     metadata={"saekit.labels": SCHEMA_VERSION},
 )
 
 
-def write_label_table(path: str | Path, labels: Iterable[Label], *, cost_of_features: Mapping[int, float]) -> None:
+def write_label_table(
+    path: str | Path,
+    labels: Iterable[Label],
+    *,
+    cost_of_features: Mapping[int, float],
+    sides: SideScores | None = None,
+) -> None:
     """Writes one row for each label, by feature and labeler; a later version only adds columns.
 
-    The columns are the fields of `Label`, `rule` as JSON text, and `feature_cost`: dollars of all that was asked about the
-    feature so far, judgements included.
+    The columns are the fields of `Label`, `rule` as JSON text, `feature_cost`: dollars of all that was asked about the feature so
+    far, judgements included, and the `input_score` and `output_score` of the feature, null where not measured.
 
     Raises:
         ResourceError: the file cannot be written.
@@ -56,6 +65,7 @@ def write_label_table(path: str | Path, labels: Iterable[Label], *, cost_of_feat
         row = label.to_dict()
         row["rule"] = None if label.rule is None else json.dumps(label.rule)
         row["feature_cost"] = cost_of_features.get(label.feature)
+        row |= {} if sides is None else sides.of(label.feature)
         rows.append(row)
     with atomic_write(path) as file:
         pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), file)

@@ -1,14 +1,15 @@
 """TokenChange: what adding a feature to the hidden states does to the model's next-token logits.
 
 Source: Gur-Arieh et al. 2025, "Enhancing Automated Interpretability with Output-Centric Feature Descriptions", section 2.
-There every feature is clamped to +10 through the SAE's reconstruction. Here the decoder row, as strong as the feature itself
-gets in the data, is added to the true hidden states, so that neither the SAE's error nor the units of its activations matter.
+There every feature is clamped to +10 and -10 through the SAE's reconstruction, see `saekit.labelling.evidence.clamp`. Here the
+decoder row is added to the true hidden states, as strongly as it takes to move the next-token distribution by a given KL, so that
+neither the SAE's error nor the units of its activations matter and every feature gets the same say.
 Logits are taken before a family's softcap: there they are linear in the normed hidden states, so the mean over positions can go
-first and the head, half of the cost of a small model, runs once per feature instead of once per token.
+first and the head runs once per feature for the logits; the KL, after any softcap, needs it at every position.
 """
 
-import contextlib
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from saekit.activations import StoreView
 from saekit.config import Config
-from saekit.errors import ConfigError, DataError
+from saekit.errors import DataError
 from saekit.labelling.contexts import FeatureContexts
 from saekit.labelling.evidence.effects import TokenEffects
-from saekit.models import LanguageModel, Unembedding, can_run_from, capture, find_unembedding, replace, run_from
+from saekit.labelling.evidence.steering import MatchedPush, SteeredContexts, chosen_features, match_kl
+from saekit.models import LanguageModel
 from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae import SAE
 
@@ -29,7 +31,7 @@ __all__ = ["TokenChangeConfig", "steering_contexts", "steering_strengths", "toke
 
 
 class TokenChangeConfig(Config):
-    """How much steering to pay for."""
+    """How much steering to pay for, and how strong."""
 
     num_features: int = Field(default=200, ge=0)
     """Features steered where `features` is None: those whose labels predict best."""
@@ -38,9 +40,18 @@ class TokenChangeConfig(Config):
     num_contexts: int = Field(default=4, ge=1)
     """Pieces of real text that are steered."""
     context_len: int = Field(default=12, ge=2)
-    """Tokens of each; the first is never steered, as models keep their attention sink there."""
+    """Tokens of each; the first is not steered but by `clamp`, as models keep their attention sink there."""
+    match: Literal["kl", "max_act", "clamp"] = "kl"
+    """How strength is set. `kl`: so that the next-token distribution moves by `kl_target`; `max_act`: `strength` times the
+    feature's largest activation; `clamp`: the activation is set to `clamp` and to its negative at every position, in the
+    dictionary's reconstruction without its error, as in the paper."""
+    kl_target: float = Field(default=0.5, gt=0)
+    """Nats, KL(clean || steered) averaged over positions, reached within 10 %."""
     strength: float = Field(default=1.0, gt=0)
-    """How much of the decoder row is added, in units of the feature's largest activation in the training documents."""
+    """How much of the decoder row is added, in units of the feature's largest activation in the training documents; for `kl`
+    where the search begins."""
+    clamp: float = Field(default=10.0, gt=0)
+    """Activation that `clamp` sets; 10 in the paper."""
     batch_features: int = Field(default=8, ge=1)
     """Features steered in one forward; memory only."""
     num_tokens: int = Field(default=20, ge=1)
@@ -63,58 +74,44 @@ def token_change(
         lm: the model that the dictionary was trained on.
         sae: names its hook point; a transcoder the one that it predicts.
         features: which to steer.
-        strengths: factor of the decoder row for each feature of the dictionary, float32 [F].
+        strengths: factor of the decoder row for each feature of the dictionary, float32 [F]; with `match = "kl"` first guesses.
         tokens: contexts [B, T], see `steering_contexts`.
+        config: its `match` is `kl` or `max_act`; for `clamp` see `clamped_token_change`.
 
     Raises:
         ConfigError: the dictionary does not say its hook point, or a feature that it does not have.
     """
-    hook_point = sae.hook_point_out
-    if hook_point is None:
-        raise ConfigError("token change: the dictionary names no hook point, needs one to steer at; set sae.hook_point")
-    chosen = np.unique(np.asarray(features, dtype=np.int64))
-    if len(chosen) and not 0 <= chosen[0] <= chosen[-1] < sae.cfg.d_sae:
-        raise ConfigError(f"token change: feature {chosen[-1]}, the dictionary has features 0 to {sae.cfg.d_sae - 1}")
-    unembedding = find_unembedding(lm)
-    clean = capture(lm, tokens, [hook_point])[hook_point]  # [B, T, D]
-    before = _mean_normed(lm, unembedding, hook_point, clean, tokens).mean(dim=0)  # [D]
+    assert config.match != "clamp", "clamped_token_change does that"
+    chosen = chosen_features(sae, features)
+    contexts = SteeredContexts(lm, sae, tokens)
     parts: list[TokenEffects] = []
     with torch.no_grad(), progress.task("token change", len(chosen), "features") as task:
         for start in range(0, len(chosen), config.batch_features):
             chunk = chosen[start : start + config.batch_features]
-            rows = sae.written_rows(torch.from_numpy(chunk).to(sae.W_dec.device)).float().to(clean.device)
-            push = rows * torch.from_numpy(strengths[chunk]).to(clean.device)[:, None]  # [n, D]
-            steered = clean.float()[None].repeat(len(chunk), 1, 1, 1)  # [n, B, T, D]
-            steered[:, :, 1:] += push[:, None, None]
-            flat = steered.reshape(-1, *clean.shape[1:]).to(clean.dtype)
-            after = _mean_normed(lm, unembedding, hook_point, flat, tokens.repeat(len(chunk), 1))  # [n * B, D]
-            moved = after.reshape(len(chunk), -1, after.shape[-1]).mean(dim=1) - before
-            change = moved @ unembedding.weight.float().T * unembedding.scale  # [n, V]
-            parts.append(TokenEffects.from_logits("tokenchange", chunk, change, num=config.num_tokens))
+            rows = sae.written_rows(torch.from_numpy(chunk).to(sae.W_dec.device)).float().to(contexts.clean.device)
+            first = torch.from_numpy(strengths[chunk]).to(rows)
+            push = _pushed(contexts, rows, first, config)
+            change = contexts.logit_change(push.normed - contexts.normed)
+            parts.append(
+                TokenEffects.from_logits(
+                    "tokenchange",
+                    chunk,
+                    change,
+                    num=config.num_tokens,
+                    strength=push.strengths.cpu().numpy(),
+                    kl=push.kl.float().cpu().numpy(),
+                )
+            )
             task.advance(len(chunk))
     return TokenEffects.join(parts) if parts else TokenEffects.empty("tokenchange")
 
 
-class _ReachedError(Exception):
-    """Ends a forward at the final norm."""
-
-
-def _mean_normed(
-    lm: LanguageModel, unembedding: Unembedding, hook_point: str, hidden: Tensor, tokens: Tensor
-) -> Tensor:
-    """Returns the normed last hidden states of a forward continued from `hidden`, averaged over steered positions [B, D]."""
-    found: list[Tensor] = []
-
-    def stop(last: Tensor) -> Tensor:
-        found.append(last)
-        raise _ReachedError
-
-    # Asked here first, as the answer is found by forwards that must reach their end.
-    can_run_from(lm, hook_point)
-    with contextlib.suppress(_ReachedError), replace(lm, f"{unembedding.norm_path}:input", stop):
-        run_from(lm, hook_point, hidden, tokens)
-    normed: Tensor = unembedding.norm(found[0])
-    return normed[:, 1:].float().mean(dim=1)
+def _pushed(contexts: SteeredContexts, rows: Tensor, first: Tensor, config: TokenChangeConfig) -> MatchedPush:
+    if config.match == "kl":
+        return match_kl(contexts, rows, first, target=config.kl_target)
+    last = contexts.pushed(rows, first)
+    unknown = torch.full(first.shape, torch.nan, dtype=torch.float64, device=first.device)
+    return MatchedPush(strengths=first, kl=unknown, normed=contexts.mean_normed(last))
 
 
 def steering_contexts(view: StoreView, *, config: TokenChangeConfig, seed: int = 0) -> Tensor:

@@ -19,6 +19,7 @@ Source: delphi's explainer (Paulo et al. 2024, arXiv 2410.13928) uses the same s
 _SIDES = {
     "vocabproj": ("By its output weights, makes more likely", "By its output weights, makes less likely"),
     "tokenchange": ("Turned up in the model, makes more likely", "Turned up in the model, makes less likely"),
+    "tokenchange_down": ("Turned down in the model, makes more likely", "Turned down in the model, makes less likely"),
 }
 
 

@@ -1,6 +1,10 @@
 """The one-pass contexts against brute force, its independence of batches and order, and its refusals."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +12,13 @@ import pytest
 import torch
 
 from saekit.errors import ConfigError, DataError, NonFiniteError, StoreError
-from saekit.labelling import ContextConfig, FeatureContexts, collect_contexts
+from saekit.labelling import ContextConfig, FeatureContexts, collect_contexts, collect_contexts_part
 from saekit.labelling.collect import draw_rows
-from saekit.labelling.contexts import CONTEXTS_NAME
+from saekit.labelling.contexts import CODES_NAME, CONTEXTS_NAME
 from saekit.labelling.reservoir import Events, Reservoir, hash_events
 from tests.saekit.labelling.planted import FakeView, identity_sae
 
+ROOT = Path(__file__).parents[3]
 CONFIG = ContextConfig(num_top=5, num_per_stratum=3, window=16, num_code_tokens=600, batch_tokens=256)
 
 
@@ -183,3 +188,102 @@ def test_bfloat16_activations_are_read(world, tmp_path: Path, monkeypatch) -> No
     monkeypatch.setattr(world.store, "x", world.store.x.to(torch.bfloat16))
     contexts = collect_contexts(world.sae, world.train, config=CONFIG, out=tmp_path)
     assert contexts.firing_count[world.feature("river")] > 0
+
+
+def test_firings_are_counted_by_place_in_the_row(world, contexts) -> None:
+    acts = _train_acts(world).reshape(*world.store.tokens().shape, -1) > 0
+    expected = acts.reshape(len(acts), 16, 4, -1).sum(axis=(0, 2)).T
+    np.testing.assert_array_equal(contexts.position_count, expected)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in (CONTEXTS_NAME, CODES_NAME))
+
+
+@pytest.mark.parametrize("num_parts", [2, 7])
+def test_parts_in_any_order_give_the_same_files(world, contexts, tmp_path: Path, num_parts: int) -> None:
+    parts = {"config": CONFIG, "out": tmp_path, "num_parts": num_parts}
+    for part in range(min(num_parts, 5))[::-2]:
+        collect_contexts_part(world.sae, world.train, part=part, **parts)
+    collect_contexts(world.sae, world.train, **parts)
+    assert _same(tmp_path, contexts.path)
+    assert not list(tmp_path.glob("part-*"))
+
+
+def test_a_part_that_is_not_there_is_refused(world, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="part 3 of 3, needs one of 0 to 2"):
+        collect_contexts_part(world.sae, world.train, config=CONFIG, out=tmp_path, part=3, num_parts=3)
+
+
+_KILLED = """
+import os, signal, sys
+from tests.saekit.labelling.planted import make_world
+from saekit.labelling import ContextConfig, collect_contexts
+
+world, left = make_world(), [int(sys.argv[2])]
+encode = world.sae.encode_sparse
+
+def dying(x):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(x)
+
+world.sae.encode_sparse = dying
+config = ContextConfig(num_top=5, num_per_stratum=3, window=16, num_code_tokens=600, batch_tokens=256, checkpoint_seconds=0)
+collect_contexts(world.sae, world.train, config=config, out=sys.argv[1])
+"""
+
+
+def test_killed_pass_goes_on_and_ends_in_the_same_files(world, contexts, tmp_path: Path, monkeypatch) -> None:
+    run = subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path), "20"], env=dict(os.environ), cwd=ROOT)
+    assert run.returncode == -signal.SIGKILL
+    with pytest.raises(StoreError, match="not finished"):
+        FeatureContexts.open(tmp_path)
+    calls = []
+    encode = type(world.sae).encode_sparse
+    monkeypatch.setattr(type(world.sae), "encode_sparse", lambda sae, x: calls.append(len(x)) or encode(sae, x))
+    collect_contexts(world.sae, world.train, config=CONFIG, out=tmp_path)
+    assert len(calls) == -(-len(world.train.rows()) // 4) - 19
+    assert _same(tmp_path, contexts.path)
+
+
+@pytest.mark.parametrize("content", [b"nonsense", b""], ids=["nonsense", "empty"])
+def test_broken_part_is_refused(world, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "part-00000-of-00001.safetensors").write_bytes(content)
+    with pytest.raises(StoreError, match="cannot be read"):
+        collect_contexts(world.sae, world.train, config=CONFIG, out=tmp_path)
+
+
+def test_a_million_events_in_any_order_and_any_number_of_reservoirs_equal_brute_force() -> None:
+    generator = np.random.default_rng(5)
+    num_events, num_features, context_len, size = 1_000_000, 500, 64, 8
+    keys = np.sort(generator.choice(num_features * 40_000, num_events, replace=False))
+    feature, flat = np.divmod(keys, 40_000)
+    # Two hundred levels, so that ties are everywhere.
+    acts = (generator.integers(1, 201, num_events) / 8).astype(np.float32)
+    documents = flat // 96
+    order = np.lexsort((flat, -acts, feature))
+    order = order[np.sort(np.unique(feature[order] * 1_000 + documents[order], return_index=True)[1])]
+    first = np.searchsorted(feature[order], np.arange(num_features))
+    top = flat[order][first[:, None] + np.arange(size)]
+    keyed = hash_events(feature, flat, seed=7)
+    by_hash = np.lexsort((keyed, feature))
+    sample = flat[by_hash][np.searchsorted(feature[by_hash], np.arange(num_features))[:, None] + np.arange(size)]
+
+    row = flat // context_len
+    made = []
+    for own in np.array_split(np.random.default_rng(1).permutation(625), 3):
+        best = Reservoir(num_features, size, width=4, scale=1.0, dtype=np.float32)
+        drawn = Reservoir(num_features, size, width=4, scale=1.0, dtype=np.uint64)
+        for rows in np.array_split(own, 5):
+            at = np.flatnonzero(np.isin(row, rows))
+            events = Events(feature[at], flat[at], acts[at], context_len=context_len)
+            best.offer(events, events.features, -events.acts, documents=events.flat // 96)
+            drawn.offer(events, events.features, hash_events(events.features, events.flat, seed=7))
+        made.append((best, drawn))
+    for best, drawn in made[1:]:
+        made[0][0].merge(best)
+        made[0][1].merge(drawn)
+    np.testing.assert_array_equal(made[0][0].flat, top)
+    np.testing.assert_array_equal(made[0][1].flat, sample)

@@ -108,16 +108,17 @@ def _uncapped(lm: LanguageModel, values: torch.Tensor) -> torch.Tensor:
     return values if cap is None else cap * torch.atanh(values / cap)
 
 
-def test_token_change_equals_a_steered_forward(lm: LanguageModel) -> None:
+@pytest.mark.parametrize("match", ["kl", "max_act"])
+def test_token_change_equals_a_steered_forward(lm: LanguageModel, match: str) -> None:
     hook = _hook(lm).replace(".2", ".0")
     sae = _planted_sae(lm, hook)
     tokens = torch.randint(2, 300, (2, 8), generator=torch.Generator().manual_seed(1))
     strengths = np.array([0, 3.0, 0, 0, 0, 0], dtype=np.float32)
-    effects = token_change(
-        lm, sae, features=[1], strengths=strengths, tokens=tokens, config=TokenChangeConfig(num_tokens=4)
-    )
+    config = TokenChangeConfig(num_tokens=4, match=match, kl_target=0.2)
+    effects = token_change(lm, sae, features=[1], strengths=strengths, tokens=tokens, config=config)
     vector = torch.zeros(1, 8, lm.d_model)
-    vector[:, 1:] = 3.0 * sae.W_dec[1].detach()
+    vector[:, 1:] = float(effects.strength[0]) * sae.W_dec[1].detach()
+    assert (effects.strength[0] == 3.0) == (match == "max_act")
     with add(lm, hook, vector):
         steered = logits(lm, tokens)
     change = (_uncapped(lm, steered) - _uncapped(lm, logits(lm, tokens)))[:, 1:].mean(dim=(0, 1))

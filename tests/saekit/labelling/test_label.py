@@ -155,6 +155,11 @@ def test_real_store_and_model_give_every_artifact(tiny_store, tiny_lm, tmp_path)
     assert len(TokenEffects.open(effects_path(tmp_path, "vocabproj")).features) == 48
     changed = TokenEffects.open(effects_path(tmp_path, "tokenchange"))
     assert len(changed.features) == 5
+    rows = pq.read_table(tmp_path / "labels.parquet").to_pylist()
+    assert {row["feature"] for row in rows if row["output_score"] is not None} == set(changed.features.tolist())
+    assert sum(row["input_score"] is not None for row in rows) == sum(
+        label.label != "never fires" for label in read_labels(tmp_path)
+    )
     by_feature = {label.feature: label for label in read_labels(tmp_path)}
     # The steered ones are those whose rules fit best.
     assert (
@@ -263,7 +268,12 @@ def test_table_has_every_label_and_what_each_feature_cost(world, tmp_path) -> No
     assert [(row["feature"], row["labeler"], row["label"]) for row in rows] == [
         (label.feature, label.labeler, label.label) for label in labels
     ]
-    assert set(table.column_names) == {*type(labels[0]).model_fields, "feature_cost"}
+    assert set(table.column_names) == {
+        *type(labels[0]).model_fields,
+        "feature_cost",
+        "input_score",
+        "output_score",
+    }
     explained = [row for row in rows if row["evidence"] is not None]
     assert len(explained) == 3
     for row in explained:

@@ -173,6 +173,7 @@ def contexts_arrays(parts: Parts, store: object, rng: np.random.Generator) -> di
         "max_act": max_act,
         "mean_act": (max_act * 0.3).astype(np.float32),
         "histogram": histogram,
+        "position_count": histogram[:, ::-1],
         "histogram_edges": edges,
     }
     return {name: np.ascontiguousarray(array) for name, array in (arrays | sampled | statistics).items()}

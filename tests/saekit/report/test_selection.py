@@ -28,6 +28,7 @@ def _contexts(num_top: int = 4, num_sampled: int = 9, num_features: int = 3) -> 
         "max_act": np.arange(F),
         "mean_act": np.arange(F),
         "histogram": np.zeros((F, 16)),
+        "position_count": np.zeros((F, 16)),
         "histogram_edges": np.arange(17),
     }
     return FeatureContexts(Path("none"), {name: np.asarray(array) for name, array in arrays.items()}, 100)
