@@ -9,6 +9,8 @@ from saekit.config import Config
 
 __all__ = ["EndToEndConfig", "ResampleConfig", "SparsityConfig", "TrainConfig"]
 
+_ADAM_BETAS = (0.9, 0.999)
+
 
 class ResampleConfig(Config):
     """When silent features are drawn anew from inputs that are reconstructed badly."""
@@ -45,6 +47,8 @@ class EndToEndConfig(Config):
     def _has_a_loss(self) -> Self:
         if self.kl_weight == 0 and self.ce_weight == 0:
             raise ValueError("kl_weight and ce_weight are 0, needs one of them")
+        if self.downstream_weight != 1.0 and self.kind != "e2e_downstream":
+            raise ValueError(f"downstream_weight with kind {self.kind!r}, needs 'e2e_downstream'")
         return self
 
 
@@ -102,7 +106,7 @@ class TrainConfig(Config):
     None = its whole share of the batch."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Decay in a step of the moving average of the weights, which then is what is evaluated and saved; None = no average."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = _ADAM_BETAS
     """Decay rates of Adam's moments."""
     clip_factor: float | None = Field(default=2.0, gt=1)
     """Largest norm of the whole gradient, in multiples of its running mean; None = no limit."""
@@ -138,6 +142,10 @@ class TrainConfig(Config):
             raise ValueError("ema_decay with optimizer 'signum', needs one of them: signum keeps an average of its own")
         if self.weight_decay is not None and self.optimizer != "adamw8bit":
             raise ValueError(f"weight_decay with optimizer {self.optimizer!r}, needs 'adamw8bit'")
+        if self.optimizer == "signum" and self.betas != _ADAM_BETAS:
+            raise ValueError(
+                "betas with optimizer 'signum', needs one that takes moments: 'adam', 'adamw8bit' or 'muon'"
+            )
         return self
 
     @field_validator("betas")
