@@ -33,13 +33,13 @@ def build_optimizer(
         for name, parameter in parameters.items()
     ]
     if config.optimizer == "muon":
-        return Muon(groups, lr=lr, betas=config.betas)
+        return Muon(groups, lr=lr, betas=config.adam_betas)
     if config.optimizer == "adamw8bit":
-        return LowBitAdamW(groups, lr=lr, betas=config.betas, weight_decay=config.weight_decay or 0.0)
+        return LowBitAdamW(groups, lr=lr, betas=config.adam_betas, weight_decay=config.weight_decay or 0.0)
     if config.optimizer == "signum":
         kept = [group | {"has_unit_rows": has_unit_rows and group["name"] == "W_dec"} for group in groups]
         return ScheduleFreeSignum(kept, lr=lr)
-    return FusedAdam(groups, lr=lr, betas=config.betas, unit_rows={"W_dec"} if has_unit_rows else ())
+    return FusedAdam(groups, lr=lr, betas=config.adam_betas, unit_rows={"W_dec"} if has_unit_rows else ())
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -46,6 +46,7 @@ def read_dictionary_learning(release: Release, *, unit_decoder: bool = True) -> 
     name = _class(release)
     units = "pre-activations of the file"
     activation: Activation = ReLU()
+    unused: tuple[str, ...] = ("group_sizes",)
     match name:
         case "AutoEncoder":
             canonical = _linear(release, bias="bias")
@@ -64,9 +65,8 @@ def read_dictionary_learning(release: Release, *, unit_decoder: bool = True) -> 
             canonical = _linear(release, bias="b_dec")
             canonical.subtract_from_input(canonical.b_dec)
             activation = TopK(k=_k(release))
-            # Kept for a threshold at inference, which its own loader uses only where it is asked to.
-            if "threshold" in release.weights:
-                release.weights.scalar("threshold")
+            # Its threshold is for another rule, and infinite once a token of training had fewer than k positive entries.
+            unused = (*unused, "threshold")
         case "BatchTopKSAE" | "MatryoshkaBatchTopKSAE":
             is_nested = name == "MatryoshkaBatchTopKSAE"
             canonical = _stored_as_used(release) if is_nested else _linear(release, bias="b_dec")
@@ -77,7 +77,7 @@ def read_dictionary_learning(release: Release, *, unit_decoder: bool = True) -> 
             canonical.extra["threshold"] = canonical.b_enc.new_full((len(canonical.b_enc),), threshold)
         case _:
             raise FormatError(f"{release.ref!r}: config: dict_class is {name!r}, needs one of {', '.join(_CLASSES)}")
-    release.weights.finish("group_sizes")
+    release.weights.finish(*unused)
     release.check("activation_dim", canonical.W_enc.shape[0], config=_trainer(release))
     release.check("dict_size", canonical.W_enc.shape[1], config=_trainer(release))
     return canonical.build(activation, units=units, site=_site(release))

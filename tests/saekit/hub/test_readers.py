@@ -61,6 +61,14 @@ def test_matryoshka_class_of_dictionary_learning_has_one_threshold(tmp_path: Pat
     agrees(sae, x, acts, acts @ t["W_dec"] + t["b_dec"])
 
 
+def test_topk_class_of_dictionary_learning_does_not_read_its_threshold(changed: Changed) -> None:
+    # Infinite once a token of training had fewer than k positive entries; another rule would use it.
+    sae, x = load_sae(changed("dictlearn_topk", tensors={"threshold": torch.tensor(math.inf)})), draw(4, 32)
+    assert isinstance(sae, Dictionary)
+    assert sae.threshold is None
+    assert int((sae.encode(x) > 0).sum()) > 0
+
+
 def test_compiled_models_prefix_is_dropped(tmp_path: Path) -> None:
     t = as_used() | {"threshold": draw(F).abs()}
     sae = dictionary_learning(tmp_path, "JumpReluAutoEncoder", {f"_orig_mod.{key}": value for key, value in t.items()})

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from saekit.errors import ConfigError
-from saekit.sae import SAE, JumpReLUConfig, JumpReLUSAE, SAEConfig, TopKConfig, TopKSAE
+from saekit.sae import SAE, BatchTopKConfig, BatchTopKSAE, JumpReLUConfig, JumpReLUSAE, SAEConfig, TopKConfig, TopKSAE
 from saekit.training import SparsityConfig, TrainConfig
 from saekit.training.build import build_objective
-from saekit.training.objective import Objective, default_k_aux
+from saekit.training.objective import BatchTopKObjective, Objective, default_k_aux
 from saekit.training.penalty import JumpReLUObjective
 
 D_IN, D_SAE, VARIANCE, BANDWIDTH, COEFFICIENT = 7, 13, 5.0, 0.6, 0.3
@@ -317,3 +317,19 @@ def test_architectures_without_an_objective_are_refused() -> None:
     assert isinstance(build_objective(Other(), config, total_variance=1.0, sum_over_processes=alone), Objective)
     with pytest.raises(ConfigError, match="Foreign cannot be trained"):
         build_objective(Foreign(), config, total_variance=1.0, sum_over_processes=alone)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "expected"),
+    [(160, 2 - 0.9**10), (800, 2 - 0.95**10), (4_000, 2 - 0.99**10), (400_000, 2 - 0.99**10)],
+    ids=["a mean of no less than 10 steps", "of 20 steps", "of 100 steps", "of no more than 100"],
+)
+def test_batchtopk_threshold_forgets_within_a_fortieth_of_training(num_steps: int, expected: float) -> None:
+    sae = BatchTopKSAE(BatchTopKConfig(d_in=D_IN, d_sae=D_SAE, k=3), dtype=torch.float64)
+    config = TrainConfig(num_tokens=num_steps * 8, batch_size=8)
+    objective = build_objective(sae, config, total_variance=VARIANCE, sum_over_processes=alone)
+    assert isinstance(objective, BatchTopKObjective)
+    for smallest in [1.0] * 120 + [2.0] * 10:
+        objective.smallest_kept.fill_(smallest)
+        objective.after_step()
+    assert float(sae.threshold) == pytest.approx(expected)

@@ -178,7 +178,7 @@ def test_fused_adam_on_a_transposed_view_equals_plain_adam() -> None:
     values = torch.randn(6, 4)
     transposed, plain = nn.Parameter(values.clone().T), nn.Parameter(values.T.contiguous())
     fused = build_optimizer({"W_enc": transposed}, config, lr=0.1)
-    other = torch.optim.Adam([plain], lr=0.1, betas=config.betas)
+    other = torch.optim.Adam([plain], lr=0.1, betas=config.adam_betas)
     for step in range(5):
         gradient = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
         transposed.grad, plain.grad = gradient.T, gradient.T.contiguous()
@@ -346,3 +346,12 @@ def test_scaled_encoder_reconstructs_with_the_best_multiple(cfg: TopKConfig | Ju
     expected = float((before * x).sum() / before.square().sum())
     assert scale_encoder(sae, x, alone) == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(sae(x).x_hat.detach(), expected * before, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "memory"), [(10, 20), (300, 60), (36_000, 1000)], ids=["no less", "a fifth", "no more"]
+)
+def test_second_moments_remember_a_fifth_of_training(num_steps: int, memory: float) -> None:
+    config = TrainConfig(num_tokens=num_steps * 64, batch_size=64)
+    assert config.adam_betas == (0.9, pytest.approx(1 - 1 / memory))
+    assert TrainConfig(num_tokens=64, batch_size=64, betas=(0.5, 0.6)).adam_betas == (0.5, 0.6)
