@@ -12,7 +12,7 @@ from saekit.errors import ConfigError
 from saekit.evaluation import EvaluationConfig
 from saekit.labelling import LabelConfig
 from saekit.sae import AnySAEConfig, SitesConfig, TranscoderConfig
-from saekit.training import TrainConfig
+from saekit.training import TrainConfig, check_low_bit, check_options
 from saekit_pipelines.sweep import expand_sweeps
 
 __all__ = ["Recipe", "ReportConfig", "SplitConfig", "TrainRun", "load_recipe"]
@@ -35,7 +35,7 @@ class TrainRun(Config):
 
     hook_point: str | None = None
     """Which cached hook point to train on; may be left out where the cache has only one."""
-    hook_points: tuple[str, ...] | None = Field(default=None, min_length=2)
+    hook_points: tuple[str, ...] | None = None
     """For a crosscoder or a multi-layer SAE: which cached hook points it is trained on, in order; may be left out where it is all."""
     target_hook_point: str | None = None
     """For a transcoder: which cached hook point's activations are predicted from those of `hook_point`."""
@@ -159,8 +159,47 @@ class Recipe(Config):
                 f"{where}: found {run.start_from!r}, needs an SAE before it: {', '.join(before) or 'none is'}"
             )
         start = self.train[run.start_from]
-        if start.sae != run.sae or self.hook_point(run.start_from) != self.hook_point(name):
+        if start.sae != run.sae or self._places(run.start_from) != self._places(name):
             raise ConfigError(f"{where}: {run.start_from!r} has another sae table or hook point, needs the same ones")
+
+    def check_training(self, name: str) -> None:
+        """Checks the training options of the SAE called `name` against its kind and the cache.
+
+        Raises:
+            ConfigError: one means nothing to this kind of SAE, or a batch does not fit the tokens or token rows that are cached.
+        """
+        run, where = self.train[name], f"train.{name}.training"
+        check_options(run.sae, run.training, where=where)
+        kept = int(self.cache.num_tokens * (1 - self.split.test_fraction))
+        if run.training.batch_size > kept:
+            raise ConfigError(
+                f"{where}.batch_size: found {run.training.batch_size:,}, needs at most the {kept:,} tokens"
+                " that the cache keeps for training; cache more tokens or lower it"
+            )
+        if run.training.objective is None:
+            return
+        context_len = self.cache.tokens.context_len
+        if run.training.batch_size % context_len:
+            raise ConfigError(
+                f"{where}.batch_size: found {run.training.batch_size:,}, needs a multiple of {context_len:,}: whole rows"
+            )
+        if run.training.micro_batch_size is not None and run.training.micro_batch_size < context_len:
+            raise ConfigError(
+                f"{where}.micro_batch_size: found {run.training.micro_batch_size:,}, needs at least one row of"
+                f" {context_len:,} tokens"
+            )
+
+    def check_packages(self) -> None:
+        """Checks that what the optimizers need is installed.
+
+        Raises:
+            MissingDependencyError: it is not.
+        """
+        if any(run.training.optimizer == "adamw8bit" for run in self.train.values()):
+            check_low_bit()
+
+    def _places(self, name: str) -> tuple[object, ...]:
+        return self.hook_point(name), self.hook_points(name), self.target_hook_point(name)
 
 
 _SWEPT_FIELDS = {
@@ -177,14 +216,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     values = expand_sweeps(apply_overrides(read_toml(path), overrides), fields=_SWEPT_FIELDS)
     recipe = Recipe.parse(values, where=f"recipe {str(path)!r}")
-    for name, run in recipe.train.items():
+    for name in recipe.train:
         recipe.hook_point(name)
         recipe.target_hook_point(name)
         recipe.check_start(name)
-        kept = int(recipe.cache.num_tokens * (1 - recipe.split.test_fraction))
-        if run.training.batch_size > kept:
-            raise ConfigError(
-                f"train.{name}.training.batch_size: found {run.training.batch_size:,}, needs at most the {kept:,} tokens"
-                " that the cache keeps for training; cache more tokens or lower it"
-            )
+        recipe.check_training(name)
     return recipe

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from saekit.activations import (
     ActivationStore,
     JoinedStore,
@@ -22,14 +20,14 @@ from saekit.evaluation import Evaluation, EvaluationTable, evaluate, read_evalua
 from saekit.hub import load_sae
 from saekit.labelling import estimate_labels, label_features
 from saekit.manifest import check_same_config, manifest_sha256, read_manifest, write_json
-from saekit.models import LanguageModel, capture, load_model
+from saekit.models import LanguageModel, load_model
 from saekit.progress import NO_PROGRESS, Progress
 from saekit.report import ReportRun, build_report
 from saekit.sae import SAE, build_sae
 from saekit.training import Trainer, train_together
 from saekit_pipelines.named import NamedProgress
 from saekit_pipelines.recipe import Recipe, load_recipe
-from saekit_pipelines.widths import sized, taken_from_store
+from saekit_pipelines.widths import check_width, sized, taken_from_store
 
 __all__ = ["RUN_NAME", "Pipeline"]
 
@@ -114,10 +112,14 @@ class Pipeline:
 
         Args:
             together: see `train`.
+
+        Raises:
+            MissingDependencyError: an optimizer of the recipe needs a package that is not installed; nothing is written.
         """
         if self._is_finished():
             self.progress.say(f"{self.recipe.name}: finished already, nothing to do")
             return self._index()
+        self.recipe.check_packages()
         self.cache()
         self.train(together=together)
         self.label()
@@ -252,7 +254,10 @@ class Pipeline:
 
         Raises:
             ResourceError: the disk cannot hold the cache.
+            MissingDependencyError: an optimizer of the recipe needs a package that is not installed.
         """
+        if only is None:
+            self.recipe.check_packages()
         rows = []
         for stage, name in self._stages():
             if only not in {None, stage}:
@@ -280,17 +285,9 @@ class Pipeline:
 
     def _check_widths(self) -> None:
         for name, run in self.recipe.train.items():
-            if not run.sae.d_in:
-                continue
-            hook_points = self.recipe.hook_points(name) or (self.recipe.hook_point(name),)
-            one_token = torch.zeros(1, 1, dtype=torch.long, device=self.lm.device)
-            for hook_point, hidden in capture(self.lm, one_token, hook_points).items():
-                width = hidden.shape[-1]
-                if run.sae.d_in != width:
-                    raise ConfigError(
-                        f"train.{name}.sae.d_in: found {run.sae.d_in}, {hook_point!r} of {self.lm.name!r} is {width} wide;"
-                        " leave d_in out to take it"
-                    )
+            if run.sae.d_in:
+                places = self.recipe.hook_points(name) or (self.recipe.hook_point(name),)
+                check_width(self.lm, places, run.sae.d_in, where=f"train.{name}.sae.d_in")
 
     @contextlib.contextmanager
     def _timed(self, stage: str, folder: Path) -> Iterator[None]:

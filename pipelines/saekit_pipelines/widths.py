@@ -1,13 +1,31 @@
-"""What a recipe leaves to the store that an SAE is trained on: widths, and the number of hook points."""
+"""Widths and numbers of hook points: those that a recipe names, and those that it leaves to the store."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import torch
 
 from saekit.activations import ActivationStore, JoinedStore, PairedStore
 from saekit.errors import ConfigError
 from saekit.manifest import Manifest
+from saekit.models import LanguageModel, capture
 from saekit.sae import SAEConfig, SitesConfig, TranscoderConfig
 
-__all__ = ["sized", "taken_from_store"]
+__all__ = ["check_width", "sized", "taken_from_store"]
+
+
+def check_width(lm: LanguageModel, hook_points: Sequence[str], d_in: int, *, where: str) -> None:
+    """Checks by one forward of one token that the hook points are `d_in` wide.
+
+    Raises:
+        ConfigError: one is not; the line begins with `where`.
+    """
+    one_token = torch.zeros(1, 1, dtype=torch.long, device=lm.device)
+    for hook_point, hidden in capture(lm, one_token, hook_points).items():
+        width = hidden.shape[-1]
+        if d_in != width:
+            raise ConfigError(
+                f"{where}: found {d_in}, {hook_point!r} of {lm.name!r} is {width} wide; leave d_in out to take it"
+            )
 
 
 def sized(cfg: SAEConfig, store: ActivationStore) -> SAEConfig:

@@ -1,7 +1,9 @@
 """Training of sparse autoencoders from activations."""
 
 from saekit.training.config import EndToEndConfig, ResampleConfig, SparsityConfig, TrainConfig
+from saekit.training.low_bit import check_low_bit
 from saekit.training.metrics import read_metrics
+from saekit.training.options import check_options
 from saekit.training.together import train_together
 from saekit.training.trainer import Trainer
 
@@ -11,6 +13,8 @@ __all__ = [
     "SparsityConfig",
     "TrainConfig",
     "Trainer",
+    "check_low_bit",
+    "check_options",
     "read_metrics",
     "train_together",
 ]

@@ -45,6 +45,8 @@ class EndToEndConfig(Config):
     def _has_a_loss(self) -> Self:
         if self.kl_weight == 0 and self.ce_weight == 0:
             raise ValueError("kl_weight and ce_weight are 0, needs one of them")
+        if self.downstream_weight != 1.0 and self.kind != "e2e_downstream":
+            raise ValueError(f"downstream_weight with kind {self.kind!r}, needs 'e2e_downstream'")
         return self
 
 
@@ -138,6 +140,10 @@ class TrainConfig(Config):
             raise ValueError("ema_decay with optimizer 'signum', needs one of them: signum keeps an average of its own")
         if self.weight_decay is not None and self.optimizer != "adamw8bit":
             raise ValueError(f"weight_decay with optimizer {self.optimizer!r}, needs 'adamw8bit'")
+        if self.optimizer == "signum" and self.betas is not None:
+            raise ValueError(
+                "betas with optimizer 'signum', needs one that takes moments: 'adam', 'adamw8bit' or 'muon'"
+            )
         return self
 
     @field_validator("betas")

@@ -14,8 +14,6 @@ from saekit.models.load import LanguageModel
 from saekit.models.run_from import later_layers
 from saekit.sae.base import SAE
 from saekit.sae.fold import Normalization
-from saekit.sae.sites import SitesSAE
-from saekit.sae.transcoder import Transcoder
 from saekit.training.config import EndToEndConfig, TrainConfig
 from saekit.training.micro import joined
 from saekit.training.objective import StepResult
@@ -33,23 +31,17 @@ MEASURED_POSITIONS = 4096
 TERMS = ("kl", "ce", "downstream")
 
 
-def check_end_to_end(
-    sae: SAE, train: StoreView | ActivationSource, objective: EndToEndConfig, lm: LanguageModel | None
-) -> None:
-    """Checks that the SAE can be trained through the model on these data.
+def check_end_to_end(train: StoreView | ActivationSource, objective: EndToEndConfig, lm: LanguageModel | None) -> None:
+    """Checks that an SAE can be trained through the model on these data; `check_options` knows which kinds can.
 
     Raises:
-        ConfigError: no model, a transcoder, or data without token rows.
+        ConfigError: no model, or data without token rows.
         StoreError: the data are of another model.
         HookPointError: the model has no such module.
     """
     where = f"training: objective {objective.kind!r}"
     if lm is None:
         raise ConfigError(f"{where}: no language model, needs the one that the cache was made with; pass lm=")
-    if isinstance(sae, Transcoder):
-        raise ConfigError(f"{where}: found a transcoder, needs an SAE that reconstructs what it reads")
-    if isinstance(sae, SitesSAE):
-        raise ConfigError(f"{where}: found a {type(sae).__name__}, needs an SAE of one hook point")
     if not isinstance(train, StoreView):
         raise ConfigError(f"{where}: found a {type(train).__name__}, needs a view of a store with its token rows")
     train.store.check_model(lm)

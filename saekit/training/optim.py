@@ -17,12 +17,18 @@ CLIP_MEMORY_STEPS = 20
 
 
 def build_optimizer(
-    parameters: Mapping[str, nn.Parameter], config: TrainConfig, *, lr: float, has_unit_rows: bool = True
+    parameters: Mapping[str, nn.Parameter],
+    config: TrainConfig,
+    *,
+    lr: float,
+    has_unit_rows: bool = True,
+    num_sites: int | None = None,
 ) -> torch.optim.Optimizer:
     """Returns the optimizer over the named parameters; log-thresholds have a learning rate of their own.
 
     Args:
         has_unit_rows: whether W_dec's rows are kept at unit norm, and its gradient without the part along them.
+        num_sites: parts of W_dec's rows whose norms are kept at a sum of 1, without that projection; None = they are not.
     """
     groups = [
         {
@@ -37,7 +43,11 @@ def build_optimizer(
     if config.optimizer == "adamw8bit":
         return LowBitAdamW(groups, lr=lr, betas=config.adam_betas, weight_decay=config.weight_decay or 0.0)
     if config.optimizer == "signum":
-        kept = [group | {"has_unit_rows": has_unit_rows and group["name"] == "W_dec"} for group in groups]
+        is_held = has_unit_rows or num_sites is not None
+        kept = [
+            group | {"has_unit_rows": is_held and group["name"] == "W_dec", "num_sites": num_sites or 1}
+            for group in groups
+        ]
         return ScheduleFreeSignum(kept, lr=lr)
     return FusedAdam(groups, lr=lr, betas=config.adam_betas, unit_rows={"W_dec"} if has_unit_rows else ())
 

@@ -12,6 +12,7 @@ from saekit.activations.source import ActivationSource
 from saekit.errors import NonFiniteError
 from saekit.sae.base import SAE
 from saekit.sae.batch import num_samples
+from saekit.sae.crosscoder import Crosscoder
 from saekit.sae.fold import AnyNormalization
 from saekit.training.average import WeightAverage
 from saekit.training.build import build_objective
@@ -91,7 +92,11 @@ class TrainRun:
         self.parameters = self.objective.trained_parameters()
         self.peak_lr = config.lr if config.lr is not None else default_lr(sae.d_sae, config.num_steps, config.optimizer)
         self.optimizer = build_optimizer(
-            self.parameters, config, lr=self.peak_lr, has_unit_rows=self.objective.has_projected_decoder
+            self.parameters,
+            config,
+            lr=self.peak_lr,
+            has_unit_rows=self.objective.has_projected_decoder,
+            num_sites=sae.num_sites if isinstance(sae, Crosscoder) and self.objective.has_normalized_decoder else None,
         )
         self.average = WeightAverage(self.objective, self.optimizer, decay=config.ema_decay)
         self.clip = GradientClip(config.clip_factor)

@@ -17,7 +17,7 @@ class ScheduleFreeSignum(torch.optim.Optimizer):
         x = (1 - c) * x + c * z                    c = lr^2 / sum of lr^2 so far; what is evaluated and saved
 
     In a group with `has_unit_rows` all three are made unit row by row, so that each is a decoder on its own and none of them
-    has to be told from the others. Both z and x are stored: y alone would not give them back after that.
+    has to be told from the others; a row of `num_sites` parts has the sum of their norms for its size. Both z and x are stored: y alone would not give them back after that.
 
     Source: Defazio et al. 2024, "The road less scheduled", equations 1 to 3 and section 4.1 (the weights c); Bernstein et al.
     2018, "signSGD".
@@ -25,7 +25,9 @@ class ScheduleFreeSignum(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[dict[str, Any]], *, lr: float, momentum: float = 0.95) -> None:
         """Takes groups as of any optimizer, `has_unit_rows` among their keys where rows are held at unit norm."""
-        super().__init__(params, {"lr": lr, "momentum": momentum, "has_unit_rows": False, "lr_square_sum": 0.0})
+        super().__init__(
+            params, {"lr": lr, "momentum": momentum, "has_unit_rows": False, "num_sites": 1, "lr_square_sum": 0.0}
+        )
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -68,4 +70,5 @@ class ScheduleFreeSignum(torch.optim.Optimizer):
 
 def _make_unit(rows: Tensor, group: dict[str, Any]) -> None:
     if group["has_unit_rows"]:
-        rows.div_(rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny))
+        size = rows.view(len(rows), group["num_sites"], -1).norm(dim=2).sum(1, keepdim=True)
+        rows.div_(size.clamp_min(torch.finfo(rows.dtype).tiny))

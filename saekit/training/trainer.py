@@ -30,6 +30,7 @@ from saekit.training.finish import finish_weights
 from saekit.training.heldout import TokenView, read_evenly
 from saekit.training.loop import TrainingLoop
 from saekit.training.low_bit import check_low_bit
+from saekit.training.options import check_options
 from saekit.training.rows import TokenRowBatches
 from saekit.training.run import TrainRun
 from saekit.training.start import SAMPLE_TOKENS, fit_start, normalization_of, read_sample
@@ -73,8 +74,8 @@ class Trainer:
             lm: the language model that the store was made with, for an objective that goes through it.
 
         Raises:
-            ConfigError: widths differ, an SAE whose sparsity comes from a penalty has no target L0, or an objective that goes
-                through the model lacks the model or cannot have this SAE or these data.
+            ConfigError: widths differ, an SAE whose sparsity comes from a penalty has no target L0, an option means nothing to
+                this kind of SAE, or an objective that goes through the model lacks the model or cannot have these data.
             StoreError: the store was made with another model.
             MissingDependencyError: the optimizer needs a package that is not installed.
         """
@@ -91,11 +92,12 @@ class Trainer:
             if isinstance(sae, SitesSAE) and isinstance(data, StoreView) and isinstance(data.store, JoinedStore):
                 _check_sites(sae, data.store)
         check_trainable(sae)
+        check_options(sae.cfg, config)
         if config.optimizer == "adamw8bit":
             check_low_bit()
         self._lm = lm
         if config.objective is not None:
-            check_end_to_end(sae, train, config.objective, lm)
+            check_end_to_end(train, config.objective, lm)
 
     def fit(self, out: str | Path, *, progress: Progress = NO_PROGRESS) -> SAE:
         """Trains into the folder `out`; the same call again goes on where a run ended, or loads a finished one.

@@ -66,6 +66,18 @@ def test_second_sae_goes_on_from_the_first(recipe_file: Path) -> None:
         ("train.kl.sae.k=3", "train.kl.start_from: 'topk' has another sae table or hook point, needs the same ones"),
         ("train.kl.training.objective.kind=e3e", "train.kl.training.objective.kind: found 'e3e'"),
         ("train.kl.training.objective.weight=1", "unknown key 'train.kl.training.objective.weight'"),
+        (
+            "train.kl.training.objective.downstream_weight=2.0",
+            "downstream_weight with kind 'kl_finetune', needs 'e2e_down",
+        ),
+        (
+            "train.kl.training.batch_size=100",
+            r"train.kl.training.batch_size: found 100, needs a multiple of 32: whole rows",
+        ),
+        (
+            "train.kl.training.micro_batch_size=31",
+            r"train.kl.training.micro_batch_size: found 31, needs .* row of 32 tokens",
+        ),
     ],
 )
 def test_mistakes_are_one_line(recipe_file: Path, override: str, message: str) -> None:

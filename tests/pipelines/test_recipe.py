@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 from saekit_pipelines.recipe import load_recipe
+from saekit_pipelines.stages import Pipeline
 
-from saekit.errors import ConfigError
+from saekit.errors import ConfigError, MissingDependencyError
 
 RECIPES = sorted((Path(__file__).parents[2] / "pipelines" / "recipes").glob("*.toml"))
 
@@ -62,6 +63,16 @@ def test_golden_recipes_are_these() -> None:
         ("train.topk.training.seed=-1", "train.topk.training.seed: found -1"),
         ("cache.text.shuffle_seed=-1", "cache.text.shuffle_seed: found -1"),
         ("train.topk.training.betas=[2, 3]", "train.topk.training.betas"),
+        ("train.topk.training={num_tokens=512, betas=[0.8, 0.9], optimizer='signum'}", "betas with optimizer 'signum'"),
+        (
+            "train.topk.training.sparsity.dead_loss=pre_act",
+            "train.topk.training: sparsity.dead_loss 'pre_act' with 'topk'",
+        ),
+        (
+            "train.jumprelu.training.sparsity.k_start_factor=2",
+            "train.jumprelu.training: sparsity.k_start_factor 2 with 'jump",
+        ),
+        ("train.topk.hook_points=['model.layers.1']", "train.topk.hook_points: found model.layers.1, 'topk' takes one"),
         ("train.topk.training.batch_size=999_999", "train.topk.training.batch_size: found 999,999, needs at most"),
         ("cache.num_tokens=2024-01-01", "cache.num_tokens: found '2024-01-01'"),
         ('label={llm={model="m"}, labelers=["lexical"]}', "add 'llm' to them"),
@@ -73,6 +84,17 @@ def test_load_recipe_refuses_in_one_line(recipe_file: Path, override: str, messa
         load_recipe(recipe_file, [override])
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(("recipe ", "train."))
+
+
+def test_missing_package_of_an_optimizer_stops_a_run_before_anything_is_written(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
+    pipeline = Pipeline.load(recipe_file, ["train.topk.training.optimizer=adamw8bit"])
+    for go in (pipeline.run, pipeline.plan):
+        with pytest.raises(MissingDependencyError, match="optimizer 'adamw8bit', needs the package bitsandbytes"):
+            go()
+    assert not pipeline.folder.exists()
 
 
 def test_one_hook_point_need_not_be_named(recipe_file: Path) -> None:

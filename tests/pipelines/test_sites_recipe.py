@@ -153,7 +153,11 @@ def test_all_cached_hook_points_are_taken_where_none_is_named(recipe_file: Path)
     [
         ('train.cross.hook_points=["model.layers.0","model.layers.7"]', "found 'model.layers.7', the cache has"),
         ('train.cross.hook_points=["model.layers.0","model.layers.0"]', "needs at least two different ones"),
-        ('train.cross.hook_points=["model.layers.0"]', "train.cross.hook_points"),
+        (
+            'train.cross.hook_points=["model.layers.0"]',
+            "found model.layers.0, 'crosscoder_batchtopk' needs at least two",
+        ),
+        ('train.cross.training.objective={kind="e2e"}', "found 'crosscoder_batchtopk', needs an SAE of one hook point"),
         ("train.cross.hook_point=model.layers.0", "'crosscoder_batchtopk' takes hook_points"),
         ("train.cross.sae.num_sites=2", r"train.cross.sae.num_sites: found 2, hook_points are 3; leave it out"),
         ("train.all.sae.num_sites=1", "needs at least 2 hook points"),
@@ -169,6 +173,21 @@ def test_mistakes_are_one_line(recipe_file: Path, override: str, message: str) -
     with pytest.raises(ConfigError, match=message) as caught:
         load_recipe(recipe_file, [HOOK_POINTS, override])
     assert "\n" not in str(caught.value)
+
+
+def test_an_sae_goes_on_from_one_of_the_same_hook_points_alone(recipe_file: Path) -> None:
+    text = recipe_file.read_text(encoding="utf-8").replace("[train.all]\n", '[train.all]\nstart_from = "cross"\n')
+    start, end = text.index("[train.all.sae]"), text.index("[train.all.training]")
+    cross = text[text.index("[train.cross.sae]") : text.index("[train.cross.training]")]
+    text = text[:start] + cross.replace("cross", "all", 1) + text[end:]
+    recipe_file.write_text(
+        text.replace("[train.all.training]", '[train.all.training]\ninit = "given"'), encoding="utf-8"
+    )
+    cached = f"cache.hook_points={json.dumps(NAMES)}"
+    with pytest.raises(ConfigError, match=r"train.all.start_from: 'cross' has another sae table or hook point"):
+        load_recipe(recipe_file, [cached])
+    same = f"train.all.hook_points={json.dumps(NAMES)}"
+    assert load_recipe(recipe_file, [cached, same]).train["all"].start_from == "cross"
 
 
 def test_hook_points_of_different_widths_are_refused(recipe_file: Path) -> None:

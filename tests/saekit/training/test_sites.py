@@ -31,6 +31,7 @@ from saekit.training import TrainConfig, Trainer, read_metrics
 from saekit.training.build import build_objective
 from saekit.training.heldout import evaluate_heldout
 from saekit.training.objective import Objective
+from saekit.training.optim import build_optimizer
 from saekit.training.penalty import ReLUObjective
 from saekit.training.run import StepFigures, TrainRun
 from saekit.training.start import normalization_of
@@ -322,3 +323,20 @@ def test_hook_points_of_other_widths_or_number_are_refused(store: JoinedStore) -
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"activations are 96 wide, needs the SAE's num_sites \* d_in = 64"):
         Trainer(build_sae(MLSAEConfig(d_in=32, num_sites=2, d_sae=64, k=3)), store.split(0.3)[0], config)
+
+
+def test_schedule_free_steps_keep_each_decoder_of_a_crosscoder_at_size_one() -> None:
+    objective, _ = make("topk")
+    optimizer = build_optimizer(
+        {"W_dec": objective.sae.W_dec},
+        TrainConfig(num_tokens=1000, optimizer="signum"),
+        lr=0.1,
+        has_unit_rows=objective.has_projected_decoder,
+        num_sites=S,
+    )
+    for number in range(3):
+        objective.sae.W_dec.grad = objective.sae.W_dec.detach().roll(number, 0)
+        optimizer.step()
+    for rows in (objective.sae.W_dec, *optimizer.state[objective.sae.W_dec].values()):
+        sizes = rows.detach().view(F, S, D).norm(dim=2).sum(1)
+        torch.testing.assert_close(sizes, torch.ones_like(sizes))
