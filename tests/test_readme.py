@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from saekit.models import load_model
+from tests.saekit.hub.hub_server import HubServer
 
 ROOT = Path(__file__).parents[1]
 RELEASED = ROOT / "tests" / "fixtures" / "dictionaries" / "gemmascope_res"
@@ -49,13 +50,15 @@ def gpt2_sae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_features_of_a_sentence_take_six_lines(
-    tiny_model_dir: Callable[[str], Path], gpt2_sae: Path, capsys: pytest.CaptureFixture[str]
+    hub: HubServer, tiny_model_dir: Callable[[str], Path], gpt2_sae: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (block,) = (block for block in blocks("python") if "sk.capture(lm, " in block)
-    lines = [line for line in block.splitlines() if line.strip()]
-    assert len(lines) == 6
-    code = block.replace("openai-community/gpt2", str(tiny_model_dir("gpt2"))).replace(GPT2_SAE, str(gpt2_sae))
-    exec(compile(code, "README.md", "exec"), {})
+    assert len([line for line in block.splitlines() if line.strip()]) == 6
+    repo, _, folder = GPT2_SAE.partition(":")
+    hub.add(repo, {f"{folder}/{path.name}": path.read_bytes() for path in gpt2_sae.iterdir()})
+    hub.add("openai-community/gpt2", tiny_model_dir("gpt2"))
+    exec(compile(block, "README.md", "exec"), {})
+    assert hub.asked(r"GET /storage/")
     printed = capsys.readouterr().out.splitlines()
     # By hand: the residual stream before block 2 less its mean, behind a BOS token.
     lm = load_model(str(tiny_model_dir("gpt2")))

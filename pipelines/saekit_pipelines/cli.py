@@ -250,6 +250,7 @@ def convert(
     to: Annotated[
         str, typer.Option("--to", help="saekit, saelens, sparsify, dictionary_learning or circuit-tracer.")
     ] = "saekit",
+    revision: hub_commands.Revision = None,
 ) -> None:
     """Write a dictionary in another library's format; for circuit-tracer, every layer of a set."""
     from saekit.errors import ConfigError
@@ -257,7 +258,7 @@ def convert(
 
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise ConfigError(f"convert: {str(target)!r} is not empty, needs a new folder")
-    convert_sae(source, target, format=to)
+    convert_sae(source, target, format=to, revision=revision)
     typer.echo(f"{target}: {to}")
 
 

@@ -16,7 +16,7 @@ from saekit_pipelines.guard import guarded
 if TYPE_CHECKING:
     from saekit.hub import DictionaryInfo
 
-__all__ = ["PANEL", "register"]
+__all__ = ["PANEL", "Revision", "register"]
 
 PANEL = "Dictionaries"
 """Where the help lists commands that need no recipe."""
@@ -32,6 +32,7 @@ Ref = Annotated[
 Revision = Annotated[
     str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.", show_default=False)
 ]
+"""The option of every command that takes a place on the hub."""
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

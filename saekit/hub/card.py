@@ -155,17 +155,18 @@ def _whole(value: object) -> int | None:
 
 
 def _tags(info: DictionaryInfo, architecture: str) -> list[str]:
-    return ["interpretability", "saekit", "sparse-autoencoder" if info.kind == "sae" else str(info.kind), architecture]
+    kind = "sparse-autoencoder" if info.kind == "sae" else str(info.kind)
+    return list(dict.fromkeys(["interpretability", "saekit", kind, architecture]))
 
 
 def _summary(info: DictionaryInfo, made: Provenance, architecture: str) -> str:
     what = {"sae": "sparse autoencoder", "transcoder": "transcoder"}.get(str(info.kind), "sparse dictionary")
-    sentence = f"A {architecture} {what}"
+    sentence = f"A {what}" if what == architecture else f"A {architecture} {what}"
     if info.d_sae is not None:
         sentence += f" of {info.d_sae:,} features"
     if info.hook_point is not None:
-        point = info.hook_point if isinstance(info.hook_point, str) else f"{len(info.hook_point)} places"
-        sentence += f" that reads `{point}`"
+        point = f"`{info.hook_point}`" if isinstance(info.hook_point, str) else f"{len(info.hook_point)} places"
+        sentence += f" that reads {point}"
     if made.model is not None:
         sentence += f" of {_linked(made.model)}"
     if made.tokens is not None:
@@ -182,7 +183,7 @@ def _facts(info: DictionaryInfo, made: Provenance, licences: Mapping[str, str | 
     out = info.hook_point_out
     rows: list[tuple[str, object]] = [
         ("model", None if made.model is None else _linked(made.model)),
-        ("hook point", f"`{info.hook_point}`" if isinstance(info.hook_point, str) else info.hook_point),
+        ("hook point", _code(info.hook_point)),
         ("predicts", f"`{out}`" if isinstance(out, str) and info.kind == "transcoder" else None),
         ("input, features", f"{info.d_in:,}, {info.d_sae:,}" if info.d_in and info.d_sae else None),
         ("architecture", f"`{json.dumps(dict(info.architecture))}`" if info.architecture else None),
@@ -196,19 +197,33 @@ def _facts(info: DictionaryInfo, made: Provenance, licences: Mapping[str, str | 
     return f"| | |\n|---|---|\n{lines}"
 
 
+def _code(point: str | list[str] | None) -> str | None:
+    return ", ".join(f"`{one}`" for one in point) if isinstance(point, list) else point and f"`{point}`"
+
+
 def _loading(repo: str, info: DictionaryInfo, exports: Sequence[str]) -> str:
-    code = f'import saekit as sk\n\nsae = sk.load_sae("{repo}")\nfeature_acts = sae.encode(x)  # x: [..., {info.d_in}]'
+    code = (
+        f'import saekit as sk\n\nsae = sk.load_sae("{repo}")\nfeature_acts = sae.encode(x)  # x: {_input_shape(info)}'
+    )
     text = f"## Load\n\nIt takes the model's raw activations: normalisation is folded in.\n\n```python\n{code}\n```\n"
     for target in exports:
         library, snippet = _LOADERS.get(target, (target, ""))
         text += f"\nIn {library}, from the folder `{target}`:\n"
         text += f"\n```python\n{snippet.format(repo=repo)}\n```\n" if snippet else ""
-    others = [target for target in _LOADERS if target not in exports]
+    # The others know one place and one token at a time.
+    is_plain = info.kind in {"sae", "transcoder"}
+    others = [target for target in _LOADERS if target not in exports and is_plain]
     if others:
         command = f"saekit convert {repo} dictionary --to {others[0]}"
         more = f" (or {', '.join(others[1:])})" if others[1:] else ""
         text += f"\nFor other libraries: `{command}`{more}, which refuses what the library cannot express.\n"
     return text
+
+
+def _input_shape(info: DictionaryInfo) -> str:
+    if info.num_layers is not None:
+        return f"[..., {info.num_layers}, {info.d_in}]"
+    return f"[B, T, {info.d_in}]" if info.kind in {"lorsa", "temporal"} else f"[..., {info.d_in}]"
 
 
 def _measures(made: Provenance, metrics: str | None) -> str:

@@ -1,5 +1,6 @@
 """Dictionaries written so that other libraries read them; what a target cannot express is refused with the reason."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,9 @@ def as_dictionary(sae: SAE) -> Dictionary:
     site = None if sae.hook_point is None else parse_site(sae.hook_point)
     target = sae.source.get("target_hook_point")
     site_out = parse_site(target) if isinstance(target, str) else None
-    return canonical.build(activation, units="pre-activations of raw input", site=site, site_out=site_out)
+    made = canonical.build(activation, units="pre-activations of raw input", site=site, site_out=site_out)
+    made.source = {**sae.source, **made.source}
+    return made
 
 
 def save_sae(sae: SAE, folder: str | Path, *, format: str = "saekit") -> None:
@@ -202,6 +205,7 @@ def _write_dictionary_learning(sae: Dictionary, folder: Path) -> None:
         case _:
             raise inexpressible("dictionary_learning", f"activation {activation.to_dict()}")
     trainer["dict_class"] = name
+    trainer |= _dictionary_learning_place(sae)
     with atomic_write(folder / "ae.pt") as file:
         torch.save({key: value.contiguous() for key, value in tensors.items()}, file)
     write_json(folder / "config.json", {"trainer": trainer, "buffer": {"d_submodule": sae.d_in, "io": "out"}})
@@ -267,6 +271,17 @@ def _saelens_hooks(sae: Dictionary) -> dict[str, object]:
             # A module path alone would lose the step that the hook name implies.
             hooks[f"hf_{key}"] = f"{site.path}.{site.side}" if site.transform == "none" else None
     return hooks
+
+
+def _dictionary_learning_place(sae: Dictionary) -> dict[str, object]:
+    """Returns layer and model as its trainers note them; nothing where its names have no place for the site."""
+    site, model = sae.cfg.site, model_name(sae.source)
+    name = None if site is None or site.transform != "none" else tl_name(site)
+    found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", name or "")
+    if found is None or model is None:
+        return {}
+    layer = int(found.group(1))
+    return {"layer": layer, "lm_name": model, "submodule_name": f"resid_post_layer_{layer}"}
 
 
 def _write(

@@ -24,6 +24,7 @@ from saekit.sae.checkpoint import CFG_NAME, AnySAEConfig
 from saekit.sae.peer_surface import model_name
 from saekit.sae.released import RELEASED_KINDS, build_released
 from saekit.sae.site import Site
+from saekit.sae.sites import SitesConfig
 
 __all__ = ["DictionaryInfo", "dictionary_info"]
 
@@ -41,7 +42,7 @@ class DictionaryInfo:
     format: str
     """Whose files these are."""
     kind: str | None
-    """`sae`, `transcoder`, `multilayer` or `temporal`."""
+    """`sae`, `transcoder`, `multilayer`, `temporal` or `lorsa`."""
     architecture: Mapping[str, object] | None
     """The nonlinearity and its figures."""
     d_in: int | None
@@ -155,7 +156,11 @@ def _own_facts(header: Mapping[str, object], release: Release) -> dict[str, obje
     except ValidationError as error:
         raise FormatError(f"{release.ref!r}: {error.errors()[0]['msg']}, needs a config of this version") from error
     target = record.get("target_hook_point")
-    shown = {"hook_point": header.get("hook_point"), "hook_point_out": target if isinstance(target, str) else None}
+    point = header.get("hook_point")
+    shown = {
+        "hook_point": point.split(",") if isinstance(cfg, SitesConfig) and isinstance(point, str) else point,
+        "hook_point_out": target if isinstance(target, str) else None,
+    }
     return _described(cfg, None, {"units": "pre-activations of raw input", **record}) | shown
 
 
@@ -163,7 +168,9 @@ def _described(cfg: SAEConfig | None, sae: SAE | None, source: Mapping[str, obje
     values: dict[str, object] = {} if cfg is None else cfg.to_dict()
     site, site_out = getattr(cfg, "site", None), getattr(cfg, "site_out", None)
     kind = None if cfg is None else cfg.kind
-    if kind not in {None, "multilayer", "temporal", "transcoder"}:
+    if isinstance(cfg, SitesConfig):
+        kind = "multilayer"
+    elif kind not in {None, "lorsa", "multilayer", "temporal", "transcoder"}:
         d_out, has_skip = values.get("d_out", values["d_in"]), getattr(sae, "W_skip", None) is not None
         kind = "transcoder" if has_skip or site_out not in {None, site} or values["d_in"] != d_out else "sae"
     activation = values.get("activation")
@@ -175,7 +182,7 @@ def _described(cfg: SAEConfig | None, sae: SAE | None, source: Mapping[str, obje
         "d_in": values.get("d_in"),
         "d_sae": values.get("d_sae"),
         "d_out": values.get("d_out") or values.get("d_in"),
-        "num_layers": values.get("num_layers_in"),
+        "num_layers": values.get("num_layers_in", values.get("num_sites")),
         "hook_point": _shown(site, getattr(cfg, "sites", None)),
         "hook_point_out": _shown(site_out, getattr(cfg, "sites_out", None)),
         "transform": site.transform if isinstance(site, Site) and site.transform != "none" else None,

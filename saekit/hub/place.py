@@ -71,9 +71,15 @@ def locate(ref: str | Path, revision: str | None) -> Place:
     """Returns the place that a reference names; asks the hub for file names, downloads nothing.
 
     Raises:
-        FormatError: there is no such folder, file or repository, or its training has not finished.
+        FormatError: there is no such folder, file or repository, a revision of a local one is asked for, or its training has
+            not finished.
     """
     path = Path(ref)
+    if revision is not None and path.exists():
+        raise FormatError(
+            f"sae {str(ref)!r}: revision {revision!r} of a local {'folder' if path.is_dir() else 'file'}, needs none, or a"
+            " place on the hub"
+        )
     if path.is_file():
         configs = config_names((entry.name for entry in path.parent.iterdir()), [path.name])
         ref, origin = _origin(path, str(ref))

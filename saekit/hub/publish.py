@@ -106,6 +106,9 @@ def _prepared(
         made = Provenance(**{name: getattr(made, name) for name in made.__dataclass_fields__} | {"model": model})
     # Read whole, so that nothing broken is published.
     sae = load_sae(folder)
+    if made.model is not None:
+        # Exports name the model too.
+        sae.source["model"] = made.model
     with tempfile.TemporaryDirectory(prefix="saekit-push-") as scratch:
         files: dict[str, bytes | Path] = {CFG_NAME: _public_config(folder, made), WEIGHTS_NAME: folder / WEIGHTS_NAME}
         for target in also:

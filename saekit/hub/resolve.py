@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from saekit.errors import ConfigError, FormatError
 from saekit.hub.discover import config_names, dictionaries, unreadable
 from saekit.hub.headers import is_true, reason
+from saekit.hub.patience import first_line
 from saekit.hub.place import Place, locate, shown
 from saekit.hub.release import Release, read_mapping
 from saekit.hub.strict import parse_json
@@ -22,6 +23,8 @@ from saekit.manifest import file_sha256
 from saekit.sae.base import SAE
 from saekit.sae.checkpoint import CFG_NAME, WEIGHTS_NAME, load_sae_folder
 from saekit.sae.dictionary import Dictionary
+from saekit.sae.multilayer import MultiLayerDictionary
+from saekit.sae.places import num_places
 from saekit.sae.released import RELEASED_KINDS, build_released
 from saekit.sae.sequence import SequenceSAE
 from saekit.sae.site import Site, parse_site
@@ -54,14 +57,18 @@ def load_sae(
         device: where to put the weights.
         dtype: what to store them in; None: float32.
         revision: branch, tag or commit on the hub.
-        hook_point: overrides where the dictionary reads: a module path, or one with ":input".
+        hook_point: overrides where the dictionary reads: a module path, or one with ":input"; with commas between them where
+            it reads several.
         format: a name of `saekit.hub.table.FORMATS`, for files that are not recognised.
         sha256: what the weights file must hash to; a mapping from file name where there are several, in which configs may
             stand too.
 
     Raises:
-        FormatError: `ref` names nothing that can be read, several dictionaries, or files that are not what they claim.
+        FormatError: `ref` names nothing that can be read, several dictionaries, or files that are not what they claim; or a
+            revision of a local folder.
+        ConfigError: no such device, or another number of hook points than the dictionary reads.
     """
+    _check_device(device)
     place = locate(ref, revision)
     sae = _load(place, the_one(place), format=format, sha256=sha256)
     if hook_point is not None:
@@ -87,6 +94,7 @@ def load_saes(
     Raises:
         FormatError: no dictionary is there, none has such a name, or one cannot be read.
     """
+    _check_device(device)
     place = locate(ref, revision)
     found = dictionaries(place.names)
     names = [name for name in found if fnmatch.fnmatchcase(name, pattern)]
@@ -97,10 +105,26 @@ def load_saes(
     return {name: _load(place, name, format=format, sha256=None).to(device=device, dtype=dtype) for name in names}
 
 
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"sae: device {str(device)!r} cannot be used: {first_line(error)}") from error
+
+
 def _place_at(sae: SAE, hook_point: str) -> None:
+    sites = tuple(parse_site(point) for point in hook_point.split(","))
+    needed = num_places(sae)
+    if len(sites) != needed:
+        raise ConfigError(
+            f"sae: hook_point {hook_point!r} names {len(sites)} places, needs the {needed} that the dictionary reads, with commas"
+            " between them"
+        )
     sae.hook_point = hook_point
-    if isinstance(sae, Dictionary | SequenceSAE):
-        sae.cfg = sae.cfg.model_copy(update={"site": parse_site(hook_point)})
+    if isinstance(sae, MultiLayerDictionary):
+        sae.cfg = sae.cfg.model_copy(update={"sites": sites})
+    elif isinstance(sae, Dictionary | SequenceSAE):
+        sae.cfg = sae.cfg.model_copy(update={"site": sites[0]})
 
 
 def the_one(place: Place) -> str:
@@ -132,12 +156,23 @@ def _load(place: Place, name: str, *, format: str | None, sha256: str | Mapping[
     configs = {Path(config).name: folder / config for config in config_names(place.names, files)}
     _check_links(place, folder, [*files, *(path.relative_to(folder).as_posix() for path in configs.values())])
     own = folder / name
-    is_own = format is None and _is_own(own / CFG_NAME)
-    hashes = {} if is_own and sha256 is None else {file: file_sha256(folder / file) for file in files}
-    hashes_of_configs = {} if is_own and sha256 is None else {key: file_sha256(path) for key, path in configs.items()}
+    is_own = format in {None, "saekit"} and _is_own(own / CFG_NAME)
+    # Our own folders here have manifests that say what was written.
+    is_hashed = not is_own or sha256 is not None or place.repo is not None
+    hashes = {file: file_sha256(folder / file) for file in files} if is_hashed else {}
+    hashes_of_configs = {key: file_sha256(path) for key, path in configs.items()} if is_hashed else {}
     check_hashes(place.name_of(name), hashes, hashes_of_configs, sha256)
     if is_own:
-        return _load_own(own)
+        sae = _load_own(own)
+        if place.repo is not None and "format" not in sae.source:
+            sae.source |= {
+                "format": "saekit",
+                "ref": place.name_of(name),
+                "repo": place.repo,
+                "revision": place.revision,
+                "files": hashes | hashes_of_configs,
+            }
+        return sae
     release = Release(
         folder=folder,
         files=files,

@@ -203,7 +203,7 @@ def module_site(name: str, model: str | None, *, side: Literal["input", "output"
 
     Args:
         name: e.g. `layers.5.mlp`, `h.5.attn`, `embed_tokens`, or with underscore `layer_5`.
-        model: the model's name; a path that only one architecture has needs none.
+        model: the model's name; a path that several architectures have stays relative where it does not tell.
         side: which side of the module.
     """
     name = re.sub(r"^(model|transformer|gpt_neox)\.", "", name)
@@ -215,7 +215,8 @@ def module_site(name: str, model: str | None, *, side: Literal["input", "output"
     elif re.match(r"layers\.\d+\.attention\b", name):
         prefix = "gpt_neox."
     elif re.match(r"layers\.\d+", name):
-        prefix = None if family in {None, "gpt2"} else _LAYERS[family].removesuffix("layers")
+        # A model that nothing names has its own prefix, which is found when the model is there.
+        prefix = None if family == "gpt2" else "" if family is None else _LAYERS[family].removesuffix("layers")
     else:
         prefix = known.get(name)
     if prefix is None:

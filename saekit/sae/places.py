@@ -4,9 +4,22 @@ from typing import Literal
 
 from saekit.errors import ConfigError
 from saekit.sae.base import SAE
+from saekit.sae.multilayer import MultiLayerDictionary
 from saekit.sae.site import Site, parse_site
+from saekit.sae.sites import SitesSAE
 
-__all__ = ["sites_in", "sites_out"]
+__all__ = ["num_places", "sites_in", "sites_out"]
+
+
+def num_places(sae: SAE) -> int:
+    """Returns at how many places the dictionary reads."""
+    match sae:
+        case MultiLayerDictionary():
+            return sae.cfg.num_layers_in
+        case SitesSAE():
+            return sae.num_sites
+        case _:
+            return 1
 
 
 def sites_in(sae: SAE) -> tuple[Site, ...]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saekit.errors import ConfigError, HookPointError
-from saekit.sae import SAE, Dictionary, MultiLayerDictionary, TemporalDictionary, Transcoder
+from saekit.sae import MLSAE, SAE, Dictionary, MultiLayerDictionary, TemporalDictionary, Transcoder
 from saekit.sae.activation import LayerTopK
 from saekit.sae.sparse import dense_to_rows
 
@@ -108,6 +108,10 @@ class LayersAttached(Attached):
         self._raw: dict[int, Tensor] = {}
         self._acts: dict[int, Tensor] = {}
         self._sources = _sources(self._causal) if writes and self._causal is not None else []
+        if writes and isinstance(sae, MLSAE):
+            raise ConfigError(
+                "attach: an MLSAE is one SAE at each of its hook points, needs mode 'observe', or sae.at(hook point) attached"
+            )
         if writes and self._causal is None:
             raise ConfigError(
                 "attach: its features read or compete across layers that come after those it writes to, needs mode 'observe'"

@@ -338,6 +338,8 @@ def test_convert_writes_another_librarys_format_into_a_new_folder_only(tmp_path:
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["cfg.json", "sae_weights.safetensors"]
     assert "is not empty, needs a new folder" in one_line_error(invoke("convert", source, tmp_path / "new"))
+    refused = invoke("convert", source, tmp_path / "other", "--revision", "v2")
+    assert "revision 'v2' of a local folder" in one_line_error(refused)
     assert "cannot express" in one_line_error(
         invoke("convert", source.parent / "qwen_scope", tmp_path / "other", "--to", "sparsify")
     )

@@ -112,7 +112,7 @@ def test_trained_skip_transcoder_round_trips_where_it_can_be_expressed(tmp_path:
         ("sparsify_topk", {"saelens", "sparsify", "dictionary_learning"}),
         ("sparsify_groupmax", {"sparsify"}),
         ("sparsify_skip_transcode", {"sparsify"}),
-        ("sparsify_transcode", {"saelens", "sparsify", "dictionary_learning"}),
+        ("sparsify_transcode", {"sparsify"}),
         ("goodfire_llama31_8b", {"saelens", "dictionary_learning"}),
         ("gemmascope2_transcoder", {"saelens"}),
         ("llamascope_res", {"saelens", "dictionary_learning"}),
@@ -142,6 +142,13 @@ def test_export_leaves_the_dictionary_as_it_was(tmp_path: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
 
 
+def test_saelens_export_of_a_trained_sae_names_its_model(tmp_path: Path) -> None:
+    source = {"model": "google/gemma-2-2b"}
+    save_sae(TopKSAE(TopKConfig(d_in=8, d_sae=24, k=3), source=source), tmp_path, format="saelens")
+    metadata = json.loads((tmp_path / "cfg.json").read_text(encoding="utf-8"))["metadata"]
+    assert metadata["model_name"] == "google/gemma-2-2b"
+
+
 def test_saelens_export_says_where_it_reads(tmp_path: Path) -> None:
     save_sae(load_sae(FIXTURES / "gemmascope2_transcoder"), tmp_path / "a", format="saelens")
     metadata = json.loads((tmp_path / "a" / "cfg.json").read_text(encoding="utf-8"))["metadata"]
@@ -160,6 +167,20 @@ def test_saelens_export_says_where_it_reads(tmp_path: Path) -> None:
 def test_several_layers_and_sequences_have_no_other_format(fixture: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs a dictionary of one site and one token"):
         save_sae(load_sae(FIXTURES / fixture), tmp_path, format="saelens")
+
+
+def test_dictionary_learning_export_says_where_it_reads(tmp_path: Path) -> None:
+    cfg = TopKConfig(d_in=8, d_sae=24, k=3)
+    for point, source, expected in (
+        ("model.layers.3", {"model": "google/gemma-2-2b"}, "model.layers.3"),
+        ("model.layers.3:input", {"model": "google/gemma-2-2b"}, "None"),
+        ("model.layers.3", {}, "None"),
+    ):
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        save_sae(TopKSAE(cfg, hook_point=point, source=source), folder, format="dictionary_learning")
+        assert str(load_sae(folder).hook_point) == expected
+    trainer = json.loads((tmp_path / "0" / "config.json").read_text(encoding="utf-8"))["trainer"]
+    assert (trainer["layer"], trainer["lm_name"]) == (3, "google/gemma-2-2b")
 
 
 def test_unknown_target_names_the_known_ones(tmp_path: Path) -> None:

@@ -14,12 +14,20 @@ import safetensors.torch
 import torch
 
 from saekit.errors import FormatError
-from saekit.hub import load_sae
+from saekit.hub import load_sae, plan_push
 from saekit.hub.discover import dictionaries
 from saekit.hub.info import dictionary_info
 from saekit.hub.pickle_outline import state_outline
 from saekit.hub.place import locate
-from saekit.sae import MultiLayerDictionary, TopKConfig, TopKSAE, TranscoderConfig
+from saekit.sae import (
+    MLSAEConfig,
+    MultiLayerDictionary,
+    SitesConfig,
+    TopKConfig,
+    TopKCrosscoderConfig,
+    TopKSAE,
+    TranscoderConfig,
+)
 from saekit.sae.checkpoint import build_sae
 from tests.saekit.hub.conftest import FIXTURES, Changed
 from tests.saekit.hub.hub_server import HubServer
@@ -184,6 +192,38 @@ def test_own_folder_is_described(tmp_path: Path, cfg: TopKConfig, kind: str, k: 
     assert (info.format, info.kind, info.d_in, info.d_sae) == ("saekit", kind, 6, 10)
     assert (info.hook_point, info.model, info.licence) == ("model.layers.3", "some/model", "apache-2.0")
     assert info.architecture == {"kind": cfg.kind, "k": k}
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [TopKCrosscoderConfig(d_in=6, d_sae=10, k=2, num_sites=3), MLSAEConfig(d_in=6, d_sae=10, k=2, num_sites=3)],
+    ids=lambda cfg: cfg.kind,
+)
+def test_own_folder_of_several_places_is_described(tmp_path: Path, cfg: SitesConfig) -> None:
+    points = ["model.layers.1", "model.layers.2", "model.layers.4"]
+    build_sae(cfg, hook_point=",".join(points)).save(tmp_path)
+    info = dictionary_info(tmp_path)
+    assert (info.kind, info.num_layers, info.hook_point) == ("multilayer", 3, points)
+    card = plan_push(tmp_path, "me/mine").card
+    assert "of 10 features that reads 3 places" in card
+    assert "# x: [..., 3, 6]" in card
+    assert "For other libraries" not in card, "none of them can have it"
+
+
+def test_low_rank_sparse_attention_is_no_transcoder(tmp_path: Path) -> None:
+    assert dictionary_info(FIXTURES / "llamascopium_lorsa_topk").kind == "lorsa"
+    load_sae(FIXTURES / "llamascopium_lorsa_topk").save(tmp_path)
+    card = plan_push(tmp_path, "me/mine").card
+    assert "# x: [B, T, 12]" in card
+    assert "For other libraries" not in card
+
+
+def test_card_of_a_transcoder_says_it_once(tmp_path: Path) -> None:
+    cfg = TranscoderConfig(d_in=6, d_sae=10, d_out=4, k=3)
+    build_sae(cfg, hook_point="model.layers.3").save(tmp_path)
+    card = plan_push(tmp_path, "me/mine").card
+    assert "A transcoder of 10 features" in card
+    assert card.count("- transcoder") == 1
 
 
 @pytest.mark.parametrize("fixture", ["gemmascope2_clt_affine", "saelens_v5_gated", "temporal_hub"])

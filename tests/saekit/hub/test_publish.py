@@ -12,7 +12,7 @@ import yaml
 
 from saekit.errors import ConfigError, FormatError
 from saekit.hub import dictionary_info, load_sae, plan_push, push
-from saekit.manifest import begin_stage, finish_stage, manifest_sha256
+from saekit.manifest import begin_stage, file_sha256, finish_stage, manifest_sha256
 from saekit.sae import JumpReLUConfig, JumpReLUSAE, TopKConfig, TopKSAE
 from tests.saekit.hub.conftest import FIXTURES
 from tests.saekit.hub.hub_server import TOKEN, HubServer
@@ -53,7 +53,11 @@ def test_pushed_dictionary_loads_from_the_hub(logged_in: HubServer, tmp_path: Pa
     folder = trained(tmp_path / "run")
     url = push(folder, "me/mine", licence="cc-by-4.0")
     assert re.fullmatch(rf"{logged_in.url}/me/mine/commit/[0-9a-f]{{40}}", url)
-    assert torch.equal(load_sae("me/mine").W_dec, load_sae(folder).W_dec)
+    sae = load_sae("me/mine")
+    assert torch.equal(sae.W_dec, load_sae(folder).W_dec)
+    assert (sae.source["format"], sae.source["repo"], sae.source["model"]) == ("saekit", "me/mine", MODEL)
+    assert sae.source["revision"] == logged_in.repos["me/mine"].refs["main"]
+    assert sae.source["files"]["sae.safetensors"] == file_sha256(folder / "sae.safetensors")  # type: ignore[index]
     held = logged_in.repos["me/mine"].commits[logged_in.repos["me/mine"].refs["main"]]
     assert sorted(held) == [".gitattributes", "README.md", "cfg.json", "sae.safetensors"]
     assert len(logged_in.repos["me/mine"].commits) == 2, "one for the repository, one for everything in it"
@@ -107,7 +111,7 @@ def test_card_does_not_take_another_runs_cache_for_its_own(logged_in: HubServer,
 def test_folders_of_this_machine_are_not_published(logged_in: HubServer, tmp_path: Path) -> None:
     text = {"kind": "files", "paths": ["/home/somebody/secret/wiki.jsonl"]}
     folder = trained(tmp_path / "run", model="/home/somebody/models/SmolLM2", text=text)
-    push(folder, "me/mine")
+    push(folder, "me/mine", also=["saelens", "dictionary_learning"])
     held = logged_in.repos["me/mine"].commits[logged_in.repos["me/mine"].refs["main"]]
     assert not [name for name, content in held.items() if b"somebody" in content]
     assert json.loads(held["cfg.json"])["source"]["model"] == "SmolLM2"

@@ -11,6 +11,7 @@ from saekit.errors import ConfigError, FormatError
 from saekit.hub import load_sae, load_saes
 from saekit.manifest import begin_stage, file_sha256
 from saekit.sae import Dictionary, TopKConfig, TopKSAE
+from saekit.sae.places import sites_in
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "dictionaries"
 
@@ -115,6 +116,36 @@ def test_dtype_and_hook_point_can_be_chosen() -> None:
         ConfigError, match=r"'model\.layers\.3:inside': needs a module path, ':input' or ':output' behind it"
     ):
         load_sae(FIXTURES / "goodfire_llama31_8b", hook_point="model.layers.3:inside")
+
+
+def test_hook_points_of_several_layers_can_be_chosen_all_together() -> None:
+    points = "model.layers.0,model.layers.4:input,model.layers.5"
+    sae = load_sae(FIXTURES / "llamascopium_crosscoder_jumprelu", hook_point=points)
+    assert sae.hook_point == points
+    assert ",".join(map(str, sites_in(sae))) == points
+    with pytest.raises(ConfigError, match=r"'model\.layers\.0' names 1 places, needs the 3"):
+        load_sae(FIXTURES / "llamascopium_crosscoder_jumprelu", hook_point="model.layers.0")
+
+
+def test_device_that_is_not_there_is_refused_before_anything_is_read() -> None:
+    for load in (load_sae, load_saes):
+        with pytest.raises(ConfigError, match=r"^sae: device 'cuda:99' cannot be used: [^\n]+$"):
+            load("nowhere", device="cuda:99")
+
+
+def test_revision_of_a_local_folder_is_refused() -> None:
+    with pytest.raises(FormatError, match="revision 'v2' of a local folder, needs none"):
+        load_sae(FIXTURES / "saelens_v6_topk", revision="v2")
+    file = FIXTURES / "circuittracer_plt_relu" / "layer_1.safetensors"
+    with pytest.raises(FormatError, match="revision 'v2' of a local file, needs none"):
+        load_sae(file, revision="v2")
+
+
+def test_own_format_can_be_asked_for(tmp_path: Path) -> None:
+    TopKSAE(TopKConfig(d_in=6, d_sae=10, k=2)).save(tmp_path)
+    assert isinstance(load_sae(tmp_path, format="saekit"), TopKSAE)
+    with pytest.raises(FormatError, match="format 'saekit', needs one of"):
+        load_sae(FIXTURES / "saelens_v6_topk", format="saekit")
 
 
 @pytest.mark.parametrize(

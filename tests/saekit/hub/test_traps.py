@@ -45,7 +45,7 @@ def test_trap_1_sparsify_is_centred_has_its_width_from_the_weights_and_its_hook_
         "sae-llama-3-8b/layer_5": "model.layers.5",
         "sae-gpt2/h.5.attn": "transformer.h.5.attn",
         "sae-llama-3-8b/model.layers.18.mlp/seed1": "model.layers.18.mlp",
-        "unnamed/layers.5": None,
+        "unnamed/layers.5": "layers.5",
     }
     for place, hook_point in places.items():
         folder = tmp_path / place

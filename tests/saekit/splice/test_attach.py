@@ -9,9 +9,11 @@ from torch import Tensor, nn
 import saekit as sk
 from saekit.errors import ConfigError, HookPointError
 from saekit.sae import (
+    MLSAE,
     SAE,
     JumpReLUConfig,
     JumpReLUSAE,
+    MLSAEConfig,
     MultiLayerConfig,
     MultiLayerDictionary,
     Site,
@@ -346,6 +348,39 @@ def test_trained_dictionary_of_several_places_is_captured_and_observed(models: M
     assert torch.equal(attached.feature_acts, sae.encode(x))
     with pytest.raises(ConfigError, match="needs mode 'observe'"):
         sk.attach(model, sae).__enter__()
+
+
+def test_mlsae_is_replaced_place_by_place(models: Models, tokens: Tensor) -> None:
+    model, points = models("llama", 3), ["model.layers.0", "model.layers.2"]
+    cfg = MLSAEConfig(d_in=32, d_sae=64, k=4, num_sites=2)
+    sae = MLSAE(cfg, hook_point=",".join(points)).requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"one SAE at each of its hook points, .* sae\.at\(hook point\)"):
+        sk.attach(model, sae).__enter__()
+    assert not hooks_left(model)
+    with sk.attach(model, sae, "observe") as observed, sk.attach(model, sae.at(points[1])):
+        replaced = logits(model, tokens)
+    x = sk.capture(model, tokens, sae)
+    torch.testing.assert_close(observed.feature_acts, sae.encode(x))
+    torch.testing.assert_close(
+        replaced, by_hand(model, tokens, points[1], sae(x.flatten(0, 1)).x_hat[:, 1].view(2, 7, 32))
+    )
+
+
+def test_sparsify_names_layers_whatever_the_models_prefix_is(models: Models, tokens: Tensor) -> None:
+    for family, prefix in (("llama", "model"), ("neox", "gpt_neox")):
+        model = models(family, 6)
+        sae = sk.load_sae(FIXTURES / "sparsify_topk")
+        expected = sk.capture(model, tokens, [f"{prefix}.layers.5"])[f"{prefix}.layers.5"]
+        assert torch.equal(sk.capture(model, tokens, sae), expected)
+    transcoder = sk.load_sae(FIXTURES / "sparsify_transcode")
+    with sk.attach(models("llama", 6), transcoder):
+        replaced = logits(models("llama", 6), tokens)
+    read = sk.capture(models("llama", 6), tokens, transcoder)
+    torch.testing.assert_close(
+        replaced, by_hand(models("llama", 6), tokens, "model.layers.5.mlp", transcoder(read).x_hat.view(2, 7, 32))
+    )
+    with pytest.raises(ConfigError, match="dictionary_learning cannot express a transcoder"):
+        sk.save_sae(transcoder, "nowhere", format="dictionary_learning")
 
 
 def test_blocks_nest_at_other_places_and_at_the_same(models: Models, tokens: Tensor) -> None:
