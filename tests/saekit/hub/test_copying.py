@@ -49,3 +49,14 @@ def test_building_a_dictionary_copies_no_matrix_again(tmp_path: Path) -> None:
     encoder = weights.take("W_enc", 6, 40)
     assert encoder.T.contiguous().data_ptr() == encoder.data_ptr()
     assert weights.take("W_dec", 40, 6).is_contiguous()
+
+
+@pytest.mark.parametrize("shape", [(3, 70), (70, 3)], ids=str)
+def test_half_precision_is_kept_where_it_is_asked_for(shape: tuple[int, int]) -> None:
+    stored = torch.randn(shape).to(torch.bfloat16)
+    copy, is_finite = checked_copy(stored, torch.bfloat16)
+    assert is_finite
+    assert copy.dtype == torch.bfloat16
+    assert torch.equal(copy, stored)
+    stored[-1, -1] = torch.nan
+    assert not checked_copy(stored, torch.bfloat16)[1]
