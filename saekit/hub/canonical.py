@@ -14,14 +14,16 @@ from saekit.sae.site import Site
 
 __all__ = ["Canonical", "checked_scale", "projected", "threshold_over"]
 
-_CHUNK = 4096
+# Rows of the encoder in float64 at a time: few enough to stay in the cache.
+_CHUNK = 256
 
 
 def projected(bias: Tensor, W_enc: Tensor) -> Tensor:
     """Returns `bias @ W_enc`, summed in float64; bias [d_in], W_enc [d_in, F]."""
-    wide = bias.double()
-    parts = [wide @ W_enc[:, start : start + _CHUNK].double() for start in range(0, W_enc.shape[1], _CHUNK)]
-    return torch.cat(parts)
+    wide, rows = bias.double(), W_enc.T
+    block = rows.new_empty(min(_CHUNK, len(rows)), rows.shape[1], dtype=torch.float64)
+    parts = (rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK))
+    return torch.cat([block[: len(part)].copy_(part) @ wide for part in parts])
 
 
 def checked_scale(factor: float) -> float:
@@ -47,6 +49,8 @@ def threshold_over(threshold: Tensor, norms: Tensor) -> Tensor:
 @dataclass(kw_only=True)
 class Canonical:
     """Weights on their way to canonical form; every fold changes them in place and leaves the function as it is.
+
+    `W_enc` and `W_dec` may be in half precision; a fold that changes their numbers makes float32 of them first.
 
     Source: algebra only; each fold is the substitution that its name says.
     """
@@ -82,13 +86,17 @@ class Canonical:
 
     def scale_input(self, factor: float) -> None:
         """Folds an encoder that reads `factor * x`; raises as `checked_scale` does."""
-        self.W_enc.mul_(checked_scale(factor))
+        if checked_scale(factor) == 1.0:
+            return
+        self.W_enc = self.W_enc.float().mul_(factor)
         if "W_glu" in self.extra:
             self.extra["W_glu"].mul_(factor)
 
     def scale_output(self, factor: float) -> None:
         """Folds a reconstruction that is multiplied by `factor`; raises as `checked_scale` does."""
-        self.W_dec.mul_(checked_scale(factor))
+        if checked_scale(factor) == 1.0:
+            return
+        self.W_dec = self.W_dec.float().mul_(factor)
         self.b_dec.mul_(factor)
 
     def scale_features(self, factor: Tensor | float) -> None:
@@ -105,17 +113,18 @@ class Canonical:
         """
         if isinstance(factor, Tensor) and not is_true(torch.isfinite(factor).all()):
             raise ConfigError("decoder rows whose norms overflow, needs smaller weights")
-        self.W_enc.mul_(factor)
+        self.W_enc = self.W_enc.float().mul_(factor)
         self.b_enc = self.b_enc * factor
         # A row of zeros writes nothing whatever it is divided by.
-        self.W_dec.div_(factor.masked_fill(factor == 0, 1.0)[:, None] if isinstance(factor, Tensor) else factor)
+        divisor = factor.masked_fill(factor == 0, 1.0)[:, None] if isinstance(factor, Tensor) else factor
+        self.W_dec = self.W_dec.float().div_(divisor)
         for name in ("b_mag", "threshold"):
             if name in self.extra:
                 self.extra[name] = self.extra[name] * factor
 
     def decoder_norms(self) -> Tensor:
         """Returns the norm of each decoder row, [F]."""
-        norms: Tensor = torch.linalg.vector_norm(self.W_dec, dim=1)
+        norms: Tensor = torch.linalg.vector_norm(self.W_dec, dim=1, dtype=torch.float32)
         return norms
 
     def build(

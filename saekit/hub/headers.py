@@ -58,7 +58,7 @@ class Container(Protocol):
         ...
 
     def tensor(self, name: str) -> Tensor:
-        """Returns one tensor in memory of its own."""
+        """Returns one tensor, perhaps a view into a mapped file: copied before it is kept or changed."""
         ...
 
 

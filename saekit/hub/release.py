@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saekit.errors import FormatError
 from saekit.hub.containers import open_container
-from saekit.hub.copying import float32_copy
+from saekit.hub.copying import checked_copy
 from saekit.hub.headers import Container, TensorHeader, reason
 from saekit.hub.strict import parse_json, parse_yaml, printable
 
@@ -31,11 +31,17 @@ class Weights:
         values: what else the files hold.
     """
 
-    def __init__(self, paths: Iterable[Path], opener: Callable[[Path], Container] = open_container) -> None:
+    def __init__(
+        self,
+        paths: Iterable[Path],
+        opener: Callable[[Path], Container] = open_container,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Opens the files and reads their headers.
 
         Args:
             opener: how a file is opened.
+            dtype: what the dictionary will be stored in, where that is known.
 
         Raises:
             FormatError: a file cannot be read, or two hold a tensor of the same name.
@@ -44,6 +50,7 @@ class Weights:
         self.values: dict[str, object] = {}
         self._home: dict[str, Container] = {}
         self._taken: set[str] = set()
+        self._kept = dtype if dtype in {torch.bfloat16, torch.float16} else None
         names = []
         for path in paths:
             container = opener(path)
@@ -82,6 +89,16 @@ class Weights:
         Raises:
             FormatError: it is not there, has another shape, is not floating point, or holds NaN or Inf.
         """
+        return self._take(name, shape, None)
+
+    def matrix(self, name: str, *shape: int) -> Tensor:
+        """Returns a tensor as `take` does, in half precision where the file has it in just the one that is wanted.
+
+        For the matrices of a `Canonical`: what no fold changes is then never larger in memory than in the file.
+        """
+        return self._take(name, shape, self._kept)
+
+    def _take(self, name: str, shape: tuple[int, ...], kept: torch.dtype | None) -> Tensor:
         found = self.shape(name, len(shape))
         if found != shape:
             raise FormatError(f"{self.where}: {name} is {list(found)}, needs {list(shape)}")
@@ -89,7 +106,8 @@ class Weights:
         if not header.is_floating_point:
             raise FormatError(f"{self.where}: {name} is {header.dtype}, needs floating point")
         self._taken.add(name)
-        tensor, is_finite = float32_copy(self._home[name].tensor(name))
+        stored = self._home[name].tensor(name)
+        tensor, is_finite = checked_copy(stored, kept if stored.dtype == kept else torch.float32)
         if not is_finite:
             raise FormatError(f"{self.where}: {name} has NaN or Inf, needs finite weights")
         return tensor
@@ -150,6 +168,8 @@ class Release:
     """Commit of the repository."""
     opener: Callable[[Path], Container] = open_container
     """How its files are opened."""
+    dtype: torch.dtype | None = None
+    """What the dictionary will be stored in; None: as the reader makes it."""
     _weights: Weights | None = field(default=None, repr=False)
 
     @property
@@ -161,7 +181,7 @@ class Release:
 
     def open(self, *names: str) -> Weights:
         """Returns some of the weights files, opened together."""
-        return Weights((self.folder / name for name in names), self.opener)
+        return Weights((self.folder / name for name in names), self.opener, self.dtype)
 
     @property
     def values(self) -> Mapping[str, object]:

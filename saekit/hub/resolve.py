@@ -3,7 +3,9 @@
 import fnmatch
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -55,13 +57,15 @@ def load_sae(
         ref: the output folder of a training run, any folder or weights file of a release, or `owner/repo:sub/path` on the
             Hugging Face hub, of which only the needed files are downloaded.
         device: where to put the weights.
-        dtype: what to store them in; None: float32.
+        dtype: what to store them in; None: float32. Folds are computed in float32 whatever it is; matrices that the file has in
+            the same half precision, and that no fold changes, are never larger than that in memory.
         revision: branch, tag or commit on the hub.
         hook_point: overrides where the dictionary reads: a module path, or one with ":input"; with commas between them where
             it reads several.
         format: a name of `saekit.hub.table.FORMATS`, for files that are not recognised.
         sha256: what the weights file must hash to; a mapping from file name where there are several, in which configs may
-            stand too.
+            stand too. Whether it is demanded or not, `.source` records what the bytes on the disk hash to, also where the hub's
+            cache names a file by a hash; they are hashed while they are read.
 
     Raises:
         FormatError: `ref` names nothing that can be read, several dictionaries, or files that are not what they claim; or a
@@ -70,7 +74,7 @@ def load_sae(
     """
     _check_device(device)
     place = locate(ref, revision)
-    sae = _load(place, the_one(place), format=format, sha256=sha256)
+    sae = _load(place, the_one(place), format=format, sha256=sha256, dtype=dtype)
     if hook_point is not None:
         _place_at(sae, hook_point)
     return sae.to(device=device, dtype=dtype)
@@ -102,7 +106,10 @@ def load_saes(
         raise FormatError(
             f"sae {place.ref!r}: none is named like {pattern!r}, needs one of {shown(list(found), place)}"
         )
-    return {name: _load(place, name, format=format, sha256=None).to(device=device, dtype=dtype) for name in names}
+    return {
+        name: _load(place, name, format=format, sha256=None, dtype=dtype).to(device=device, dtype=dtype)
+        for name in names
+    }
 
 
 def _check_device(device: str | torch.device) -> None:
@@ -150,41 +157,68 @@ def the_one(place: Place) -> str:
     return next(iter(found))
 
 
-def _load(place: Place, name: str, *, format: str | None, sha256: str | Mapping[str, str] | None) -> SAE:
+def _load(
+    place: Place,
+    name: str,
+    *,
+    format: str | None,
+    sha256: str | Mapping[str, str] | None,
+    dtype: torch.dtype | None,
+) -> SAE:
     files = dictionaries(place.names)[name]
     folder = place.folder_of(files)
     configs = {Path(config).name: folder / config for config in config_names(place.names, files)}
     _check_links(place, folder, [*files, *(path.relative_to(folder).as_posix() for path in configs.values())])
     own = folder / name
     is_own = format in {None, "saekit"} and _is_own(own / CFG_NAME)
-    # Our own folders here have manifests that say what was written.
-    is_hashed = not is_own or sha256 is not None or place.repo is not None
-    hashes = {file: file_sha256(folder / file) for file in files} if is_hashed else {}
-    hashes_of_configs = {key: file_sha256(path) for key, path in configs.items()} if is_hashed else {}
-    check_hashes(place.name_of(name), hashes, hashes_of_configs, sha256)
+    if is_own and sha256 is None and place.repo is None:
+        # Our own folders here have manifests that say what was written.
+        return _load_own(own)
+    with _hashed(place.name_of(name), {file: folder / file for file in files}, configs, sha256) as hashes:
+        if is_own:
+            sae = _load_own(own)
+        else:
+            release = Release(
+                folder=folder,
+                files=files,
+                configs={config: read_mapping(path) for config, path in configs.items()},
+                ref=place.name_of(name),
+                repo=place.repo,
+                revision=place.revision,
+                dtype=dtype,
+            )
+            sae = read_release(release, format)
     if is_own:
-        sae = _load_own(own)
         if place.repo is not None and "format" not in sae.source:
             sae.source |= {
                 "format": "saekit",
                 "ref": place.name_of(name),
                 "repo": place.repo,
                 "revision": place.revision,
-                "files": hashes | hashes_of_configs,
+                "files": hashes,
             }
         return sae
-    release = Release(
-        folder=folder,
-        files=files,
-        configs={config: read_mapping(path) for config, path in configs.items()},
-        ref=place.name_of(name),
-        repo=place.repo,
-        revision=place.revision,
-    )
-    sae = read_release(release, format)
     _warn_of_transform(release.ref, sae)
-    sae.source["files"] = hashes | hashes_of_configs
+    sae.source["files"] = hashes
     return sae.requires_grad_(False).eval()
+
+
+@contextmanager
+def _hashed(
+    ref: str, weights: Mapping[str, Path], configs: Mapping[str, Path], wanted: str | Mapping[str, str] | None
+) -> Iterator[dict[str, str]]:
+    """Hashes files in a thread of its own while they are read inside; the mapping is filled and checked at the end."""
+    hashes: dict[str, str] = {}
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        pending = {name: thread.submit(file_sha256, path) for name, path in {**configs, **weights}.items()}
+        try:
+            yield hashes
+        finally:
+            # Also after an error: that a file is not the one that was meant is the better reason for it.
+            hashes |= {name: digest.result() for name, digest in pending.items()}
+            check_hashes(
+                ref, {name: hashes[name] for name in weights}, {name: hashes[name] for name in configs}, wanted
+            )
 
 
 def read_release(release: Release, format: str | None = None) -> SAE:

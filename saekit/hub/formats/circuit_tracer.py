@@ -49,9 +49,9 @@ def read_transcoder_set(release: Release) -> SAE:
             entry = release.configs.get(name, {}).get(key)
             release.check("value", found, config=entry if isinstance(entry, dict) else {})
     canonical = Canonical(
-        W_enc=weights.take("W_enc", d_sae, d_in).T,
+        W_enc=weights.matrix("W_enc", d_sae, d_in).T,
         b_enc=weights.take("b_enc", d_sae),
-        W_dec=weights.take("W_dec", d_sae, d_out),
+        W_dec=weights.matrix("W_dec", d_sae, d_out),
         b_dec=weights.take("b_dec", d_out),
     )
     activation = _activation(release, canonical)

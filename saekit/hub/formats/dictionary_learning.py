@@ -100,9 +100,9 @@ def _linear(release: Release, *, bias: str) -> Canonical:
     weights = release.weights
     d_sae, d_in = weights.shape("encoder.weight", 2)
     return Canonical(
-        W_enc=weights.take("encoder.weight", d_sae, d_in).T,
+        W_enc=weights.matrix("encoder.weight", d_sae, d_in).T,
         b_enc=weights.take("encoder.bias", d_sae),
-        W_dec=weights.take("decoder.weight", d_in, d_sae).T,
+        W_dec=weights.matrix("decoder.weight", d_in, d_sae).T,
         b_dec=weights.take(bias, d_in),
     )
 
@@ -111,9 +111,9 @@ def _stored_as_used(release: Release) -> Canonical:
     weights = release.weights
     d_in, d_sae = weights.shape("W_enc", 2)
     return Canonical(
-        W_enc=weights.take("W_enc", d_in, d_sae),
+        W_enc=weights.matrix("W_enc", d_in, d_sae),
         b_enc=weights.take("b_enc", d_sae),
-        W_dec=weights.take("W_dec", d_sae, d_in),
+        W_dec=weights.matrix("W_dec", d_sae, d_in),
         b_dec=weights.take("b_dec", d_in),
     )
 
@@ -126,9 +126,9 @@ def _gated(release: Release) -> Canonical:
         "r_mag": weights.take("r_mag", d_sae),
     }
     canonical = Canonical(
-        W_enc=weights.take("encoder.weight", d_sae, d_in).T,
+        W_enc=weights.matrix("encoder.weight", d_sae, d_in).T,
         b_enc=weights.take("gate_bias", d_sae),
-        W_dec=weights.take("decoder.weight", d_in, d_sae).T,
+        W_dec=weights.matrix("decoder.weight", d_in, d_sae).T,
         b_dec=weights.take("decoder_bias", d_in),
         extra=extra,
     )

@@ -134,9 +134,9 @@ def _jump_relu(weights: Weights) -> Canonical:
     d_in, d_sae = weights.shape(encoder, 2)
     d_out = weights.shape(decoder, 2)[1]
     return Canonical(
-        W_enc=weights.take(encoder, d_in, d_sae),
+        W_enc=weights.matrix(encoder, d_in, d_sae),
         b_enc=weights.take("b_enc", d_sae),
-        W_dec=weights.take(decoder, d_sae, d_out),
+        W_dec=weights.matrix(decoder, d_sae, d_out),
         b_dec=weights.take("b_dec", d_out),
         extra={"threshold": weights.take("threshold", d_sae)},
     )

@@ -116,9 +116,9 @@ def read_llamascopium(release: Release) -> SAE:
     d_out = weights.shape("W_D", 2)[1]
     check_width(release, d_in, d_sae)
     canonical = Canonical(
-        W_enc=weights.take("W_E", d_in, d_sae),
+        W_enc=weights.matrix("W_E", d_in, d_sae),
         b_enc=weights.take("b_E", d_sae),
-        W_dec=weights.take("W_D", d_sae, d_out),
+        W_dec=weights.matrix("W_D", d_sae, d_out),
         b_dec=decoder_bias(release, "b_D", d_out),
     )
     if release.flag("use_glu_encoder", False, config=config):
@@ -245,9 +245,9 @@ def _linear(release: Release, config: Mapping[str, object]) -> Canonical:
         extra["W_glu"] = weights.take("encoder_glu.weight", d_sae, d_in).T
         extra["b_glu"] = weights.take("encoder_glu.bias", d_sae)
     return Canonical(
-        W_enc=weights.take("encoder.weight", d_sae, d_in).T,
+        W_enc=weights.matrix("encoder.weight", d_sae, d_in).T,
         b_enc=weights.take("encoder.bias", d_sae),
-        W_dec=weights.take("decoder.weight", d_out, d_sae).T,
+        W_dec=weights.matrix("decoder.weight", d_out, d_sae).T,
         b_dec=torch.zeros(d_out) if b_dec is None else b_dec,
         extra=extra,
     )

@@ -155,9 +155,9 @@ def read_connor(release: Release) -> SAE:
     release.check("act_size", d_in, config=config)
     release.check("dict_size", d_sae, config=config)
     canonical = Canonical(
-        W_enc=weights.take("W_enc", d_in, d_sae),
+        W_enc=weights.matrix("W_enc", d_in, d_sae),
         b_enc=weights.take("b_enc", d_sae),
-        W_dec=weights.take("W_dec", d_sae, d_in),
+        W_dec=weights.matrix("W_dec", d_sae, d_in),
         b_dec=weights.take("b_dec", d_in),
     )
     canonical.subtract_from_input(canonical.b_dec)
@@ -185,7 +185,7 @@ def read_apollo(release: Release) -> SAE:
     canonical = _linear(release, *names)
     weights.finish()
     norms = canonical.decoder_norms()
-    canonical.W_dec.div_(norms.clamp_min(1e-12)[:, None])
+    canonical.W_dec = canonical.W_dec.float().div_(norms.clamp_min(1e-12)[:, None])
     model = release.config.get("tlens_model_name")
     site = tl_site(hooks[0].replace("-", "."), model) if isinstance(model, str) else None
     return canonical.build(ReLU(), units=_UNITS, site=site)
@@ -206,9 +206,9 @@ def read_dunefsky(release: Release) -> SAE:
     d_in, d_sae = weights.shape("W_enc", 2)
     d_out = weights.shape("W_dec", 2)[1]
     canonical = Canonical(
-        W_enc=weights.take("W_enc", d_in, d_sae),
+        W_enc=weights.matrix("W_enc", d_in, d_sae),
         b_enc=weights.take("b_enc", d_sae),
-        W_dec=weights.take("W_dec", d_sae, d_out),
+        W_dec=weights.matrix("W_dec", d_sae, d_out),
         b_dec=weights.take("b_dec_out", d_out),
     )
     canonical.subtract_from_input(weights.take("b_dec", d_in))
@@ -228,8 +228,8 @@ def _linear(release: Release, encoder: str, encoder_bias: str, decoder: str, dec
     d_sae, d_in = weights.shape(encoder, 2)
     d_out = weights.shape(decoder, 2)[0]
     return Canonical(
-        W_enc=weights.take(encoder, d_sae, d_in).T,
+        W_enc=weights.matrix(encoder, d_sae, d_in).T,
         b_enc=weights.take(encoder_bias, d_sae),
-        W_dec=weights.take(decoder, d_out, d_sae).T,
+        W_dec=weights.matrix(decoder, d_out, d_sae).T,
         b_dec=weights.take(decoder_bias, d_out),
     )

@@ -89,9 +89,9 @@ def read_saelens(release: Release) -> SAE:
     for key, found in (("d_in", d_in), ("d_sae", d_sae), ("d_out", d_out)):
         release.check(key, found, config=spec.config)
     canonical = Canonical(
-        W_enc=weights.take("W_enc", d_in, d_sae),
+        W_enc=weights.matrix("W_enc", d_in, d_sae),
         b_enc=weights.take("b_gate" if spec.decides == "gated" else "b_enc", d_sae),
-        W_dec=weights.take("W_dec", d_sae, d_out),
+        W_dec=weights.matrix("W_dec", d_sae, d_out),
         b_dec=weights.take("b_dec", d_out),
     )
     if spec.decides == "gated":
@@ -264,7 +264,7 @@ def _scale_decoder(release: Release, spec: _Spec, canonical: Canonical) -> None:
         raise FormatError(
             f"{release.ref!r}: config: finetuning_scaling_factor is false, {name} in the weights is not 1"
         )
-    canonical.W_dec.mul_(factor[:, None])
+    canonical.W_dec = canonical.W_dec.float().mul_(factor[:, None])
 
 
 def _asked_norm(release: Release, spec: _Spec) -> str:

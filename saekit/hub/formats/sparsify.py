@@ -41,9 +41,9 @@ def read_sparsify(release: Release) -> SAE:
     d_out = weights.shape("W_dec", 2)[1]
     is_transcoder = release.flag("transcode", False, config=config)
     canonical = Canonical(
-        W_enc=weights.take("encoder.weight", d_sae, d_in).T,
+        W_enc=weights.matrix("encoder.weight", d_sae, d_in).T,
         b_enc=weights.take("encoder.bias", d_sae),
-        W_dec=weights.take("W_dec", d_sae, d_out),
+        W_dec=weights.matrix("W_dec", d_sae, d_out),
         b_dec=weights.take("b_dec", d_out),
     )
     skip = weights.take_if("W_skip", d_out, d_in)
