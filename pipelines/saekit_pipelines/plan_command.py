@@ -111,13 +111,15 @@ def _print(planned: RecipePlan) -> None:
     machines = f"{planned.num_nodes} x {hardware.gpus_per_node} " if hardware.host_rate else ""
     console.print(f"[bold]{escape(machines + hardware.title)}[/bold]: speeds are {_kind_of_figures(planned)}")
     console.print(_stage_table(planned))
-    for stage in planned.train:
-        console.print(_memory_table(stage, hardware.memory_gb))
-    for names in planned.together:
-        needed = planned.together_bytes(names)
-        fits = "fits" if needed <= hardware.memory_gb * 1e9 else "does not fit"
-        listed = ", ".join(names)
-        console.print(escape(f"--together, one read for {listed}: {size_text(needed)} on a device, {fits}"))
+    console.print(_memory_table(planned))
+    for group in planned.together:
+        fits = "" if group.fits else ", does not fit"
+        console.print(
+            f"[bold]--together[/bold]  {escape(', '.join(group.names))} on one read, in one process:"
+            f" {size_text(group.device_bytes)} on the device{fits}, {duration_text(group.hours * 3600)};"
+            f" apart {duration_text(group.hours_alone * 3600)}",
+            soft_wrap=True,
+        )
     _print_facts(planned, console)
 
 
@@ -125,8 +127,11 @@ def _print_facts(planned: RecipePlan, console: Console) -> None:
     cache = planned.cache
     lacks = "" if cache.is_finished or cache.size.size_bytes <= cache.free_bytes else " [red]does not fit[/red]"
     console.print(f"[bold]disk[/bold]  {size_text(cache.size.size_bytes)}, {size_text(cache.free_bytes)} free{lacks}")
+    layouts: dict[str, list[str]] = {}
     for stage in planned.train:
-        console.print(f"[bold]layout of {escape(stage.name)}[/bold]  {escape(stage.plan.why)}", soft_wrap=True)
+        layouts.setdefault(stage.plan.why, []).append(stage.name)
+    for why, names in layouts.items():
+        console.print(f"[bold]layout[/bold]  {escape(', '.join(names))}: {escape(why)}", soft_wrap=True)
     console.print("[bold]commands[/bold]")
     for command in planned.commands:
         console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
@@ -165,15 +170,18 @@ def _split(stage: TrainStage) -> str:
     return ", ".join(f"{part.name} {part.seconds * 1e3:.3g} ms" for part in parts[:4])
 
 
-def _memory_table(stage: TrainStage, memory_gb: float) -> Table:
-    memory = stage.plan.memory
-    table = Table(title=f"memory of a process, {escape(stage.name)}", title_justify="left", box=None, pad_edge=False)
-    parts = {name: size for name, size in memory.parts.items() if size}
-    cells = [*parts, "on the device", "of", "reader, host"]
-    for cell in cells:
-        table.add_column(cell, justify="right", no_wrap=True)
-    sizes = [*parts.values(), memory.device, int(memory_gb * 1e9), memory.reader]
-    table.add_row(*map(size_text, sizes))
+def _memory_table(planned: RecipePlan) -> Table:
+    """Returns the bytes of one process by part, a row an SAE."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("memory of a process", no_wrap=True)
+    parts = list(dict.fromkeys(p for stage in planned.train for p, size in stage.plan.memory.parts.items() if size))
+    for column in (*parts, "on the device", "it has", "reader, host"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for stage in planned.train:
+        memory = stage.plan.memory
+        sizes = [memory.parts.get(part, 0) for part in parts]
+        whole = [memory.device, int(planned.hardware.memory_gb * 1e9), memory.reader]
+        table.add_row(escape(stage.name), *map(size_text, [*sizes, *whole]))
     return table
 
 
@@ -186,9 +194,7 @@ def _as_json(planned: RecipePlan) -> dict[str, object]:
         "is_possible": planned.is_possible,
         "hours": planned.hours,
         "commands": list(planned.commands),
-        "together": [
-            {"names": list(names), "device_bytes": planned.together_bytes(names)} for names in planned.together
-        ],
+        "together": [dataclasses.asdict(group) for group in planned.together],
         "cache": {
             **cache.size._asdict(),
             "free_bytes": cache.free_bytes,

@@ -14,10 +14,10 @@ from saekit.models.outline import ModelOutline, outline_model
 from saekit.sae import SAEConfig, SitesConfig, TranscoderConfig
 from saekit.training.costs import LanguageModelCost, Limit, StoreSize
 from saekit.training.hardware import Hardware
-from saekit.training.planner import TrainingPlan, plan_training
+from saekit.training.planner import WORTH_IT, TrainingPlan, plan_training, together_seconds
 from saekit_pipelines.recipe import Recipe
 
-__all__ = ["CacheStage", "RecipePlan", "TrainStage", "plan_recipe"]
+__all__ = ["CacheStage", "RecipePlan", "Together", "TrainStage", "plan_recipe"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +61,27 @@ class TrainStage:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Together:
+    """SAEs that one read of the data can serve, in one process."""
+
+    names: tuple[str, ...]
+    """Which."""
+    device_bytes: int
+    """What the device holds of all of them."""
+    hours: float
+    """Of all of them."""
+    hours_alone: float
+    """One after another, each in its own layout."""
+    fits: bool
+    """Whether the device holds them."""
+
+    @property
+    def is_better(self) -> bool:
+        """Whether it fits and is faster by more than the uncertainty of the figures."""
+        return self.fits and self.hours * WORTH_IT <= self.hours_alone
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RecipePlan:
     """Everything of a recipe that can be predicted before it runs."""
 
@@ -72,25 +93,22 @@ class RecipePlan:
     """The first stage."""
     train: tuple[TrainStage, ...]
     """The SAEs."""
-    together: tuple[tuple[str, ...], ...]
+    together: tuple[Together, ...]
     """SAEs that one read of the data can serve, by groups."""
     commands: tuple[str, ...]
     """To be run in order."""
 
     @property
     def hours(self) -> float:
-        """Caching and all trainings, one after another."""
-        return self.cache.hours + sum(stage.hours for stage in self.train)
+        """Caching and all trainings, as the commands run them."""
+        saved = sum(group.hours_alone - group.hours for group in self.together if group.is_better)
+        return self.cache.hours + sum(stage.hours for stage in self.train) - saved
 
     @property
     def is_possible(self) -> bool:
         """Whether disk and devices hold it."""
         fits_disk = self.cache.is_finished or self.cache.size.size_bytes <= self.cache.free_bytes
         return fits_disk and all(stage.is_finished or stage.plan.fits for stage in self.train)
-
-    def together_bytes(self, names: Sequence[str]) -> int:
-        """Returns what one device holds to train these SAEs on one read."""
-        return sum(stage.plan.memory.device for stage in self.train if stage.name in names)
 
 
 def plan_recipe(
@@ -139,13 +157,14 @@ def plan_recipe(
             lm=None if run.training.objective is None else lm,
         )
         stages.append(TrainStage(name=name, plan=plan, is_finished=_is_finished(recipe.folder / "train" / name)))
+    together = tuple(_together(group, hardware) for group in _groups(recipe, stages))
     return RecipePlan(
         hardware=hardware,
         num_nodes=num_nodes,
         cache=cache,
         train=tuple(stages),
-        together=_groups(recipe),
-        commands=tuple(_commands(stages, hardware, arguments)),
+        together=together,
+        commands=tuple(_commands(stages, together, hardware, arguments)),
     )
 
 
@@ -203,29 +222,48 @@ def _sized(recipe: Recipe, name: str, widths: Mapping[str, int]) -> SAEConfig:
     return cfg.with_d_in(found[0])
 
 
-def _groups(recipe: Recipe) -> tuple[tuple[str, ...], ...]:
+def _groups(recipe: Recipe, stages: Sequence[TrainStage]) -> list[list[TrainStage]]:
     """Returns the SAEs that `--together` would train on one read, see `saekit.training.train_together`."""
-    groups: dict[object, list[str]] = {}
-    for name, run in recipe.train.items():
-        if run.start_from is None and run.training.objective is None:
-            order = (_hook_points(recipe, name), run.training.batch_size, run.training.seed)
-            groups.setdefault(order, []).append(name)
-    return tuple(tuple(names) for names in groups.values() if len(names) > 1)
+    groups: dict[object, list[TrainStage]] = {}
+    for stage in stages:
+        run = recipe.train[stage.name]
+        if run.start_from is None and run.training.objective is None and not stage.is_finished:
+            order = (_hook_points(recipe, stage.name), run.training.batch_size, run.training.seed)
+            groups.setdefault(order, []).append(stage)
+    return [group for group in groups.values() if len(group) > 1]
 
 
-def _commands(stages: Sequence[TrainStage], hardware: Hardware, arguments: Sequence[str]) -> list[str]:
-    """Returns what to run: caching by one process, the trainings by as many as are best for each, then everything else."""
-    recipe = shlex.join(arguments)
-    counts = {stage.name: stage.plan.step.num_processes for stage in stages}
-    if set(counts.values()) == {1}:
-        return [f"saekit run {recipe}"]
-    runs = dict.fromkeys(counts.values(), "") if len(set(counts.values())) == 1 else None
-    trains = (
-        [_launch(number, hardware, f"train {recipe}") for number in runs]
-        if runs is not None
-        else [_launch(number, hardware, f"train {recipe} --sae {name}") for name, number in counts.items()]
+def _together(group: Sequence[TrainStage], hardware: Hardware) -> Together:
+    plans = [stage.plan for stage in group]
+    needed = sum(plan.memory_alone.device for plan in plans)
+    return Together(
+        names=tuple(stage.name for stage in group),
+        device_bytes=needed,
+        hours=together_seconds(plans) / 3600,
+        hours_alone=sum(stage.hours for stage in group),
+        fits=needed <= hardware.memory_gb * 1e9,
     )
-    return [f"saekit cache {recipe}", *trains, f"saekit run {recipe}"]
+
+
+def _commands(
+    stages: Sequence[TrainStage], together: Sequence[Together], hardware: Hardware, arguments: Sequence[str]
+) -> list[str]:
+    """Returns what to run: caching by one process, the trainings as is best for each, then everything else."""
+    recipe = shlex.join(arguments)
+    shared = {name for group in together if group.is_better for name in group.names}
+    counts = {
+        stage.name: 1 if stage.name in shared else stage.plan.step.num_processes
+        for stage in stages
+        if not stage.is_finished
+    }
+    last = f"saekit run {recipe}" + (" --together" if shared else "")
+    if set(counts.values()) <= {1}:
+        return [last]
+    if len(set(counts.values())) == 1:
+        trains = [_launch(next(iter(counts.values())), hardware, f"train {recipe}")]
+    else:
+        trains = [_launch(n, hardware, f"train {recipe} --sae {name}") for name, n in counts.items() if name not in shared]
+    return [f"saekit cache {recipe}", *trains, last]
 
 
 def _launch(num_processes: int, hardware: Hardware, command: str) -> str:

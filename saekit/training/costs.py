@@ -208,13 +208,15 @@ def _update_parts(shape: SAEShape, config: TrainConfig, hardware: Hardware, num_
 def _beside_parts(
     shape: SAEShape, config: TrainConfig, hardware: Hardware, store: StoreSize, rows: float
 ) -> Sequence[Part]:
-    picked = rows * (store.token_bytes + FLOAT_BYTES * shape.batch_width)
+    mixed = rows * (store.token_bytes + FLOAT_BYTES * shape.batch_width)
     # A store that is not held is read in windows, and every process reads the windows whole.
     windows = 0 if store.is_held else config.batch_size * store.token_bytes
+    gathered, loaded = windows / (hardware.reader_gb_s * 1e9), windows / (hardware.disk_gb_s * 1e9)
     kind = shape.kind.rpartition("_")[2]
     operators = OPERATORS.get(kind, OPERATORS_ELSE) + OPERATORS_A_GROUP * (shape.groups - 1)
     return (
-        Part(name="reading thread", limit="reader", seconds=(picked + windows) / (hardware.reader_gb_s * 1e9)),
-        Part(name="disk", limit="disk", seconds=windows / (hardware.disk_gb_s * 1e9)),
+        # Files are mapped: the thread that gathers waits for the disk itself.
+        Part(name="reading", limit="disk" if loaded > gathered else "reader", seconds=gathered + loaded),
+        Part(name="mixing", limit="reader", seconds=mixed / (hardware.mixer_gb_s * 1e9)),
         Part(name="launches", limit="launches", seconds=operators * hardware.launch_us * 1e-6),
     )

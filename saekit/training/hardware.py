@@ -46,7 +46,9 @@ class Hardware(Config):
     disk_gb_s: float = Field(gt=0)
     """Reading the store, for each node."""
     reader_gb_s: float = Field(gt=0)
-    """Stored activations that the reading thread of one process moves."""
+    """Stored activations that the reading thread of one process gathers from files in the page cache."""
+    mixer_gb_s: float = Field(gt=0)
+    """What the mixing thread of one process reads and writes."""
     launch_us: float = Field(ge=0)
     """Until an operator is launched, microseconds."""
     sustained: dict[str, float]

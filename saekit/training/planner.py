@@ -12,7 +12,7 @@ from saekit.training.memory import FLOAT_BYTES, memory_parts, tokens_at_a_time
 from saekit.training.shape import SAEShape, shape_of
 from saekit.training.start import SAMPLE_TOKENS
 
-__all__ = ["Memory", "TrainingPlan", "memory_of", "plan_training"]
+__all__ = ["Memory", "TrainingPlan", "memory_of", "plan_training", "together_seconds"]
 
 WORTH_IT = 1.1
 """More processes are recommended only where they are faster by this much than fewer."""
@@ -50,6 +50,8 @@ class TrainingPlan:
     """Its training."""
     memory: Memory
     """Of each process in the recommended layout."""
+    memory_alone: Memory
+    """Of a single process."""
     step: StepCost
     """In the recommended layout."""
     layouts: tuple[StepCost, ...]
@@ -135,11 +137,21 @@ def plan_training(
         shape=shape,
         config=config,
         memory=memory,
+        memory_alone=memories[1],
         step=chosen,
         layouts=tuple(layouts),
         fits=bool(fitting),
         why=_why(chosen, layouts) if fitting else _why_not(memory, hardware),
     )
+
+
+def together_seconds(plans: Sequence[TrainingPlan]) -> float:
+    """Returns the time of SAEs that one process trains on one read: the reads of the longest, the devices' work of all."""
+    steps = [plan.layouts[0] for plan in plans]
+    work = sum(step.device_seconds for step in steps)
+    launched = sum(step.seconds_of("launches") for step in steps)
+    read = max(part.seconds for step in steps for part in step.beside if part.limit != "launches")
+    return max(plan.config.num_steps for plan in plans) * max(work, launched, read)
 
 
 def _process_counts(config: TrainConfig, hardware: Hardware, num_nodes: int) -> list[int]:
