@@ -32,7 +32,8 @@ root=${SLURM_SUBMIT_DIR:-$PWD}
 python=${PYTHON:-python3}
 if [[ -z ${PYTHON:-} && -x $root/.venv/bin/python ]]; then python=$root/.venv/bin/python; fi
 gpus=${SLURM_GPUS_ON_NODE:-8}
-main=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+main=${nodes%%$'\n'*}
 
 # The rank of a node is known only on it.
 # shellcheck disable=SC2016

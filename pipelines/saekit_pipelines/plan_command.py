@@ -36,7 +36,8 @@ def plan(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.", show_default=False)
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", help="h100, h200, a100, cpu, ...; this machine's if left out.", show_default=False)
+        str | None,
+        typer.Option("--gpu", help="h100, h200, a100, cpu, ...; this machine's if left out.", show_default=False),
     ] = None,
     gpus_per_node: Annotated[
         int | None, typer.Option("--gpus-per-node", help="Devices of a node.", show_default=False)

@@ -141,6 +141,7 @@ def plan_recipe(
         dtype=recipe.cache.model.dtype,
         num_bytes=outline.num_bytes,
         vocab_size=outline.vocab_size,
+        context_len=recipe.cache.tokens.context_len,
     )
     stages = []
     for name, run in recipe.train.items():
@@ -262,7 +263,9 @@ def _commands(
     if len(set(counts.values())) == 1:
         trains = [_launch(next(iter(counts.values())), hardware, f"train {recipe}")]
     else:
-        trains = [_launch(n, hardware, f"train {recipe} --sae {name}") for name, n in counts.items() if name not in shared]
+        trains = [
+            _launch(n, hardware, f"train {recipe} --sae {name}") for name, n in counts.items() if name not in shared
+        ]
     return [f"saekit cache {recipe}", *trains, last]
 
 
@@ -272,4 +275,6 @@ def _launch(num_processes: int, hardware: Hardware, command: str) -> str:
     nodes = -(-num_processes // hardware.gpus_per_node)
     if nodes > 1:
         return f"sbatch --nodes {nodes} --gpus-per-node {hardware.gpus_per_node} scripts/launch_slurm.sh {command}"
-    return f"accelerate launch --multi_gpu --num_machines 1 --num_processes {num_processes} -m saekit_pipelines {command}"
+    return (
+        f"accelerate launch --multi_gpu --num_machines 1 --num_processes {num_processes} -m saekit_pipelines {command}"
+    )

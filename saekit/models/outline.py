@@ -110,7 +110,9 @@ def _width(lm: LanguageModel, hook_point: str) -> int:
     if type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor):
         return int(weight.shape[0 if is_input else 1])
     if next(module.parameters(), None) is None:
-        raise ModelError(f"hook point {hook_point!r}: its width is not in the model's config, needs sae.d_in in the recipe")
+        raise ModelError(
+            f"hook point {hook_point!r}: its width is not in the model's config, needs sae.d_in in the recipe"
+        )
     return lm.d_model
 
 

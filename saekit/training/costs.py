@@ -13,7 +13,7 @@ from saekit.training.hardware import Hardware
 from saekit.training.memory import FLOAT_BYTES, TOKEN_ARRAYS
 from saekit.training.shape import SAEShape
 
-__all__ = ["Limit", "LanguageModelCost", "Part", "StoreSize", "StepCost", "mean_active", "step_cost"]
+__all__ = ["LanguageModelCost", "Limit", "Part", "StepCost", "StoreSize", "mean_active", "step_cost"]
 
 Limit = Literal["compute", "memory", "network", "disk", "reader", "host bus", "launches"]
 
@@ -45,6 +45,8 @@ class LanguageModelCost:
     """Of all of its weights."""
     vocab_size: int
     """Width of its predictions."""
+    context_len: int
+    """Tokens of a row: an end-to-end objective reads whole rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,10 +151,15 @@ def step_cost(
         # The true predictions, those with the reconstruction, and the gradient at the hook point: frozen weights take none.
         seconds = 3 * rows * lm.flops_per_token / hardware.flops(lm.dtype)
         parts.append(Part(name="language model", limit="compute", seconds=seconds))
+        # Rows are read where they are used, each process its own.
+        parts.append(_reading(rows * store.token_bytes, hardware))
     return StepCost(
         num_processes=num_processes,
         parts=tuple(parts),
-        beside=tuple(_beside_parts(shape, config, hardware, store, rows)),
+        beside=(
+            *(_reading_parts(shape, config, hardware, store, rows) if lm is None else ()),
+            _launches(shape, config, hardware, rows),
+        ),
         tokens=config.batch_size,
     )
 
@@ -205,18 +212,26 @@ def _update_parts(shape: SAEShape, config: TrainConfig, hardware: Hardware, num_
     return parts
 
 
-def _beside_parts(
+def _reading_parts(
     shape: SAEShape, config: TrainConfig, hardware: Hardware, store: StoreSize, rows: float
 ) -> Sequence[Part]:
     mixed = rows * (store.token_bytes + FLOAT_BYTES * shape.batch_width)
     # A store that is not held is read in windows, and every process reads the windows whole.
-    windows = 0 if store.is_held else config.batch_size * store.token_bytes
-    gathered, loaded = windows / (hardware.reader_gb_s * 1e9), windows / (hardware.disk_gb_s * 1e9)
+    windows = 0.0 if store.is_held else float(config.batch_size * store.token_bytes)
+    return (
+        _reading(windows, hardware),
+        Part(name="mixing", limit="reader", seconds=mixed / (hardware.mixer_gb_s * 1e9)),
+    )
+
+
+def _reading(num_bytes: float, hardware: Hardware) -> Part:
+    gathered, loaded = num_bytes / (hardware.reader_gb_s * 1e9), num_bytes / (hardware.disk_gb_s * 1e9)
+    # Files are mapped: the thread that gathers waits for the disk itself.
+    return Part(name="reading", limit="disk" if loaded > gathered else "reader", seconds=gathered + loaded)
+
+
+def _launches(shape: SAEShape, config: TrainConfig, hardware: Hardware, rows: float) -> Part:
     kind = shape.kind.rpartition("_")[2]
     operators = OPERATORS.get(kind, OPERATORS_ELSE) + OPERATORS_A_GROUP * (shape.groups - 1)
-    return (
-        # Files are mapped: the thread that gathers waits for the disk itself.
-        Part(name="reading", limit="disk" if loaded > gathered else "reader", seconds=gathered + loaded),
-        Part(name="mixing", limit="reader", seconds=mixed / (hardware.mixer_gb_s * 1e9)),
-        Part(name="launches", limit="launches", seconds=operators * hardware.launch_us * 1e-6),
-    )
+    num_parts = math.ceil(rows / (config.micro_batch_size or rows))
+    return Part(name="launches", limit="launches", seconds=num_parts * operators * hardware.launch_us * 1e-6)

@@ -23,7 +23,9 @@ def tokens_at_a_time(config: TrainConfig, num_processes: int) -> int:
     return min(share, config.micro_batch_size or share)
 
 
-def memory_parts(num_trained: int, num_held: int, row_width: int, config: TrainConfig, *, tokens: int) -> dict[str, int]:
+def memory_parts(
+    num_trained: int, num_held: int, row_width: int, config: TrainConfig, *, tokens: int
+) -> dict[str, int]:
     """Returns the bytes that a process needs by what they are for, apart from the data that it reads.
 
     Args:

@@ -88,7 +88,7 @@ def memory_of(
     batch = FLOAT_BYTES * (config.batch_size // num_processes) * shape.batch_width
     # The sample in float32, and centred in float64.
     sample = (FLOAT_BYTES + 8) * max(SAMPLE_TOKENS, config.batch_size) // num_processes * shape.batch_width
-    held = min(int(READER_BYTES), store.num_tokens * store.token_bytes)
+    held = min(int(READER_BYTES), store.num_tokens * store.token_bytes) if lm is None else 0
     return Memory(parts=parts, start=sample, reader=held + 2 * batch)
 
 
@@ -121,7 +121,7 @@ def plan_training(
     shape = shape_of(cfg)
     layouts = [
         step_cost(shape, config, hardware, store=store, num_processes=number, lm=lm)
-        for number in _process_counts(config, hardware, num_nodes)
+        for number in _process_counts(config, hardware, num_nodes, lm)
     ]
     memories = {
         step.num_processes: memory_of(shape, config, hardware, store=store, num_processes=step.num_processes, lm=lm)
@@ -154,13 +154,14 @@ def together_seconds(plans: Sequence[TrainingPlan]) -> float:
     return max(plan.config.num_steps for plan in plans) * max(work, launched, read)
 
 
-def _process_counts(config: TrainConfig, hardware: Hardware, num_nodes: int) -> list[int]:
+def _process_counts(config: TrainConfig, hardware: Hardware, num_nodes: int, lm: LanguageModelCost | None) -> list[int]:
     """Returns powers of two within a node, and whole nodes, that divide the batch; a CPU trains in one process."""
     if not hardware.host_rate:
         return [1]
+    shared = config.batch_size if lm is None else config.batch_size // lm.context_len
     within = _doublings(hardware.gpus_per_node)
     nodes = [hardware.gpus_per_node * number for number in range(1, num_nodes + 1)]
-    return [number for number in sorted({*within, *nodes}) if config.batch_size % number == 0]
+    return [number for number in sorted({*within, *nodes}) if number == 1 or shared % number == 0]
 
 
 def _doublings(most: int) -> list[int]:
