@@ -3,16 +3,17 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from saekit.activations.plan import duration_text, size_text
 from saekit_pipelines.guard import guarded
-from saekit_pipelines.planning import RecipePlan, TrainStage
+
+if TYPE_CHECKING:
+    from saekit_pipelines.planning import RecipePlan, TrainStage
 
 __all__ = ["register"]
 
@@ -98,13 +99,15 @@ def _here() -> str:
     return next((known for known in known_hardware() if known != "cpu" and known in name), "cpu")
 
 
-def _kind_of_figures(planned: RecipePlan) -> str:
+def _kind_of_figures(planned: "RecipePlan") -> str:
     if planned.hardware.is_measured:
         return "predicted from rates measured elsewhere; this machine may be faster or slower"
     return "predicted, not measured"
 
 
-def _print(planned: RecipePlan) -> None:
+def _print(planned: "RecipePlan") -> None:
+    from saekit.activations.plan import duration_text, size_text
+
     console = Console()
     # A file has no width; a line in one piece can be copied.
     console = console if console.is_terminal else Console(width=200)
@@ -124,7 +127,9 @@ def _print(planned: RecipePlan) -> None:
     _print_facts(planned, console)
 
 
-def _print_facts(planned: RecipePlan, console: Console) -> None:
+def _print_facts(planned: "RecipePlan", console: Console) -> None:
+    from saekit.activations.plan import size_text
+
     cache = planned.cache
     lacks = "" if cache.is_finished or cache.size.size_bytes <= cache.free_bytes else " [red]does not fit[/red]"
     console.print(f"[bold]disk[/bold]  {size_text(cache.size.size_bytes)}, {size_text(cache.free_bytes)} free{lacks}")
@@ -138,7 +143,9 @@ def _print_facts(planned: RecipePlan, console: Console) -> None:
         console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _stage_table(planned: RecipePlan) -> Table:
+def _stage_table(planned: "RecipePlan") -> Table:
+    from saekit.activations.plan import duration_text
+
     table = Table(box=None, pad_edge=False)
     table.add_column("stage", no_wrap=True)
     for column in ("parameters", "processes", "tokens", "tokens/s", "time"):
@@ -164,15 +171,17 @@ def _stage_table(planned: RecipePlan) -> Table:
     return table
 
 
-def _split(stage: TrainStage) -> str:
+def _split(stage: "TrainStage") -> str:
     """Returns the milliseconds of the parts of a step, the largest first."""
     step = stage.plan.step
     parts = sorted((*step.parts, *step.beside), key=lambda part: -part.seconds)
     return ", ".join(f"{part.name} {part.seconds * 1e3:.3g} ms" for part in parts[:4])
 
 
-def _memory_table(planned: RecipePlan) -> Table:
+def _memory_table(planned: "RecipePlan") -> Table:
     """Returns the bytes of one process by part, a row an SAE."""
+    from saekit.activations.plan import size_text
+
     table = Table(box=None, pad_edge=False)
     table.add_column("memory of a process", no_wrap=True)
     parts = list(dict.fromkeys(p for stage in planned.train for p, size in stage.plan.memory.parts.items() if size))
@@ -186,7 +195,7 @@ def _memory_table(planned: RecipePlan) -> Table:
     return table
 
 
-def _as_json(planned: RecipePlan) -> dict[str, object]:
+def _as_json(planned: "RecipePlan") -> dict[str, object]:
     cache = planned.cache
     return {
         "hardware": planned.hardware.to_dict(),
@@ -210,7 +219,7 @@ def _as_json(planned: RecipePlan) -> dict[str, object]:
     }
 
 
-def _stage_json(stage: TrainStage) -> dict[str, object]:
+def _stage_json(stage: "TrainStage") -> dict[str, object]:
     plan = stage.plan
     return {
         "kind": plan.shape.kind,

@@ -60,7 +60,9 @@ def outline_model(config: ModelConfig, hook_points: Sequence[str]) -> ModelOutli
     hf_config = _known_config(config) or read_model_config(config)
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.trust_remote_code)
+            model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]  # transformers has it untyped
+                hf_config, trust_remote_code=config.trust_remote_code
+            )
     except (ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"model {config.name!r}: cannot be outlined: {str(error).splitlines()[0]}") from error
     text = hf_config.get_text_config()
