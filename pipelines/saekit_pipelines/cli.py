@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from saekit.progress import NO_PROGRESS, Progress
-from saekit_pipelines import hub_commands
+from saekit_pipelines import hub_commands, plan_command
 from saekit_pipelines.console import make_progress
 from saekit_pipelines.guard import EXIT_USER_ERROR
 from saekit_pipelines.guard import guarded as _guarded
@@ -82,6 +82,9 @@ def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False
     index = pipeline.run(together=together)
     _print_metrics("held-out documents", pipeline.summary())
     typer.echo(f"report: {index}")
+
+
+plan_command.register(app)
 
 
 @app.command(epilog="Example:  saekit cache RECIPE.toml cache.num_tokens=10_000_000 --dry-run")

@@ -4,8 +4,10 @@ import itertools
 import math
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -17,11 +19,32 @@ from saekit.models.load import LanguageModel, load_model
 from saekit.models.texts import iter_documents
 from saekit.models.tokens import check_context_len, iter_token_rows
 
-__all__ = ["CachePlan", "plan_cache"]
+__all__ = ["CachePlan", "CacheSize", "cache_size", "duration_text", "free_bytes", "plan_cache", "size_text"]
 
 # Token ids, documents and kinds before compression, and norm and kind once more for each hook point.
 _ROW_BYTES_A_TOKEN = 9
 _HOOK_BYTES_A_TOKEN = 2 * (4 + 1)
+
+
+class CacheSize(NamedTuple):
+    """What a cache will hold."""
+
+    num_tokens: int
+    """Asked for, rounded up to whole rows."""
+    num_rows: int
+    """Token rows."""
+    size_bytes: int
+    """On disk, when finished."""
+
+
+def cache_size(config: CacheConfig, widths: Mapping[str, int]) -> CacheSize:
+    """Returns the size of a cache with hook points of these widths, were the text to last."""
+    num_rows = math.ceil(config.num_tokens / config.tokens.context_len)
+    num_tokens = num_rows * config.tokens.context_len
+    a_token = _ROW_BYTES_A_TOKEN + sum(
+        width * ITEM_BYTES[config.dtype] + _HOOK_BYTES_A_TOKEN for width in widths.values()
+    )
+    return CacheSize(num_tokens, num_rows, num_tokens * a_token)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,9 +76,9 @@ class CachePlan:
         hooks = ", ".join(f"{name} (width {width:,})" for name, width in self.widths.items())
         return (
             f"caching {self.num_tokens:,} tokens in {self.num_rows:,} rows at {hooks}:"
-            f" {_size(self.size_bytes)} in {self.num_shards:,} shard{'s' if self.num_shards > 1 else ''}"
-            f" ({_size(self.free_bytes)} free),"
-            f" about {_duration(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s"
+            f" {size_text(self.size_bytes)} in {self.num_shards:,} shard{'s' if self.num_shards > 1 else ''}"
+            f" ({size_text(self.free_bytes)} free),"
+            f" about {duration_text(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s"
         )
 
 
@@ -80,24 +103,20 @@ def plan_cache(config: CacheConfig, out: str | Path, *, lm: LanguageModel | None
         values.flatten()[-1].item()  # waits for the device
     seconds = time.perf_counter() - started
 
-    num_rows = math.ceil(config.num_tokens / config.tokens.context_len)
-    num_tokens = num_rows * config.tokens.context_len
     widths = {name: values.shape[-1] for name, values in hidden.items()}
-    a_token = _ROW_BYTES_A_TOKEN + sum(
-        width * ITEM_BYTES[config.dtype] + _HOOK_BYTES_A_TOKEN for width in widths.values()
-    )
+    num_tokens, num_rows, size_bytes = cache_size(config, widths)
     plan = CachePlan(
         num_tokens=num_tokens,
         num_rows=num_rows,
         num_shards=math.ceil(num_rows / config.shard_rows),
         widths=widths,
-        size_bytes=num_tokens * a_token,
+        size_bytes=size_bytes,
         free_bytes=free_bytes(Path(out)),
         tokens_per_second=tokens.numel() / seconds,
     )
     if plan.size_bytes > plan.free_bytes:
         raise ResourceError(
-            f"cache {str(out)!r}: {_size(plan.free_bytes)} free on that disk, needs {_size(plan.size_bytes)}"
+            f"cache {str(out)!r}: {size_text(plan.free_bytes)} free on that disk, needs {size_text(plan.size_bytes)}"
             f" for {num_tokens:,} tokens; free some, choose another disk, or cache fewer tokens"
         )
     return plan
@@ -109,13 +128,15 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def _size(num_bytes: int) -> str:
+def size_text(num_bytes: int) -> str:
+    """Returns a number of bytes for people."""
     if num_bytes >= 1e9:
         return f"{num_bytes / 1e9:,.2f} GB"
     return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e5 else f"{num_bytes:,} bytes"
 
 
-def _duration(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
+    """Returns a time for people."""
     if seconds < 90:
         return f"{math.ceil(seconds)} s"
     if seconds < 90 * 60:

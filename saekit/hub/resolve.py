@@ -3,9 +3,7 @@
 import fnmatch
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,13 +13,13 @@ from safetensors.torch import load_file
 
 from saekit.errors import ConfigError, FormatError
 from saekit.hub.discover import config_names, dictionaries, unreadable
+from saekit.hub.hashes import hashed
 from saekit.hub.headers import is_true, reason
 from saekit.hub.patience import first_line
 from saekit.hub.place import Place, locate, shown
 from saekit.hub.release import Release, read_mapping
 from saekit.hub.strict import parse_json
 from saekit.hub.table import FORMATS, recognise
-from saekit.manifest import file_sha256
 from saekit.sae.base import SAE
 from saekit.sae.checkpoint import CFG_NAME, WEIGHTS_NAME, load_sae_folder
 from saekit.sae.dictionary import Dictionary
@@ -31,7 +29,7 @@ from saekit.sae.released import RELEASED_KINDS, build_released
 from saekit.sae.sequence import SequenceSAE
 from saekit.sae.site import Site, parse_site
 
-__all__ = ["check_hashes", "load_sae", "load_saes", "read_release", "the_one"]
+__all__ = ["load_sae", "load_saes", "read_release", "the_one"]
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +172,7 @@ def _load(
     if is_own and sha256 is None and place.repo is None:
         # Our own folders here have manifests that say what was written.
         return _load_own(own)
-    with _hashed(place.name_of(name), {file: folder / file for file in files}, configs, sha256) as hashes:
+    with hashed(place.name_of(name), {file: folder / file for file in files}, configs, sha256) as hashes:
         if is_own:
             sae = _load_own(own)
         else:
@@ -201,24 +199,6 @@ def _load(
     _warn_of_transform(release.ref, sae)
     sae.source["files"] = hashes
     return sae.requires_grad_(False).eval()
-
-
-@contextmanager
-def _hashed(
-    ref: str, weights: Mapping[str, Path], configs: Mapping[str, Path], wanted: str | Mapping[str, str] | None
-) -> Iterator[dict[str, str]]:
-    """Hashes files in a thread of its own while they are read inside; the mapping is filled and checked at the end."""
-    hashes: dict[str, str] = {}
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        pending = {name: thread.submit(file_sha256, path) for name, path in {**configs, **weights}.items()}
-        try:
-            yield hashes
-        finally:
-            # Also after an error: that a file is not the one that was meant is the better reason for it.
-            hashes |= {name: digest.result() for name, digest in pending.items()}
-            check_hashes(
-                ref, {name: hashes[name] for name in weights}, {name: hashes[name] for name in configs}, wanted
-            )
 
 
 def read_release(release: Release, format: str | None = None) -> SAE:
@@ -331,36 +311,3 @@ def _load_own(folder: Path) -> SAE:
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
             raise FormatError(f"{str(path)!r}: {name} has NaN or Inf or is not floating point, needs finite weights")
     return build_released(header, tensors, where=repr(str(folder))).requires_grad_(False).eval()
-
-
-def check_hashes(
-    ref: str, weights: Mapping[str, str], configs: Mapping[str, str], wanted: str | Mapping[str, str] | None
-) -> None:
-    """Checks the hashes of files against what the caller demands.
-
-    Args:
-        weights, configs: file name -> sha256.
-        wanted: as `sha256` of `load_sae`.
-
-    Raises:
-        FormatError: a file has another hash, or there is none for a weights file.
-    """
-    if wanted is None:
-        return
-    if isinstance(wanted, str):
-        if len(weights) > 1:
-            raise FormatError(
-                f"sae {ref!r}: {len(weights)} weights files and one sha256, needs one for each: {shown(list(weights))}"
-            )
-        wanted = dict.fromkeys(weights, wanted)
-    found = {**weights, **configs}
-    for file, digest in wanted.items():
-        if file not in found:
-            raise FormatError(f"sae {ref!r}: a sha256 for {file!r}, needs one for {shown(list(found))}")
-        if found[file] != digest.lower():
-            raise FormatError(
-                f"sae {ref!r}: {file} has sha256 {found[file]}, needs {digest}; it is not the file you mean"
-            )
-    missing = sorted(weights.keys() - wanted.keys())
-    if missing:
-        raise FormatError(f"sae {ref!r}: no sha256 for {shown(missing)}, needs one for each weights file")

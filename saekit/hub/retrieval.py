@@ -7,8 +7,9 @@ from pathlib import Path
 
 from saekit.errors import ConfigError, FormatError
 from saekit.hub.discover import config_names, dictionaries
+from saekit.hub.hashes import check_hashes
 from saekit.hub.place import ORIGIN_NAME, Place, locate, shown
-from saekit.hub.resolve import check_hashes, the_one
+from saekit.hub.resolve import the_one
 from saekit.manifest import atomic_write, file_sha256, write_json
 from saekit.progress import Progress
 

@@ -22,7 +22,7 @@ from saekit.models.tokens import Tokenizer
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["LanguageModel", "ModelConfig", "load_model", "load_tokenizer", "save_converted"]
+__all__ = ["LanguageModel", "ModelConfig", "load_model", "load_tokenizer", "read_model_config", "save_converted"]
 
 
 class ModelConfig(Config):
@@ -114,6 +114,26 @@ def load_model(config: ModelConfig | str) -> LanguageModel:
         vocab_size=int(text_config.vocab_size),
         context_len=getattr(text_config, "max_position_embeddings", None),
     )
+
+
+def read_model_config(config: ModelConfig) -> "PretrainedConfig":
+    """Returns the transformers config of a model, without its weights.
+
+    Raises:
+        ModelError: no such path or hub id, or a config that cannot be read.
+    """
+    from transformers import AutoConfig
+
+    where = f"model {config.name!r}"
+    source = _source(config, where)
+    try:
+        with _quiet(progress_bars=False):
+            found = AutoConfig.from_pretrained(source.name, **source.arguments(config))
+    except (OSError, ValueError, KeyError) as error:
+        if not source.is_local:
+            raise _unreachable(where, error) from error
+        raise ModelError(f"{where}: config cannot be read: {_first_line(error)}") from error
+    return cast("PretrainedConfig", found)
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -16,6 +16,7 @@ from tests.saekit.labelling.stub import serving
 
 COMMANDS = [
     "run",
+    "plan",
     "cache",
     "train",
     "label",

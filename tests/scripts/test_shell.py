@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ["scripts/quickstart", "scripts/test", "scripts/test_peers", "scripts/check", "scripts/bench_gpu"]
+SCRIPTS = [
+    "scripts/quickstart",
+    "scripts/test",
+    "scripts/test_peers",
+    "scripts/check",
+    "scripts/bench_gpu",
+    "scripts/launch_slurm.sh",
+]
 
 
 def shell(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
