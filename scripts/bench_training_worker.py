@@ -2,14 +2,15 @@
 
     python bench_training_worker.py NAME SHAPE_JSON
 
-Answers each line `step` on its input with one line of JSON: seconds and CPU seconds of one training step and the FVU that the
-step saw. All implementations see the same tokens, in the same order, in float32.
+Answers each line `step` on its input with one line of JSON: seconds and CPU seconds of one training step, the most
+memory that the process had, and on `fvu` the FVU now. All implementations see the same tokens, in the same order, in float32.
 """
 
 import importlib
 import importlib.metadata
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -206,7 +207,8 @@ def main() -> None:
         started, cpu_started = time.perf_counter(), time.process_time()
         implementation.step(x)
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-        say(answers, {"seconds": seconds, "cpu_seconds": cpu_seconds})
+        peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        say(answers, {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mib": peak_mib})
 
 
 def say(answers: TextIO, answer: dict[str, Any]) -> None:
