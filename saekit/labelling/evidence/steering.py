@@ -31,7 +31,7 @@ class SteeredContexts:
         hook_point: where the features write.
         unembedding: of the model.
         clean: hidden states at the hook point, [B, T, D].
-        normed: mean of the clean normed last hidden states over contexts and positions but the first, float32 [D].
+        normed: mean of the clean normed last hidden states over contexts and positions but the first, float32 [d_model].
     """
 
     def __init__(self, lm: LanguageModel, sae: SAE, tokens: Tensor, *, where: str = "token change") -> None:
@@ -53,7 +53,7 @@ class SteeredContexts:
         self._clean_last = last[0]
 
     def last_hidden(self, hidden: Tensor) -> Tensor:
-        """Returns what the final norm is given [n, B, T, D] if the hidden states at the hook point are `hidden` [n, B, T, D]."""
+        """Returns what the final norm is given [n, B, T, d_model] if the hidden states at the hook point are `hidden` [n, B, T, D]."""
         found: list[Tensor] = []
 
         def stop(last: Tensor) -> Tensor:
@@ -66,10 +66,10 @@ class SteeredContexts:
         tokens = self.tokens.repeat(len(hidden), 1)
         with contextlib.suppress(_ReachedError), replace(self._lm, f"{self.unembedding.norm_path}:input", stop):
             run_from(self._lm, self.hook_point, flat, tokens)
-        return found[0].reshape(hidden.shape)
+        return found[0].reshape(*hidden.shape[:-1], found[0].shape[-1])
 
     def pushed(self, rows: Tensor, strengths: Tensor) -> Tensor:
-        """Returns the last hidden states [n, B, T, D] with `strengths` [n] times `rows` [n, D] added, but at the first position.
+        """Returns the last hidden states [n, B, T, d_model] with `strengths` [n] times `rows` [n, D] added, but at the first position.
 
         Models keep their attention sink at the first position.
         """
@@ -78,7 +78,7 @@ class SteeredContexts:
         return self.last_hidden(steered)
 
     def mean_normed(self, last: Tensor) -> Tensor:
-        """Returns the normed last hidden states, averaged over contexts and positions but the first, float32 [n, D]."""
+        """Returns the normed last hidden states, averaged over contexts and positions but the first, float32 [n, d_model]."""
         with torch.no_grad():
             normed: Tensor = self.unembedding.norm(last)
         return normed[:, :, 1:].float().mean(dim=(1, 2))
@@ -92,7 +92,7 @@ class SteeredContexts:
         return torch.stack([(clean.exp() * (clean - self._log_probs(one))).sum(-1).double().mean() for one in last])
 
     def logit_change(self, moved: Tensor) -> Tensor:
-        """Returns the change of the logits [n, V] for a change of the normed last hidden states [n, D], before any softcap."""
+        """Returns the change of the logits [n, V] for a change of the normed last hidden states [n, d_model], before any softcap."""
         return moved @ self.unembedding.weight.float().T * self.unembedding.scale
 
     def _log_probs(self, last: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class MatchedPush:
     kl: Tensor
     """KL reached, nats, float64 [n]; off the target where no strength reaches it."""
     normed: Tensor
-    """Mean normed last hidden states at those strengths, float32 [n, D]."""
+    """Mean normed last hidden states at those strengths, float32 [n, d_model]."""
 
 
 def match_kl(contexts: SteeredContexts, rows: Tensor, start: Tensor, *, target: float) -> MatchedPush:
@@ -130,7 +130,7 @@ def match_kl(contexts: SteeredContexts, rows: Tensor, start: Tensor, *, target: 
     low_kl, high_kl = torch.full_like(log_s, torch.nan), torch.full_like(log_s, torch.nan)
     best_s, best_kl = start.double().clone(), torch.full_like(log_s, torch.nan)
     best_off = torch.full_like(log_s, torch.inf)
-    normed = torch.zeros(size, rows.shape[1], device=rows.device)
+    normed = torch.zeros(size, len(contexts.normed), device=rows.device)
     active = torch.arange(size, device=rows.device)
     goal = float(np.log(target))
     for _ in range(MAX_TRIES):
