@@ -138,5 +138,7 @@ def test_what_cannot_be_planned_is_one_line(arguments: list[str], message: str) 
 
 
 def test_a_full_disk_is_told(tmp_path: Path) -> None:
-    result = invoke(FOLDER / "quickstart.toml", "cache.num_tokens=100_000_000_000", "--disk", tmp_path)
+    result = invoke(
+        FOLDER / "quickstart.toml", "cache.num_tokens=100_000_000_000", f"out={tmp_path}", "--disk", tmp_path
+    )
     assert "does not fit" in result.stdout
