@@ -58,3 +58,16 @@ def recipe_file(tmp_path: Path, tiny_model_dir: Callable[[str], Path], many_docu
         RECIPE.format(out=tmp_path / "run", model=tiny_model_dir("llama"), texts=many_documents_file), encoding="utf-8"
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def with_saes() -> Callable[[Path, str], Path]:
+    """Puts other `[train]` tables in place of a recipe's own."""
+
+    def put(recipe: Path, tables: str) -> Path:
+        text = recipe.read_text(encoding="utf-8")
+        start, end = text.index("[train.topk.sae]"), text.index("[label.token_change]")
+        recipe.write_text(text[:start] + tables + text[end:], encoding="utf-8")
+        return recipe
+
+    return put

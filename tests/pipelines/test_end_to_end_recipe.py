@@ -1,5 +1,6 @@
 """A recipe whose second SAE goes on from the first one on the model's own loss, and its mistakes in one line."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,12 +35,9 @@ objective = { kind = "kl_finetune" }
 
 
 @pytest.fixture
-def recipe_file(recipe_file: Path) -> Path:
+def recipe_file(recipe_file: Path, with_saes: Callable[[Path, str], Path]) -> Path:
     """The recipe with a fine-tuned SAE in place of the second one."""
-    text = recipe_file.read_text(encoding="utf-8")
-    start, end = text.index("[train.topk.sae]"), text.index("[label.token_change]")
-    recipe_file.write_text(text[:start] + TABLES + text[end:], encoding="utf-8")
-    return recipe_file
+    return with_saes(recipe_file, TABLES)
 
 
 def test_second_sae_goes_on_from_the_first(recipe_file: Path) -> None:

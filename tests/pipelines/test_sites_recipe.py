@@ -3,6 +3,7 @@
 import base64
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,12 +46,9 @@ k = 4
 
 
 @pytest.fixture
-def recipe_file(recipe_file: Path) -> Path:
+def recipe_file(recipe_file: Path, with_saes: Callable[[Path, str], Path]) -> Path:
     """The recipe with dictionaries of several hook points in place of its SAEs."""
-    text = recipe_file.read_text(encoding="utf-8")
-    start, end = text.index("[train.topk.sae]"), text.index("[label.token_change]")
-    recipe_file.write_text(text[:start] + TABLES + text[end:], encoding="utf-8")
-    return recipe_file
+    return with_saes(recipe_file, TABLES)
 
 
 def fvu(x: torch.Tensor, x_hat: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """A recipe with a transcoder: from the model to a trained folder and a report, and the mistakes in one line."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,12 +38,9 @@ lr = 3e-3
 
 
 @pytest.fixture
-def recipe_file(recipe_file: Path) -> Path:
+def recipe_file(recipe_file: Path, with_saes: Callable[[Path, str], Path]) -> Path:
     """The recipe with a transcoder in place of its SAEs."""
-    text = recipe_file.read_text(encoding="utf-8")
-    start, end = text.index("[train.topk.sae]"), text.index("[label.token_change]")
-    recipe_file.write_text(text[:start] + TABLES + text[end:], encoding="utf-8")
-    return recipe_file
+    return with_saes(recipe_file, TABLES)
 
 
 def test_recipe_with_a_transcoder_runs_to_its_report(recipe_file: Path) -> None:
