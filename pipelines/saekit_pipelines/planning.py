@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from saekit.activations.config import CacheConfig
@@ -176,8 +176,7 @@ def _outline(config: CacheConfig, width: int | None) -> ModelOutline:
         raise type(error)(f"{error}; plan needs the model's config") from error
     if width is None:
         return outline
-    values = {field: getattr(outline, field) for field in ModelOutline.__slots__}
-    return ModelOutline(**values | {"widths": dict.fromkeys(config.hook_points, width)})
+    return replace(outline, widths=dict.fromkeys(config.hook_points, width))
 
 
 def _cache_stage(recipe: Recipe, outline: ModelOutline, hardware: Hardware, disk: Path | None) -> CacheStage:

@@ -1,7 +1,6 @@
 """Globally mixed training batches from a store, the same for any number of ranks and after any resume."""
 
 import functools
-import hashlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from saekit.activations.order import EpochOrder, Indices
+from saekit.activations.source import read_position
 from saekit.activations.view import StoreView
 from saekit.errors import ConfigError, StoreError
 
@@ -133,15 +133,7 @@ class ShuffledBatches:
         Raises:
             StoreError: the state is of a source with other data or settings; the first differing one is named.
         """
-        for key, value in self._identity.items():
-            if state.get(key) != value:
-                raise StoreError(
-                    f"batches: saved with {key} {state.get(key)!r}, needs {value!r} to go on exactly there"
-                )
-        epoch, batch = state["epoch"], state["batch"]
-        assert isinstance(epoch, int)
-        assert isinstance(batch, int)
-        self.epoch, self.batch = epoch, batch
+        self.epoch, self.batch = read_position(state, self._identity)
 
     def close(self) -> None:
         """Ends the threads and frees the windows; `next_batch` must not be called again."""
@@ -167,7 +159,7 @@ class ShuffledBatches:
             "run_tokens": self._order.run_tokens,
             "store": self.view.store.sha256,
             "hook_point": self.view.store.hook_point,
-            "tokens": hashlib.sha256(np.packbits(self.view.mask).tobytes()).hexdigest(),
+            "tokens": self.view.fingerprint,
         }
 
     def _advance(self) -> None:

@@ -1,10 +1,13 @@
 """What a trainer reads from: batches of activations with an exact position, whoever makes them."""
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["ActivationSource"]
+from saekit.errors import StoreError
+
+__all__ = ["ActivationSource", "read_position"]
 
 
 class ActivationSource(Protocol):
@@ -26,3 +29,22 @@ class ActivationSource(Protocol):
         Raises:
             StoreError: the state is of a source with other data or other settings.
         """
+
+
+def read_position(state: Mapping[str, object], identity: Mapping[str, object]) -> tuple[int, int]:
+    """Returns epoch and batch of a saved position.
+
+    Args:
+        state: what was saved.
+        identity: what a position of this source depends on.
+
+    Raises:
+        StoreError: the state is of a source with other data or settings; the first differing one is named.
+    """
+    for key, value in identity.items():
+        if state.get(key) != value:
+            raise StoreError(f"batches: saved with {key} {state.get(key)!r}, needs {value!r} to go on exactly there")
+    epoch, batch = state["epoch"], state["batch"]
+    assert isinstance(epoch, int)
+    assert isinstance(batch, int)
+    return epoch, batch

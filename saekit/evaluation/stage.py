@@ -29,6 +29,7 @@ from saekit.manifest import begin_stage, finish_stage, locked
 from saekit.models import LanguageModel
 from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae import SAE, Crosscoder
+from saekit.sae.identity import sae_sha256
 
 __all__ = ["EvaluationConfig", "evaluate", "sae_fingerprint"]
 
@@ -131,11 +132,7 @@ def _checked_train(sae: SAE, view: StoreView, train: StoreView | None) -> StoreV
 
 def sae_fingerprint(sae: SAE) -> str:
     """Returns the identity of a dictionary: the hash of its config and weights, as an evaluation's manifest names it."""
-    weights = hashlib.sha256(sae.cfg.model_dump_json().encode())
-    for name, value in sorted(sae.state_dict().items()):
-        weights.update(name.encode())
-        weights.update(np.ascontiguousarray(value.detach().float().cpu().numpy()).data)
-    return weights.hexdigest()
+    return sae_sha256(sae, sae.cfg.model_dump_json())
 
 
 def _inputs(sae: SAE, view: StoreView, train: StoreView, lm: LanguageModel | None) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """One streaming pass over the training documents that finds where each feature fires; memory grows with features only."""
 
-import hashlib
 import math
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from saekit.manifest import atomic_write, begin_stage, finish_stage
 from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae import SAE, Crosscoder, SitesSAE
 from saekit.sae.batch import batch_width, token_code
+from saekit.sae.identity import sae_sha256
 
 __all__ = [
     "collect_contexts",
@@ -219,8 +219,4 @@ def _largest_expected(sae: SAE, view: StoreView) -> float:
 
 def sae_fingerprint(sae: SAE) -> str:
     """Returns the sha256 of a dictionary's config and weights."""
-    digest = hashlib.sha256(repr(sorted(sae.cfg.to_dict().items())).encode())
-    for name, tensor in sorted(sae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(tensor.detach().float().cpu().numpy()).data)
-    return digest.hexdigest()
+    return sae_sha256(sae, repr(sorted(sae.cfg.to_dict().items())))

@@ -127,7 +127,6 @@ def read_completion(body: Mapping[str, JsonValue], *, most_input: int) -> ChatRe
     content, refusal = message.get("content"), message.get("refusal")
     text = content if isinstance(content, str) else ""
     charged = charged_tokens(body)
-    charged = charged_tokens(body)
     guessed = most_input, int(len(text.encode()) / BYTES_PER_TOKEN) + 1
     usage = body.get("usage")
     details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None

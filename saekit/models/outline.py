@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelOutline", "outline_model"]
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelOutline:
@@ -87,7 +85,7 @@ def outline_model(config: ModelConfig, hook_points: Sequence[str]) -> ModelOutli
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return ModelOutline(
         num_parameters=num_parameters,
-        num_bytes=num_parameters * DTYPE_BYTES[config.dtype],
+        num_bytes=num_parameters * getattr(torch, config.dtype).itemsize,
         vocab_size=lm.vocab_size,
         widths=widths,
         flops_before=2.0 * sum(entries for block, entries in by_block.items() if block <= last),

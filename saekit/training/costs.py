@@ -126,7 +126,7 @@ def mean_active(shape: SAEShape, config: TrainConfig) -> float:
     A target L0 is approached from `start_factor` times it, evenly in its logarithm; a k from `k_start_factor` times it, linearly.
     """
     sparsity = config.sparsity
-    if shape.kind in {"jumprelu", "gated", "relu", "crosscoder_relu"}:
+    if shape.is_penalized:
         start, part = sparsity.start_factor, sparsity.ramp_fraction
         during = (start - 1) / math.log(start) if start > 1 else 1.0
     else:

@@ -200,7 +200,8 @@ def _moments(error: Tensor) -> Tensor:
 
 def _pooled_variance(moments: Tensor, count: int, sum_over_processes: SumOverProcesses) -> Tensor:
     # One sum for all processes, so that the loss does not depend on how the batch is split over them.
-    total = sum_over_processes(torch.tensor(float(count), dtype=torch.float64, device=moments.device))
+    # Filled on the device: a number that is copied there would be waited for.
+    total = sum_over_processes(moments.new_full((), float(count)))
     means = sum_over_processes(moments) / total
     return means[-1] - means[:-1].square().sum()
 

@@ -1,6 +1,5 @@
 """Batches of whole token rows, for losses that go through the language model."""
 
-import hashlib
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saekit.activations.rows import NORMAL, PADDING
+from saekit.activations.source import read_position
 from saekit.activations.view import StoreView
 from saekit.errors import ConfigError, StoreError
 
@@ -115,12 +115,7 @@ class TokenRowBatches:
         Raises:
             StoreError: the state is of a source with other data or settings; the first differing one is named.
         """
-        for key, value in self._identity.items():
-            if state.get(key) != value:
-                raise StoreError(
-                    f"batches: saved with {key} {state.get(key)!r}, needs {value!r} to go on exactly there"
-                )
-        self._epoch, self._batch = int(str(state["epoch"])), int(str(state["batch"]))
+        self._epoch, self._batch = read_position(state, self._identity)
 
     @property
     def _identity(self) -> dict[str, object]:
@@ -129,7 +124,7 @@ class TokenRowBatches:
             "batch_rows": self._batch_rows,
             "store": self.view.store.sha256,
             "hook_point": self.view.store.hook_point,
-            "tokens": hashlib.sha256(np.packbits(self.view.mask).tobytes()).hexdigest(),
+            "tokens": self.view.fingerprint,
         }
 
     def _read(self, rows: npt.NDArray[np.int64]) -> RowBatch:

@@ -30,6 +30,8 @@ class SAEShape:
     """Of a token's row in a batch."""
     samples: int
     """Codes a token has: one for each hook point of a multi-layer SAE."""
+    is_penalized: bool
+    """Whether a steered penalty makes it sparse, rather than a k."""
     active: float
     """Features that a sample uses at the end of training: k, or the target L0."""
     groups: int
@@ -65,6 +67,7 @@ def shape_of(cfg: SAEConfig) -> SAEShape:
         width_out=width_out,
         batch_width=d_in + d_out if isinstance(cfg, TranscoderConfig) else sites * d_in,
         samples=sites if isinstance(cfg, MLSAEConfig) else 1,
+        is_penalized=isinstance(cfg, PenalizedConfig),
         active=_active(cfg),
         groups=len(cfg.prefixes()) if isinstance(cfg, MatryoshkaConfig) else 1,
         num_trained=d_sae * (width_in + width_out + 1) + width_out + _more_trained(cfg, d_in, d_out),
