@@ -12,6 +12,7 @@ from saekit.training.heldout import heldout_figures
 from saekit.training.interrupt import StopRequest
 from saekit.training.metrics import MetricsLog, RunningMeans
 from saekit.training.run import StepFigures, TrainRun
+from saekit.training.sharded_state import load_run, part_name
 from saekit.training.state import latest_checkpoint, load_checkpoint, publish_checkpoint, write_part
 
 __all__ = ["TrainingLoop"]
@@ -41,6 +42,9 @@ class TrainingLoop:
         self.metrics: MetricsLog | None = None
         self._resume()
         self._since = (time.perf_counter(), run.step)
+        self._counted = run.step
+        # What was sent to measure the data belongs to no step.
+        run.layout.traffic.take()
 
     @property
     def is_done(self) -> bool:
@@ -67,7 +71,7 @@ class TrainingLoop:
                     self.progress.say(message)
                     raise KeyboardInterrupt(message)
             # Asked in the last step, when no further step hands it round: one process can still answer by itself.
-            if stop.is_set and run.accelerator.num_processes == 1:
+            if stop.is_set and run.layout.num_processes == 1:
                 self.save()
                 raise KeyboardInterrupt(f"interrupted after {run.tokens:,} tokens, checkpoint written")
 
@@ -81,37 +85,36 @@ class TrainingLoop:
 
     def save(self) -> None:
         """Writes a checkpoint of everything, by all processes together."""
-        run, accelerator = self.run, self.run.accelerator
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            assert self.metrics is not None
+        run, layout = self.run, self.run.layout
+        layout.wait_for_everyone()
+        if (name := part_name(layout)) is not None:
             state = {
                 "run": run.state_dict(),
                 "means": self.means.state_dict(),
-                "metrics_position": self.metrics.position,
+                "metrics_position": self.metrics.position if self.metrics is not None else None,
             }
-            write_part(self.out, run.step, "run", state)
+            write_part(self.out, run.step, name, state)
         own = {"source": run.source.state_dict(), "rng": torch.get_rng_state()}
-        write_part(self.out, run.step, f"process_{accelerator.process_index}", own)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
+        write_part(self.out, run.step, f"process_{layout.process_index}", own)
+        layout.wait_for_everyone()
+        if layout.is_main_process:
             publish_checkpoint(self.out, run.step)
-        accelerator.wait_for_everyone()
+        layout.wait_for_everyone()
 
     def _resume(self) -> None:
-        run, accelerator = self.run, self.run.accelerator
+        run, layout = self.run, self.run.layout
         position = 0
         checkpoint = latest_checkpoint(self.out)
         if checkpoint is not None:
-            state = load_checkpoint(checkpoint, "run")
+            state = load_run(checkpoint, layout, run.cfg.d_sae)
             run.load_state_dict(state["run"])
             self.means.load_state_dict(state["means"])
             position = state["metrics_position"]
-            own = load_checkpoint(checkpoint, f"process_{accelerator.process_index}")
+            own = load_checkpoint(checkpoint, f"process_{layout.process_index}")
             run.source.load_state_dict(own["source"])
             torch.set_rng_state(own["rng"])
             self.progress.say(f"going on after {run.tokens:,} tokens")
-        if accelerator.is_main_process:
+        if layout.is_main_process:
             self.metrics = MetricsLog(self.out, position=position)
 
     def _record(self, figures: StepFigures) -> None:
@@ -131,14 +134,22 @@ class TrainingLoop:
                 "l0_coefficient": figures.coefficient,
                 "tokens_per_second": speed,
             }
-            self._write("train", self.means.take() | row)
+            self._write("train", self.means.take() | row | self._sent())
         if self.held_out is not None and (run.step % self.eval_steps == 0 or is_last):
             before = time.perf_counter()
             with run.average.taken():
-                found = heldout_figures(run.sae, self.held_out, run.normalization)
+                found = heldout_figures(run.sae, self.held_out, run.normalization, layout=run.layout, cfg=run.cfg)
             self._write("test", found)
             # Time spent here is not training time.
             self._since = (self._since[0] + time.perf_counter() - before, self._since[1])
+
+    def _sent(self) -> Mapping[str, object]:
+        """Returns what this process sent in a step, on average since the last row; nothing where it is alone."""
+        steps, self._counted = self.run.step - self._counted, self.run.step
+        sent = {purpose: count / steps for purpose, count in self.run.layout.traffic.take().items()}
+        if self.run.layout.num_processes == 1:
+            return {}
+        return {"bytes_per_step": sum(sent.values()), "bytes_per_step_by_purpose": sent}
 
     def _write(self, split: str, figures: Mapping[str, object]) -> None:
         if self.metrics is not None:

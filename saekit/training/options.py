@@ -6,7 +6,7 @@ from saekit.sae.jumprelu import JumpReLUConfig
 from saekit.sae.penalized import PenalizedConfig
 from saekit.sae.sites import SitesConfig
 from saekit.sae.transcoder import TranscoderConfig
-from saekit.training.config import TrainConfig
+from saekit.training.config import MeshConfig, TrainConfig
 
 __all__ = ["check_options"]
 
@@ -24,6 +24,7 @@ def check_options(cfg: SAEConfig, config: TrainConfig, *, where: str = "training
             raise ConfigError(f"{objective}: found a transcoder, needs an SAE that reconstructs what it reads")
         if isinstance(cfg, SitesConfig):
             raise ConfigError(f"{objective}: found {kind!r}, needs an SAE of one hook point")
+    _check_layout(cfg, config, where)
     sparsity = config.sparsity
     if sparsity.dead_loss != "auxk" and not isinstance(cfg, JumpReLUConfig):
         raise ConfigError(
@@ -34,3 +35,21 @@ def check_options(cfg: SAEConfig, config: TrainConfig, *, where: str = "training
             f"{where}: sparsity.k_start_factor {sparsity.k_start_factor:g} with {kind!r}, needs an SAE with a k;"
             " start_factor is what a target_l0 starts from"
         )
+
+
+def _check_layout(cfg: SAEConfig, config: TrainConfig, where: str) -> None:
+    """Refuses what cannot be done where features are spread over processes."""
+    layout = config.layout
+    if not (layout == "latents" or (isinstance(layout, MeshConfig) and layout.latents > 1)):
+        return
+    found, needs = f"{where}: layout with features over processes", "needs layout 'data' or 'layers'"
+    if isinstance(cfg, SitesConfig):
+        raise ConfigError(f"{found} and {cfg.kind!r}, {needs}: its hook points are in every feature")
+    if config.objective is not None:
+        raise ConfigError(f"{found} and objective {config.objective.kind!r}, {needs}")
+    if config.resample is not None:
+        raise ConfigError(f"{found} and resample, {needs}")
+    if config.optimizer == "muon":
+        raise ConfigError(f"{found} and optimizer 'muon', {needs}: it orthogonalises whole matrices")
+    if config.optimizer == "adamw8bit":
+        raise ConfigError(f"{found} and optimizer 'adamw8bit', {needs}: its blocks would be cut otherwise")

@@ -49,7 +49,7 @@ def is_due(config: TrainConfig, step: int) -> bool:
 @torch.no_grad()
 def resample_features(run: "TrainRun") -> int:
     """Draws silent features anew, the same ones from the same inputs on every process; returns how many."""
-    config, accelerator = run.config, run.accelerator
+    config, data = run.config, run.layout.data
     assert config.resample is not None
     features = silent_features(run.dead, config)
     if not len(features):
@@ -62,10 +62,11 @@ def resample_features(run: "TrainRun") -> int:
         len(features),
         num_batches=math.ceil(tokens / config.batch_size),
         seed=config.seed + run.step,
-        place=(accelerator.process_index, accelerator.num_processes),
+        place=(data.rank, data.size),
     )
-    if accelerator.num_processes > 1:
-        keys, draw = largest(accelerator.gather(keys), Draw(*map(accelerator.gather, draw)), len(features))
+    if data.size > 1:
+        everyones = [data.gather(value, "resampling").flatten(0, 1) for value in (keys, *draw)]
+        keys, draw = largest(everyones[0], Draw(*everyones[1:]), len(features))
     features = features[: int(torch.isfinite(keys).sum())]
     draw = Draw(*(rows[: len(features)] for rows in draw))
     renew_features(run.objective, features, draw, encoder_norm=config.resample.encoder_norm)

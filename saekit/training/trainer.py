@@ -3,11 +3,11 @@
 import contextlib
 import copy
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from saekit.activations.joined import JoinedStore, PairedStore
 from saekit.activations.shuffle import ShuffledBatches
@@ -28,11 +28,14 @@ from saekit.training.config import TrainConfig
 from saekit.training.end_to_end import EndToEndRun, check_end_to_end
 from saekit.training.finish import finish_weights
 from saekit.training.heldout import TokenView, read_evenly
+from saekit.training.layers import each_its_own
+from saekit.training.layout import Layout
 from saekit.training.loop import TrainingLoop
 from saekit.training.low_bit import check_low_bit
 from saekit.training.options import check_options
 from saekit.training.rows import TokenRowBatches
 from saekit.training.run import TrainRun
+from saekit.training.sharded import gather_sae, shard_sae
 from saekit.training.start import SAMPLE_TOKENS, fit_start, normalization_of, read_sample
 from saekit.training.state import keep_newest
 
@@ -113,20 +116,29 @@ class Trainer:
             ResourceError: the folder cannot be written.
             KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
         """
-        accelerator = make_accelerator()
-        out = Path(out)
+        accelerator, out = make_accelerator(), Path(out)
+        layout = Layout.of(accelerator, self.config.layout)
+        if self.config.layout == "layers":
+            # A single SAE is one process's, and the others wait for it.
+            everyone = Layout.of(accelerator, "data")
+            is_mine = everyone.is_main_process
+            each_its_own(everyone, partial(self._fit, out, layout, progress) if is_mine else lambda: None)
+        else:
+            self._fit(out, layout, progress)
+        return self.take(load_sae_folder(out))
+
+    def _fit(self, out: Path, layout: Layout, progress: Progress) -> None:
         with contextlib.ExitStack() as stack:
-            loop = self.begin(out, accelerator, stack, progress=progress)
+            loop = self.begin(out, layout, stack, progress=progress)
             if loop is not None:
                 with self.locating():
                     loop.go()
                     self.finish(loop)
-        return self.take(load_sae_folder(out))
 
     def begin(
         self,
         out: Path,
-        accelerator: "Accelerator",
+        layout: Layout,
         stack: contextlib.ExitStack,
         *,
         source: ActivationSource | None = None,
@@ -136,7 +148,7 @@ class Trainer:
 
         Args:
             out: folder of the SAE.
-            accelerator: of the process.
+            layout: what this process has to do with the training.
             stack: keeps data and folder open.
             source: activations of the training tokens in their order; None = one of its own.
             progress: is told what the training says.
@@ -149,29 +161,31 @@ class Trainer:
             NonFiniteError: see `fit`.
         """
         if source is None:
-            source = self.open_source(accelerator, stack)
-        if self._claim(out, accelerator) == "complete":
+            source = self.open_source(layout, stack)
+        if self._claim(out, layout) == "complete":
             progress.say(f"{out}: already trained")
             return None
         # Taken once for all processes of a run: the others write nothing but their parts of a checkpoint.
-        stack.enter_context(locked(out) if accelerator.is_main_process else contextlib.nullcontext())
+        stack.enter_context(locked(out) if layout.is_main_process else contextlib.nullcontext())
         with self.locating():
-            run = self._start(source, accelerator)
+            run = self._start(source, layout)
         held_out = None if self._test is None else read_evenly(self._test, self.config.eval_tokens)
         return TrainingLoop(run, out, held_out=held_out, progress=progress)
 
     def finish(self, loop: TrainingLoop) -> None:
         """Writes the SAE of raw activations after the last step, and marks the folder as complete."""
-        run, out, accelerator = loop.run, loop.out, loop.run.accelerator
+        run, out, layout = loop.run, loop.out, loop.run.layout
         facts = finish_weights(run, loop.held_out)
-        if accelerator.is_main_process:
-            run.sae.hook_point, run.sae.source = self._hook_point(), self._source() | facts
-            run.sae.save(out)
+        # Of a mesh, the first row holds all features; the others hold the same.
+        sae = gather_sae(run.sae, run.cfg, layout) if layout.data.rank == 0 else run.sae
+        if layout.is_main_process:
+            sae.hook_point, sae.source = self._hook_point(), self._source() | facts
+            sae.save(out)
             keep_newest(out, 1)
             finish_stage(out, {"tokens": run.tokens, "steps": run.step, **facts})
-            self._say_fvu_by_site(run.sae, facts, loop.progress)
+            self._say_fvu_by_site(sae, facts, loop.progress)
             self._say_if_l0_is_missed(facts.get("l0"), loop.progress)
-        accelerator.wait_for_everyone()
+        layout.wait_for_everyone()
 
     @contextlib.contextmanager
     def locating(self) -> Iterator[None]:
@@ -188,12 +202,10 @@ class Trainer:
         self.sae.hook_point, self.sae.source = trained.hook_point, trained.source
         return self.sae.eval()
 
-    def _claim(self, out: Path, accelerator: "Accelerator") -> StageState:
-        from accelerate.utils import broadcast_object_list
-
-        state: list[StageState | None] = [None]
-        if accelerator.is_main_process:
-            values: dict[str, object] = {"sae": self.sae.cfg.to_dict(), "training": self.config.to_dict()}
+    def _claim(self, out: Path, layout: Layout) -> StageState:
+        state: StageState | None = None
+        if layout.is_main_process:
+            values: dict[str, object] = {"sae": self.sae.cfg.to_dict(), "training": self.config.identity}
             inputs: dict[str, str] = {}
             if isinstance(self.train, StoreView):
                 values |= {"hook_point": self.train.store.hook_point, "split": self.train.origin}
@@ -202,22 +214,22 @@ class Trainer:
                 inputs |= {"cache": self.train.store.sha256, "training tokens": self.train.fingerprint}
             if isinstance(self._test, StoreView):
                 inputs["held-out tokens"] = self._test.fingerprint
-            state[0] = begin_stage(out, "train", values, inputs)
-        broadcast_object_list(state)
-        assert state[0] is not None
-        return state[0]
+            state = begin_stage(out, "train", values, inputs)
+        state = layout.told(state)
+        assert state is not None
+        return state
 
-    def open_source(self, accelerator: "Accelerator", stack: contextlib.ExitStack) -> ActivationSource:
+    def open_source(self, layout: Layout, stack: contextlib.ExitStack) -> ActivationSource:
         """Returns this process's share of the training tokens, in their order.
 
         Raises:
             ConfigError: the batch cannot be shared evenly by the processes.
         """
-        share, rest = divmod(self.config.batch_size, accelerator.num_processes)
+        rank, world_size = layout.data.rank, layout.data.size
+        share, rest = divmod(self.config.batch_size, world_size)
         if rest:
-            processes = accelerator.num_processes
             raise ConfigError(
-                f"training: batch_size {self.config.batch_size}, needs a multiple of {processes} processes"
+                f"training: batch_size {self.config.batch_size}, needs a multiple of {world_size} processes"
             )
         if not isinstance(self.train, StoreView):
             return self.train
@@ -226,41 +238,36 @@ class Trainer:
                 self.train,
                 batch_size=self.config.batch_size,
                 seed=self.config.seed,
-                rank=accelerator.process_index,
-                world_size=accelerator.num_processes,
+                rank=rank,
+                world_size=world_size,
             )
         return stack.enter_context(
             ShuffledBatches(
                 self.train,
                 batch_size=share,
                 seed=self.config.seed,
-                rank=accelerator.process_index,
-                world_size=accelerator.num_processes,
+                rank=rank,
+                world_size=world_size,
             )
         )
 
-    def _start(self, source: ActivationSource, accelerator: "Accelerator") -> TrainRun:
-        """Measures the data and sets the first weights, the same on every process."""
-
-        def sum_over_processes(value: Tensor) -> Tensor:
-            total: Tensor = accelerator.reduce(value, reduction="sum")
-            return total
-
-        sample = read_sample(source, SAMPLE_TOKENS // accelerator.num_processes).to(accelerator.device)
-        normalization = normalization_of(sample, self.sae, sum_over_processes)
-        sae = copy.deepcopy(self.sae).float().to(accelerator.device)
+    def _start(self, source: ActivationSource, layout: Layout) -> TrainRun:
+        """Measures the data and sets the first weights, of this process's features those of a single process."""
+        sample = read_sample(source, SAMPLE_TOKENS, layout)
+        normalization = normalization_of(sample, self.sae)
+        sae, cfg = copy.deepcopy(self.sae).float(), self.sae.cfg
         if self.config.init == "given":
+            sae = shard_sae(sae, layout)
             normalization.unfold(sae)
         else:
             sae.reset_parameters(self.config.seed)
-            fit_start(sae, normalization.apply(sample), self.config.sparsity, sum_over_processes)
+            sae = shard_sae(sae, layout)
+            fit_start(sae, normalization.apply(sample), self.config.sparsity, layout, cfg)
         if isinstance(source, TokenRowBatches):
             assert self._lm is not None
             assert isinstance(normalization, Normalization)
-            return EndToEndRun(
-                sae, source, self.config, normalization=normalization, accelerator=accelerator, lm=self._lm
-            )
-        return TrainRun(sae, source, self.config, normalization=normalization, accelerator=accelerator)
+            return EndToEndRun(sae, source, self.config, normalization=normalization, lm=self._lm, layout=layout)
+        return TrainRun(sae, source, self.config, normalization=normalization, layout=layout, cfg=cfg)
 
     def _say_fvu_by_site(self, sae: SAE, facts: dict[str, object], progress: Progress) -> None:
         found = facts.get("fvu_by_site")

@@ -43,17 +43,13 @@ EVERY: dict[str, SAEConfig] = {
 }
 
 
-def alone(value: Tensor) -> Tensor:
-    return value
-
-
 def float64_objective(cfg: SAEConfig) -> Objective:
     generator = torch.Generator().manual_seed(4)
     sae = build_sae(cfg).double()
     for name, parameter in sae.named_parameters():
         drawn = 0.5 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
         parameter.data.copy_(0.1 + drawn.abs() if name == "threshold" else drawn)
-    return build_objective(sae, TrainConfig(num_tokens=1000), total_variance=5.0, sum_over_processes=alone)
+    return build_objective(sae, TrainConfig(num_tokens=1000), total_variance=5.0)
 
 
 def batch() -> Tensor:

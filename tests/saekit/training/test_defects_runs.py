@@ -45,23 +45,18 @@ GATED = GatedConfig.parse(SHAPE | {"target_l0": 3})
 RELU = ReLUConfig.parse(SHAPE | {"target_l0": 3})
 
 
-def alone(value: Tensor) -> Tensor:
-    return value
-
-
 def make_run(planted: ModuleType, cfg: SAEConfig, *, scale: float = 1.0, **changes: object) -> TrainRun:
-    from accelerate import Accelerator
 
     values: dict[str, object] = {"num_tokens": 200 * 96, "batch_size": 96, "lr": 3e-3, "dead_after_tokens": 192}
     source = planted.PlantedSource(batch_size=96, scale=scale)
-    normalization = estimate_normalization(read_sample(source, 2048), alone)
+    normalization = estimate_normalization(read_sample(source, 2048))
     sae = build_sae(cfg, seed=3)
     if "threshold" in dict(sae.named_parameters()):
         sae.get_parameter("threshold").data.fill_(1.0)
     elif cfg in (RELU, GATED):
         sae.b_enc.data.fill_(-1.0)
     config = TrainConfig.parse(values | changes)
-    return TrainRun(sae, source, config, normalization=normalization, accelerator=Accelerator(cpu=True))
+    return TrainRun(sae, source, config, normalization=normalization)
 
 
 # The checks.

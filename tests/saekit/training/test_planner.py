@@ -48,7 +48,7 @@ def planned(cfg: SAEConfig = WIDE, *, gpu: str = "h100", num_nodes: int = 1, **v
 def test_counts_are_those_of_the_real_sae(kind: str) -> None:
     cfg = tiny("transcoder", has_skip=True) if kind.endswith("skip") else tiny(kind)
     sae = build_sae(cfg)
-    objective = build_objective(sae, config(), total_variance=1.0, sum_over_processes=lambda value: value)
+    objective = build_objective(sae, config(), total_variance=1.0)
     trained = objective.trained_parameters()
     shape = shape_of(cfg)
     assert shape.num_trained == sum(parameter.numel() for parameter in trained.values())

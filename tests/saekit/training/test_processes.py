@@ -160,7 +160,6 @@ def test_a_process_that_is_killed_leaves_a_checkpoint_that_one_process_goes_on_f
 def test_batch_that_cannot_be_shared_is_refused(
     planted: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from accelerate import Accelerator
 
     monkeypatch.setattr(Accelerator, "num_processes", 3)
     with pytest.raises(ConfigError, match="batch_size 128, needs a multiple of 3 processes"):
