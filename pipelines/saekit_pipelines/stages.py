@@ -105,7 +105,7 @@ class Pipeline:
             sae = run.sae.to_dict()
             # Widths that a recipe leaves out are 0 in it, and those of the store in what was trained.
             sae |= taken_from_store(sae, manifest)
-            check_same_config(folder, found, {"sae": sae, "training": run.training.to_dict(), "split": split})
+            check_same_config(folder, found, {"sae": sae, "training": run.training.identity, "split": split})
 
     def run(self, *, together: bool = False) -> Path:
         """Runs every stage and returns the report's page; where all is done already, says so without loading a model.
@@ -143,10 +143,15 @@ class Pipeline:
 
         Args:
             together: whether those that read the same tokens in the same order share one read of the cache; the SAEs are the
-                same, bit for bit.
+                same, bit for bit. Those with the layout `layers` are spread over the processes in any case.
         """
         names = self._names(only)
-        alone = [name for name in names if not together or self.recipe.train[name].start_from is not None]
+        runs = self.recipe.train
+        alone = [
+            name
+            for name in names
+            if not (together or runs[name].training.layout == "layers") or runs[name].start_from is not None
+        ]
         shared = [name for name in names if name not in alone]
         if shared:
             started = time.monotonic()

@@ -8,7 +8,7 @@ from saekit.sae.sites import SitesConfig
 from saekit.sae.transcoder import TranscoderConfig
 from saekit.training.config import MeshConfig, TrainConfig
 
-__all__ = ["check_options"]
+__all__ = ["check_options", "latents_problem"]
 
 
 def check_options(cfg: SAEConfig, config: TrainConfig, *, where: str = "training") -> None:
@@ -37,19 +37,25 @@ def check_options(cfg: SAEConfig, config: TrainConfig, *, where: str = "training
         )
 
 
+def latents_problem(cfg: SAEConfig, config: TrainConfig) -> str | None:
+    """Returns why the features of an SAE cannot be spread over processes in a training; None where they can."""
+    if isinstance(cfg, SitesConfig):
+        return f"{cfg.kind!r}, whose features have a part at each hook point"
+    if config.objective is not None:
+        return f"objective {config.objective.kind!r}, which needs whole reconstructions in the model"
+    if config.resample is not None:
+        return "resample, which draws from all features"
+    if config.optimizer == "muon":
+        return "optimizer 'muon', which orthogonalises whole matrices"
+    if config.optimizer == "adamw8bit":
+        return "optimizer 'adamw8bit', whose blocks of moments would be cut"
+    return None
+
+
 def _check_layout(cfg: SAEConfig, config: TrainConfig, where: str) -> None:
     """Refuses what cannot be done where features are spread over processes."""
     layout = config.layout
-    if not (layout == "latents" or (isinstance(layout, MeshConfig) and layout.latents > 1)):
-        return
-    found, needs = f"{where}: layout with features over processes", "needs layout 'data' or 'layers'"
-    if isinstance(cfg, SitesConfig):
-        raise ConfigError(f"{found} and {cfg.kind!r}, {needs}: its hook points are in every feature")
-    if config.objective is not None:
-        raise ConfigError(f"{found} and objective {config.objective.kind!r}, {needs}")
-    if config.resample is not None:
-        raise ConfigError(f"{found} and resample, {needs}")
-    if config.optimizer == "muon":
-        raise ConfigError(f"{found} and optimizer 'muon', {needs}: it orthogonalises whole matrices")
-    if config.optimizer == "adamw8bit":
-        raise ConfigError(f"{found} and optimizer 'adamw8bit', {needs}: its blocks would be cut otherwise")
+    if layout == "latents" or (isinstance(layout, MeshConfig) and layout.latents > 1):
+        problem = latents_problem(cfg, config)
+        if problem is not None:
+            raise ConfigError(f"{where}: layout with features over processes and {problem}, needs 'data' or 'layers'")

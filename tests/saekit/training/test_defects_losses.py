@@ -20,6 +20,7 @@ from saekit.sae import (
 from saekit.training import TrainConfig
 from saekit.training import nested as nested_module
 from saekit.training import objective as objective_module
+from saekit.training import selection as selection_module
 from saekit.training.build import build_objective
 from saekit.training.objective import Code, Objective
 from saekit.training.penalty import GatedObjective
@@ -182,7 +183,7 @@ def _gradient_through_relu_zeros(patch: pytest.MonkeyPatch) -> None:
         values, indices = torch.topk(x @ W_enc + b_enc, k, dim=1)
         return values + (values.relu() - values).detach(), indices
 
-    patch.setattr(objective_module, "encode_topk", wrong)
+    patch.setattr(selection_module, "encode_topk", wrong)
 
 
 def _prefixes_averaged_twice(patch: pytest.MonkeyPatch) -> None:

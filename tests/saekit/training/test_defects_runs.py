@@ -254,14 +254,16 @@ def _accumulation_never_read(patch: pytest.MonkeyPatch) -> None:
     right = micro_module.backward_in_parts
 
     def wrong(objective: Objective, x: Tensor, dead: Tensor, coefficient: float, **kwargs: object) -> StepResult:
-        return right(objective, x, dead, coefficient, part_tokens=None)
+        return right(objective, x, dead, coefficient, **kwargs | {"part_tokens": None})  # type: ignore[arg-type]
 
     patch.setattr(run_module, "backward_in_parts", wrong)
 
 
 def _accumulated_without_shares(patch: pytest.MonkeyPatch) -> None:
-    def wrong(objective: Objective, x: Tensor, dead: Tensor, coefficient: float, *, part_tokens: int) -> StepResult:
-        results = [objective(part, dead, coefficient) for part in torch.split(x, part_tokens or len(x))]
+    def wrong(objective: Objective, x: Tensor, dead: Tensor, coefficient: float, **kwargs: object) -> StepResult:
+        parts = torch.split(x, kwargs["part_tokens"] or len(x))  # type: ignore[arg-type]
+        kwargs["before_last"]()  # type: ignore[operator]
+        results = [objective(part, dead, coefficient) for part in parts]
         for result in results:
             result.loss.backward()
         return results[-1]._replace(loss=results[-1].loss.detach())

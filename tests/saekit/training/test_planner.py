@@ -121,8 +121,8 @@ def test_parts_of_a_step_by_hand() -> None:
     assert parts["encoder product"].seconds == pytest.approx(2 * 1024 * 2304 * 65_536 / (67e12 * 0.8))
     assert parts["encoder product"].limit == "compute"
     assert parts["selection"].seconds == pytest.approx(8 * 1024 * 65_536 / bytes_a_second)
-    assert parts["optimizer"].seconds == pytest.approx(50 * numbers / bytes_a_second)
-    ring = 2 * 7 / 8 * (4 * numbers + 8 * 65_536)
+    assert parts["optimizer"].seconds == pytest.approx(42 * numbers / bytes_a_second)
+    ring = 2 * 7 / 8 * (4 * numbers + 65_536)
     assert parts["gradients over the network"].seconds == pytest.approx(ring / 450e9)
 
 
