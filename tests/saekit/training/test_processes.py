@@ -1,13 +1,22 @@
 """Whatever the layout, several processes train the SAE that one process trains."""
 
+import contextlib
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+from saekit.errors import ConfigError
 from saekit.sae import load_sae_folder
-from saekit.training import read_metrics
+from saekit.training import TrainConfig, check_options, read_metrics
+from saekit.training.axis import Axis, float_of
+from saekit.training.layers import shares
+from saekit.training.layout import Layout, features_of, mesh_of
+from saekit.training.shape import shape_of
+from saekit.training.sharded_state import joined_states, sliced_state
+from saekit.training.state import latest_checkpoint, load_checkpoint
+from saekit.training.wire import step_bytes
 from tests.saekit.training import ranks
 
 FIGURES = ("loss", "fvu", "auxk", "l0", "dead_fraction", "gradient_norm", "l0_coefficient", "resampled", "fvu_training")
@@ -56,3 +65,149 @@ def test_processes_train_the_sae_that_one_trains(folders: dict[str, Path], where
     one = load_sae_folder(single)
     for name, value in load_sae_folder(found).named_parameters():
         torch.testing.assert_close(value, one.get_parameter(name), atol=TOLERANCE, rtol=TOLERANCE, msg=name)
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "sae.safetensors").read_bytes()
+
+
+def test_features_are_spread_and_resume_to_the_same_bits(folders: dict[str, Path]) -> None:
+    """The run that was interrupted in its seventh step is the one that was not."""
+    assert weights(folders["two"] / "interrupted") == weights(folders["two"] / "latents" / "jumprelu")
+    (checkpoint,) = (folders["two"] / "latents" / "topk" / "checkpoints").iterdir()
+    names = ["features_0000.pt", "features_0001.pt", "process_0.pt", "process_1.pt"]
+    assert sorted(path.name for path in checkpoint.iterdir()) == names
+    held = [load_checkpoint(checkpoint, f"features_000{rank}")["run"]["silent_tokens"] for rank in (0, 1)]
+    assert [len(silent) for silent in held] == [16, 15]
+
+
+@pytest.mark.parametrize("kind", ["topk", "jumprelu", "gated"])
+def test_layers_are_trained_as_alone(folders: dict[str, Path], kind: str) -> None:
+    found = folders["two"] / "layers" / kind
+    assert weights(found) == weights(folders["one"] / kind)
+    assert load_sae_folder(found).source == load_sae_folder(folders["one"] / kind).source
+
+
+def test_layers_tell_each_other_who_failed(folders: dict[str, Path]) -> None:
+    out = folders["two"] / "layers"
+    for rank in (0, 1):
+        assert "1 of 3 trainings failed, the others are finished" in (out / f"error_{rank}").read_text()
+    assert weights(out / "broken" / "topk") == weights(out / "topk")
+    assert weights(out / "single") == weights(out / "topk")
+
+
+@pytest.mark.parametrize("layout", ["latents", {"data": 1, "latents": 1}])
+def test_a_layout_of_one_process_is_no_layout(folders: dict[str, Path], tmp_path: Path, layout: object) -> None:
+    ranks.make_trainer("batchtopk", layout).fit(tmp_path)
+    assert weights(tmp_path) == weights(folders["one"] / "batchtopk")
+
+
+def test_checkpoint_has_a_part_of_each_process(folders: dict[str, Path]) -> None:
+    (checkpoint,) = (folders["two"] / "data" / "topk" / "checkpoints").iterdir()
+    assert sorted(path.name for path in checkpoint.iterdir()) == ["process_0.pt", "process_1.pt", "run.pt"]
+
+
+def test_a_process_that_is_killed_leaves_a_checkpoint_that_one_process_goes_on_from(folders: dict[str, Path]) -> None:
+    folder = folders["two"] / "killed"
+    checkpoint = latest_checkpoint(folder)
+    assert checkpoint is not None
+    assert checkpoint.name == "step_00000005"
+    assert load_checkpoint(checkpoint, "process_1")["source"] == {"position": 5}
+    ranks.make_trainer("topk").fit(folder)
+    single = load_sae_folder(folders["one"] / "topk")
+    for name, value in load_sae_folder(folder).named_parameters():
+        torch.testing.assert_close(value, single.get_parameter(name), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("where", "kind", "data", "latents"),
+    [
+        ("two/data", "gated", 2, 1),
+        ("two/latents", "skip", 1, 2),
+        ("two/latents", "gated", 1, 2),
+        ("four/mesh", "topk", 2, 2),
+    ],
+)
+def test_bytes_sent_are_those_of_the_formulas(
+    folders: dict[str, Path], where: str, kind: str, data: int, latents: int
+) -> None:
+    world, layout = where.split("/")
+    # Steps 1 and 2: whole batches, and no feature is dead yet.
+    row = next(row for row in read_metrics(folders[world] / layout / kind) if row["split"] == "train")
+    sent = row["bytes_per_step_by_purpose"]
+    assert isinstance(sent, dict)
+    assert row["bytes_per_step"] == pytest.approx(sum(sent.values()))
+    config = TrainConfig.parse(ranks.TRAINING)
+    expected = step_bytes(shape_of(ranks.SAES[kind]), config, data=data, latents=latents, active=3)
+    for purpose, count in expected.items():
+        assert sent.get(purpose, 0.0) == pytest.approx(count, abs=2.0), purpose
+
+
+@pytest.mark.parametrize(
+    ("layout", "processes", "message"),
+    [
+        ("data", 3, "batch_size 64, needs a multiple of 3 processes"),
+        ({"data": 2, "latents": 2}, 3, "layout data 2 x latents 2, needs 4 processes, there are 3"),
+    ],
+)
+def test_layout_that_does_not_fit_the_processes_is_refused(layout: object, processes: int, message: str) -> None:
+    trainer = ranks.make_trainer("topk", layout)
+    with pytest.raises(ConfigError, match=message):
+        place = mesh_of(trainer.config.layout, processes)
+        alone = Layout.alone()
+        alone.data.size = place.data
+        trainer.open_source(alone, contextlib.ExitStack())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("crosscoder", {}, "'crosscoder_topk', whose features have a part at each hook point"),
+        ("resampled", {}, "resample, which draws from all features"),
+        ("topk", {"optimizer": "muon"}, "optimizer 'muon', which orthogonalises whole matrices"),
+        ("topk", {"optimizer": "adamw8bit"}, "optimizer 'adamw8bit', whose blocks of moments would be cut"),
+        ("topk", {"objective": {"kind": "e2e"}}, "objective 'e2e', which needs whole reconstructions in the model"),
+    ],
+)
+def test_features_that_cannot_be_spread_are_refused(kind: str, options: dict[str, object], message: str) -> None:
+    config = TrainConfig.parse(ranks.TRAINING | ranks.OPTIONS.get(kind, {}) | options | {"layout": "latents"})
+    with pytest.raises(
+        ConfigError, match=f"layout with features over processes and {message}, needs 'data' or 'layers'"
+    ):
+        check_options(ranks.SAES[kind], config)
+
+
+def test_features_are_cut_and_joined_by_their_index() -> None:
+    slices = [features_of(31, rank, 4) for rank in range(4)]
+    assert [(part.start, part.stop) for part in slices] == [(0, 8), (8, 16), (16, 24), (24, 31)]
+    with pytest.raises(ConfigError, match="layout latents over 4 processes, needs at least as many features"):
+        features_of(3, 0, 4)
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "batchtopk"])
+def test_state_by_features_is_cut_and_joined_to_the_same_bits(folders: dict[str, Path], kind: str) -> None:
+    (checkpoint,) = (folders["one"] / kind / "checkpoints").iterdir()
+    state = load_checkpoint(checkpoint, "run")["run"]
+    parts = [sliced_state(state, features_of(31, rank, 3)) for rank in range(3)]
+    assert [len(part["objective"]["sae.b_enc"]) for part in parts] == [11, 10, 10]
+    joined = joined_states(parts)
+    assert joined.keys() == state.keys()
+    for key in state["objective"]:
+        assert torch.equal(joined["objective"][key], state["objective"][key]), key
+    for index, moments in state["optimizer"]["state"].items():
+        for key, value in moments.items():
+            assert torch.equal(torch.as_tensor(joined["optimizer"]["state"][index][key]), torch.as_tensor(value)), key
+    assert torch.equal(joined["silent_tokens"], state["silent_tokens"])
+
+
+def test_kth_largest_is_exact_with_ties_and_nan() -> None:
+    values = torch.tensor([0.0, 2.0, 2.0, 1e-30, 5.5, float("inf"), 1.0])
+    found = [float_of(Axis().kth_largest(values, k)).item() for k in range(1, 9)]
+    assert found == [float("inf"), 5.5, 2.0, 2.0, 1.0, values[3].item(), 0.0, 0.0]
+    assert float_of(Axis().kth_largest(torch.tensor([float("nan"), 1.0]), 2)).item() == 1.0
+
+
+def test_saes_are_shared_out_by_their_cost() -> None:
+    costs = {Path("a"): 4.0, Path("b"): 3.0, Path("c"): 2.0}
+    assert shares(costs, 2) == [[Path("a")], [Path("b"), Path("c")]]
+    assert shares(costs, 4)[3] == []
