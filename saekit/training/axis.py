@@ -1,7 +1,8 @@
 """Collectives among the processes along one axis of a layout, and what they send over the network."""
 
+import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,13 @@ class Traffic:
         """Returns what was sent since the last call."""
         found, self.sent = dict(self.sent), Counter()
         return found
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside the block nothing is counted."""
+        before = self.sent.copy()
+        yield
+        self.sent = before
 
 
 class Axis:

@@ -137,10 +137,10 @@ class TrainingLoop:
             self._write("train", self.means.take() | row | self._sent())
         if self.held_out is not None and (run.step % self.eval_steps == 0 or is_last):
             before = time.perf_counter()
-            with run.average.taken():
+            with run.average.taken(), run.layout.traffic.paused():
                 found = heldout_figures(run.sae, self.held_out, run.normalization, layout=run.layout, cfg=run.cfg)
             self._write("test", found)
-            # Time spent here is not training time.
+            # Time spent here is not training time, as what was sent is not counted.
             self._since = (self._since[0] + time.perf_counter() - before, self._since[1])
 
     def _sent(self) -> Mapping[str, object]:

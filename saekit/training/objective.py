@@ -207,7 +207,7 @@ class Objective(nn.Module, ABC):
             dead: see `forward`.
         """
         self._residual_variance = None
-        if len(parts) == 1 or not self._has_dead(dead) or self.config.auxk_alpha == 0:
+        if not self._is_cut(parts) or not self._has_dead(dead) or self.config.auxk_alpha == 0:
             return
         moments, count = [], 0
         for part in parts:
@@ -216,6 +216,10 @@ class Objective(nn.Module, ABC):
             moments.append(_moments(error))
             count += len(error)
         self._residual_variance = self._pooled_variance(torch.stack(moments).sum(0), count)
+
+    def _is_cut(self, parts: Sequence[Tensor]) -> bool:
+        """Whether a batch comes in parts, on any process: of a short batch some may have a single part, and have to join in."""
+        return len(parts) > 1 or (self.layout.num_processes > 1 and self.config.micro_batch_size is not None)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Returns what the optimizer moves, by name."""
@@ -309,7 +313,7 @@ class BatchTopKObjective(Objective):
     def prepare(self, parts: Sequence[Tensor], dead: Tensor) -> None:
         """Finds, beside what every objective measures, what the entries that the whole batch keeps exceed."""
         self._cutoff = None
-        if len(parts) > 1:
+        if self._is_cut(parts):
             inputs = [self.encoder_input(split_batch(self.sae, part)[0]) for part in parts]
             num_wanted = self._num_wanted(sum(len(part) for part in inputs))
             everyone, W_enc, b_enc = self.layout.everyone, self.sae.W_enc, self.sae.b_enc

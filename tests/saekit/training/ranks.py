@@ -118,7 +118,7 @@ def train(out: Path, layout: str | dict[str, int], kinds: tuple[str, ...], place
 def train_interrupted(out: Path, layout: str | dict[str, int], kind: str, place: tuple[int, int]) -> None:
     """The same with a Ctrl-C after the seventh step, and the same call again."""
     first = make_trainer(kind, layout, rank=place[0], world_size=place[1])
-    first.train.kill_at, first.train.signal, first.train.armed_after = 6, signal.SIGINT, 20  # type: ignore[union-attr]
+    first.train.kill_at, first.train.signal, first.train.armed_after = 6, signal.SIGINT, 10  # type: ignore[union-attr]
     try:
         first.fit(out)
     except KeyboardInterrupt:
@@ -131,7 +131,7 @@ def train_until_one_is_killed(out: Path, rank: int) -> None:
     """The second of two processes is killed in its eighth step, two steps after a checkpoint."""
     made = make_trainer("topk", rank=rank, world_size=2)
     if rank == 1:
-        made.train.kill_at, made.train.armed_after = 7, 20  # type: ignore[union-attr]
+        made.train.kill_at, made.train.armed_after = 7, 10  # type: ignore[union-attr]
     made.fit(out)
 
 
