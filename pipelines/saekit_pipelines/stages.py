@@ -146,13 +146,9 @@ class Pipeline:
                 same, bit for bit. Those with the layout `layers` are spread over the processes in any case.
         """
         names = self._names(only)
-        runs = self.recipe.train
-        alone = [
-            name
-            for name in names
-            if not (together or runs[name].training.layout == "layers") or runs[name].start_from is not None
-        ]
-        shared = [name for name in names if name not in alone]
+        runs = {name: self.recipe.train[name] for name in names}
+        shared = [n for n, run in runs.items() if (together or run.training.layout == "layers") and not run.start_from]
+        alone = [name for name in names if name not in shared]
         if shared:
             started = time.monotonic()
             train_together({self.stage_folder("train", n): self._trainer(n) for n in shared}, progress=self.progress)
