@@ -75,7 +75,8 @@ class Axis:
         if self.size == 1:
             return None
         self.traffic.count(purpose, 2 * (self.size - 1) / self.size * value.nbytes)
-        return dist.all_reduce(value, group=self.group, async_op=True)
+        work: dist.Work | None = dist.all_reduce(value, group=self.group, async_op=True)
+        return work
 
     def gather(self, value: Tensor, purpose: str) -> Tensor:
         """Returns the processes' values of one shape [...] in order, [R, ...]."""

@@ -52,9 +52,11 @@ class MatryoshkaTopKObjective(_Nested, TopKObjective):
     """Nested reconstruction of each token's k largest entries, and AuxK."""
 
     sae: MatryoshkaTopKSAE
+    cfg: MatryoshkaConfig
 
 
 class MatryoshkaBatchTopKObjective(_Nested, BatchTopKObjective):
     """Nested reconstruction of a batch's N * k largest entries, and AuxK."""
 
     sae: MatryoshkaBatchTopKSAE
+    cfg: MatryoshkaConfig

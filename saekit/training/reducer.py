@@ -29,7 +29,7 @@ class GradientReducer:
         self._weight = torch.ones(())
         if axis.size > 1:
             for parameter in self._order:
-                parameter.register_post_accumulate_grad_hook(self._note)
+                parameter.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]  # torch's own
 
     def arm(self, weight: float) -> None:
         """Says that the next backward is the last one of the step.

@@ -46,7 +46,8 @@ def read_sample(source: ActivationSource, num_tokens: int, layout: Layout | None
     """
     layout = layout or Layout.alone()
     position = source.state_dict()
-    batches, count = [], 0
+    batches: list[Tensor] = []
+    count = 0
     while count < num_tokens:
         batches += layout.data.gather_rows(source.next_batch().to(layout.device), "start")
         count = sum(len(batch) for batch in batches)

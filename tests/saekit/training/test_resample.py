@@ -220,7 +220,7 @@ def test_the_draw_is_that_of_one_process_however_many_there_are(planted: ModuleT
             planted.PlantedSource(batch_size=96, rank=rank, world_size=2),
             run.normalization,
             12,
-            place=(rank, 2),
+            shares=lambda count, rank=rank: (rank * count, 2 * count),
             **options,
         )
         for rank in (0, 1)
