@@ -134,7 +134,7 @@ class TrainingLoop:
                 "l0_coefficient": figures.coefficient,
                 "tokens_per_second": speed,
             }
-            self._write("train", self.means.take() | row | self._sent())
+            self._write("train", {**self.means.take(), **row, **self._sent()})
         if self.held_out is not None and (run.step % self.eval_steps == 0 or is_last):
             before = time.perf_counter()
             with run.average.taken(), run.layout.traffic.paused():
