@@ -14,7 +14,7 @@ from saekit.errors import ConfigError, LabelerError, MissingDependencyError
 from saekit.labelling.chat import ChatReply, ChatRequest
 from saekit.labelling.dialect import Complaint, charged_tokens, read_completion
 from saekit.labelling.llmconfig import LLMConfig
-from saekit.labelling.reading import READS_NOTHING, read_reading
+from saekit.labelling.textreading import READS_NOTHING, read_reading
 from saekit.labelling.vectors import read_embeddings
 
 if TYPE_CHECKING:

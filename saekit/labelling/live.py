@@ -10,7 +10,7 @@ from saekit.labelling.client import EmptyError, LostError, OpenAIClient, Refused
 from saekit.labelling.dialect import Complaint, Dialect, retry_after
 from saekit.labelling.llmconfig import LLMConfig
 from saekit.labelling.pace import Pace
-from saekit.labelling.reading import ReadingDialect
+from saekit.labelling.textreading import ReadingDialect
 
 __all__ = ["OpenAIChat", "OpenAIEmbeddings"]
 

@@ -7,7 +7,7 @@ from saekit.labelling.asking import LabellingModel, ask_in_rounds
 from saekit.labelling.chat import Answer, ChatRequest
 from saekit.labelling.explain import Explainer, joined_label, llm_labeler
 from saekit.labelling.llmconfig import LLMConfig
-from saekit.labelling.reading import probe_request
+from saekit.labelling.textreading import probe_request
 from saekit.labelling.records import LEXICAL, Label, Score
 from saekit.labelling.scoring.controls import NO_LABEL, Controls
 from saekit.labelling.scoring.detection import PieceScorer
@@ -66,12 +66,8 @@ class Questions:
         """Returns what a job's score is known by."""
         return job.label.feature, job.label.labeler, job.scorer.name, self.config.model, self.setup
 
-    def requests(self, labels: Sequence[Label] = (), *, done: Iterable[Score] = ()) -> list[ChatRequest]:
-        """Returns the first questions of explainers and scorers; `labels` that are not there yet are stood in for.
-
-        Args:
-            done: scores that are not to be asked for again.
-        """
+    def requests(self, labels: Sequence[Label] = ()) -> list[ChatRequest]:
+        """Returns the first questions of explainers and scorers; `labels` that are not there yet are stood in for."""
         requests = [e.request(f) for e in self.explainers for f in self.features if e.has_evidence(f)]
         known = {(label.feature, label.labeler) for label in labels}
         stand_ins = [
@@ -80,10 +76,14 @@ class Questions:
             for feature in self.features
             if (feature, labeler) not in known
         ]
-        jobs, known_scores = self.score_jobs([*labels, *stand_ins]), {_key(score) for score in done}
-        left = [job for job in jobs if job.pieces and self.key(job) not in known_scores]
+        return requests + self.judging([*labels, *stand_ins])
+
+    def judging(self, labels: Sequence[Label], *, done: Iterable[Score] = ()) -> list[ChatRequest]:
+        """Returns the first questions of scorers about labels that are there; `done`: scores that are not asked for again."""
+        known = {_key(score) for score in done}
+        left = [job for job in self.score_jobs(labels) if job.pieces and self.key(job) not in known]
         # Labels of one feature share the texts that are read without any.
-        return requests + list({r.key(): r for job in left for r in job.requests()}.values())
+        return list({request.key(): request for job in left for request in job.requests()}.values())
 
     def score_jobs(self, labels: Sequence[Label]) -> list[ScoreJob]:
         """Returns what the scorers are to be asked about labels that are done, about controls, and about features alone."""

@@ -54,6 +54,11 @@ class EmbeddingScorer:
         self._table = table
         self._config = config
 
+    @property
+    def judge(self) -> str:
+        """Stands in the scores as judge."""
+        return self._config.model
+
     def pieces(self, feature: int) -> list[Piece]:
         """Returns up to `num_pieces` active pieces and as many silent ones, in random order."""
         generator = np.random.default_rng((self._config.seed, feature))

@@ -19,18 +19,23 @@ NUM_BOOTSTRAP = 1000
 Summary = dict[str, object]
 
 
-def summarise_scores(scores: Sequence[Score], controls: Sequence[Score], *, seed: int = 0) -> list[Summary]:
+def summarise_scores(
+    scores: Sequence[Score], controls: Sequence[Score], *, seed: int = 0, has_rules: bool = False
+) -> list[Summary]:
     """Returns one entry for each scorer and labeler, in order, the controls of a scorer after its labelers.
 
     An entry has `scorer`, `labeler`, `judge`, the number of features `scored` and of those `without_figures` (too few pieces, or no
     usable answer), means over features of every figure, each with the 95 % interval over resampled features, the mean base rate
     and natural rate, and the number of pieces that got no usable verdict. Where predicted activations were all the same, the
     correlation is not defined; such features are not in its mean, and `pearson_undefined` counts them.
+
+    Args:
+        has_rules: whether scores of token rules are among them, which have controls of their own.
     """
     groups: defaultdict[tuple[str, str, str | None], list[Score]] = defaultdict(list)
     for is_control, records in ((False, scores), (True, controls)):
         for score in records:
-            if score.scorer != "rule":
+            if has_rules or score.scorer != "rule":
                 groups[score.scorer, ("~" if is_control else "") + score.labeler, score.judge].append(score)
     return [
         _entry(scorer, labeler.removeprefix("~"), judge, groups[scorer, labeler, judge], seed)
