@@ -44,7 +44,7 @@ def run_randomised(pipeline: "Pipeline", *, together: bool) -> None:
     twin.cache()
     twin.train(together=together)
     twin.label()
-    found = {name: _beside(pipeline, twin, name) for name in pipeline.names()}
+    found = {name: _beside(pipeline, twin, name) for name in pipeline.names(None)}
     write_json(pipeline.folder / f"{RANDOMISED_NAME}.json", found)
     for name, rows in found.items():
         for row in rows:

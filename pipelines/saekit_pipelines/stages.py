@@ -316,12 +316,8 @@ class Pipeline:
         ]
         return [("cache", None), *per_sae, ("report", None)]
 
-    def names(self, only: str | None = None) -> list[str]:
-        """Returns the names of the recipe's SAEs, or the one that is asked for.
-
-        Raises:
-            ConfigError: the recipe has no such SAE.
-        """
+    def names(self, only: str | None) -> list[str]:
+        """Returns the SAEs of the recipe, or the one called `only`."""
         if only is not None and only not in self.recipe.train:
             raise ConfigError(f"--sae {only!r}: the recipe has {', '.join(self.recipe.train)}")
         return [only] if only is not None else list(self.recipe.train)

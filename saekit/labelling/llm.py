@@ -7,13 +7,13 @@ from saekit.labelling.asking import LabellingModel, ask_in_rounds
 from saekit.labelling.chat import Answer, ChatRequest
 from saekit.labelling.explain import Explainer, joined_label, llm_labeler
 from saekit.labelling.llmconfig import LLMConfig
-from saekit.labelling.textreading import probe_request
 from saekit.labelling.records import LEXICAL, Label, Score
 from saekit.labelling.scoring.controls import NO_LABEL, Controls
 from saekit.labelling.scoring.detection import PieceScorer
 from saekit.labelling.scoring.pieces import Piece
 from saekit.labelling.scoring.scorers import without_reading
 from saekit.labelling.store import RecordFile
+from saekit.labelling.textreading import probe_request
 from saekit.progress import NO_PROGRESS, Progress, Task
 
 __all__ = ["Questions", "ScoreJob", "answerable", "explain_and_judge", "judge", "least_explained", "stand_in"]
