@@ -38,7 +38,8 @@ def pooled(alternatives: Iterable[tuple[str, float]], choices: Collection[str]) 
         bare = text.strip(_AROUND)
         if bare in choices and not math.isnan(logprob):
             found[bare] = found.get(bare, 0.0) + math.exp(min(logprob, 0.0))
-    return found
+    # As the ledger keeps it, so that an answer found there is the one that came.
+    return {choice: round(share, 6) for choice, share in found.items()}
 
 
 def of_answer(choice: Mapping[str, JsonValue], choices: Collection[str]) -> tuple[TokenLogprob, ...]:
@@ -116,7 +117,7 @@ def dump_logprobs(logprobs: Sequence[TokenLogprob]) -> str:
     """Returns tokens as text for the ledger; empty where there are none."""
     if not logprobs:
         return ""
-    rows = [[t.text, t.logprob, {key: round(value, 6) for key, value in t.choices.items()}] for t in logprobs]
+    rows = [[t.text, t.logprob, dict(t.choices)] for t in logprobs]
     return json.dumps(rows, ensure_ascii=False, separators=(",", ":"))
 
 

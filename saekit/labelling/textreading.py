@@ -48,6 +48,10 @@ class ReadingDialect(Dialect):
             return answer_format - 1
         return None
 
+    def is_settled(self, answer_format: int) -> bool:
+        """See `Dialect.is_settled`; a server that fails at every text is not asked for long."""
+        return self.is_proven
+
     def cannot(self, complaint: Complaint) -> bool:
         """Returns whether a complaint says that the server reads no texts, and not that it answers nobody."""
         return not self.is_proven and complaint.status in _CANNOT

@@ -105,7 +105,7 @@ class Simulating:
             fits = found is not None and bool(re.search(_word(found[1]), text)) ^ self._flips()
             return [(-1.0 if fits else -2.0, []) for _ in tokens]
         lines = re.findall(r'^(".*")\t\?', prompt, flags=re.MULTILINE)
-        described = prompt[prompt.rindex("Description:") :].partition("\n")[0]
+        described = prompt.rpartition("Description:")[2].partition("\n")[0]
         fires = iter([self._fires(described, line) for line in lines])
         return [(-3.0, self._alternatives(next(fires)) if token == "?" else []) for token in tokens]
 
