@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from saekit.progress import NO_PROGRESS, Progress
-from saekit_pipelines import hub_commands, plan_command
+from saekit_pipelines import hub_commands, plan_command, score_command
 from saekit_pipelines.console import make_progress
 from saekit_pipelines.guard import EXIT_USER_ERROR
 from saekit_pipelines.guard import guarded as _guarded
@@ -128,6 +128,9 @@ def label(
         _print_plan(pipeline.label_estimates(sae))
         return
     pipeline.label(sae, retry_failed=retry_failed)
+
+
+score_command.register(app)
 
 
 @app.command(

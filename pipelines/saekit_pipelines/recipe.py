@@ -54,6 +54,15 @@ class ReportConfig(Config):
     """Heading of the site; None = the recipe's name."""
 
 
+class ControlsConfig(Config):
+    """Runs that know nothing, beside the recipe's own."""
+
+    random_weights: bool = False
+    """Whether `saekit run` also caches, trains and labels the same recipe on the model with random weights, in the folder
+    `random_weights` of the run, and puts the scores of both side by side in `random_weights.json`. Labels that score no better than
+    there tell nothing of what the model has learnt. Takes as long as the recipe, and each of both has the labels' caps for itself."""
+
+
 class Recipe(Config):
     """The whole run: text -> activations -> SAEs -> labels -> evaluation -> report."""
 
@@ -73,6 +82,8 @@ class Recipe(Config):
     """Metrics, null rows, intervals."""
     report: ReportConfig = ReportConfig()
     """The feature browser."""
+    controls: ControlsConfig = ControlsConfig()
+    """What the labels' scores are held against beside what each scorer has."""
 
     @property
     def folder(self) -> Path:

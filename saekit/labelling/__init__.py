@@ -20,6 +20,7 @@ from saekit.labelling.llmconfig import BatchConfig, LLMConfig
 from saekit.labelling.negatives import near_negatives, sibling_features
 from saekit.labelling.records import Label, Score
 from saekit.labelling.rules import Clause, Rule
+from saekit.labelling.score import estimate_scores, score_labels
 from saekit.labelling.scoring.embedding import Embed, EmbeddingConfig
 from saekit.labelling.scoring.rule import RuleScoringConfig, score_rules
 from saekit.labelling.store import read_controls, read_labels, read_scores
@@ -61,6 +62,7 @@ __all__ = [
     "compare_labels",
     "effects_path",
     "estimate_labels",
+    "estimate_scores",
     "input_scores",
     "label_features",
     "match_kl",
@@ -69,6 +71,7 @@ __all__ = [
     "read_controls",
     "read_labels",
     "read_scores",
+    "score_labels",
     "score_rules",
     "sibling_features",
     "steering_contexts",

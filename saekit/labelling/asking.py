@@ -84,17 +84,18 @@ def ask_in_rounds(
     model: Ask,
     jobs: Sequence[JobT],
     *,
-    request: Callable[[JobT, int], ChatRequest],
+    request: Callable[[JobT, int], ChatRequest | Sequence[ChatRequest]],
     take: Callable[[JobT, Sequence[Answer], bool], bool],
     attempts: int,
 ) -> None:
     """Asks about many jobs at once, and again about those whose answers cannot be used.
 
     Args:
-        request: (job, attempt) -> the question.
-        take: (job, its answers so far, whether this was the last attempt) -> whether the job is done with; called as answers
-            arrive. Must be true for a request that failed, and after the last attempt.
-        attempts: the most questions about one job.
+        request: (job, attempt) -> the question, or all of several; jobs may share some.
+        take: (job, its answers so far, whether this was the last attempt) -> whether the job is done with; called when all answers
+            of an attempt are there, in the order of their questions. Must be true for a request that failed, and after the last
+            attempt.
+        attempts: the most times that one job is asked about.
 
     Raises:
         SpentError, LabelerError: see `Ask.ask`; jobs whose answers have arrived are taken.
@@ -107,26 +108,45 @@ def _ask_some(
     model: Ask,
     jobs: Sequence[JobT],
     *,
-    request: Callable[[JobT, int], ChatRequest],
+    request: Callable[[JobT, int], ChatRequest | Sequence[ChatRequest]],
     take: Callable[[JobT, Sequence[Answer], bool], bool],
     attempts: int,
 ) -> None:
     so_far: dict[int, list[Answer]] = {index: [] for index in range(len(jobs))}
     for attempt in range(attempts):
+        questions = {index: _several(request(jobs[index], attempt)) for index in so_far}
+        keys_of = {index: [question.key() for question in own] for index, own in questions.items()}
+        waiting = {index: set(keys) for index, keys in keys_of.items()}
         indices_of: dict[str, list[int]] = {}
-        requests = []
-        for index in so_far:
-            question = request(jobs[index], attempt)
-            indices_of.setdefault(question.key(), []).append(index)
-            requests.append(question)
+        for index, keys in waiting.items():
+            for key in keys:
+                indices_of.setdefault(key, []).append(index)
+        arrived: dict[str, Answer] = {}
 
-        def on_answer(answer: Answer, attempt: int = attempt, indices_of: dict[str, list[int]] = indices_of) -> None:
-            for index in indices_of[answer.request.key()]:
-                so_far[index].append(answer)
+        def on_answer(
+            answer: Answer,
+            *,
+            attempt: int = attempt,
+            keys_of: dict[int, list[str]] = keys_of,
+            waiting: dict[int, set[str]] = waiting,
+            indices_of: dict[str, list[int]] = indices_of,
+            arrived: dict[str, Answer] = arrived,
+        ) -> None:
+            key = answer.request.key()
+            arrived[key] = answer
+            for index in indices_of[key]:
+                waiting[index].discard(key)
+                if waiting[index]:
+                    continue
+                so_far[index] += [arrived[own] for own in keys_of[index]]
                 if take(jobs[index], so_far[index], attempt == attempts - 1):
                     del so_far[index]
 
-        model.ask(requests, on_answer=on_answer)
+        model.ask([question for own in questions.values() for question in own], on_answer=on_answer)
+
+
+def _several(questions: ChatRequest | Sequence[ChatRequest]) -> list[ChatRequest]:
+    return [questions] if isinstance(questions, ChatRequest) else list(questions)
 
 
 class _Desk:

@@ -1,7 +1,7 @@
 """Explains and judges many features at once through one labelling model; each answer is on disk before the next step."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from saekit.labelling.asking import LabellingModel, ask_in_rounds
 from saekit.labelling.chat import Answer, ChatRequest
@@ -11,10 +11,12 @@ from saekit.labelling.records import LEXICAL, Label, Score
 from saekit.labelling.scoring.controls import NO_LABEL, Controls
 from saekit.labelling.scoring.detection import PieceScorer
 from saekit.labelling.scoring.pieces import Piece
+from saekit.labelling.scoring.scorers import without_reading
 from saekit.labelling.store import RecordFile
+from saekit.labelling.textreading import probe_request
 from saekit.progress import NO_PROGRESS, Progress, Task
 
-__all__ = ["Questions", "ScoreJob", "explain_and_judge", "least_explained", "stand_in"]
+__all__ = ["Questions", "ScoreJob", "answerable", "explain_and_judge", "judge", "least_explained", "stand_in"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,14 +29,9 @@ class ScoreJob:
     is_control: bool
     """Whether the label is nobody's: a control, or none where the scorer needs none."""
 
-    def request(self, attempt: int = 0) -> ChatRequest:
-        """Returns the question; there must be pieces."""
-        return self.scorer.request(self.label, self.pieces, attempt=attempt)
-
-    @property
-    def key(self) -> tuple[int, str, str]:
-        """What its score is known by."""
-        return self.label.feature, self.label.labeler, self.scorer.name
+    def requests(self, attempt: int = 0) -> list[ChatRequest]:
+        """Returns the questions; there must be pieces."""
+        return self.scorer.requests(self.label, self.pieces, attempt=attempt)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +45,10 @@ class Questions:
     controls: Controls
     features: Sequence[int]
     config: LLMConfig
+    setup: str = ""
+    """See `Score.setup`."""
+    scored: Sequence[str] | None = None
+    """Names of those whose labels are judged; None: those that the config's explainers write."""
 
     @property
     def labelers(self) -> list[str]:
@@ -57,7 +58,13 @@ class Questions:
     @property
     def judged(self) -> list[str]:
         """Names of those whose labels the judge scores."""
+        if self.scored is not None:
+            return list(self.scored)
         return [*self.labelers, *([LEXICAL] if self.config.judge_lexical else [])]
+
+    def key(self, job: ScoreJob) -> tuple[object, ...]:
+        """Returns what a job's score is known by."""
+        return job.label.feature, job.label.labeler, job.scorer.name, self.config.model, self.setup
 
     def requests(self, labels: Sequence[Label] = ()) -> list[ChatRequest]:
         """Returns the first questions of explainers and scorers; `labels` that are not there yet are stood in for."""
@@ -69,7 +76,14 @@ class Questions:
             for feature in self.features
             if (feature, labeler) not in known
         ]
-        return requests + [job.request() for job in self.score_jobs([*labels, *stand_ins]) if job.pieces]
+        return requests + self.judging([*labels, *stand_ins])
+
+    def judging(self, labels: Sequence[Label], *, done: Iterable[Score] = ()) -> list[ChatRequest]:
+        """Returns the first questions of scorers about labels that are there; `done`: scores that are not asked for again."""
+        known = {_key(score) for score in done}
+        left = [job for job in self.score_jobs(labels) if job.pieces and self.key(job) not in known]
+        # Labels of one feature share the texts that are read without any.
+        return list({request.key(): request for job in left for request in job.requests()}.values())
 
     def score_jobs(self, labels: Sequence[Label]) -> list[ScoreJob]:
         """Returns what the scorers are to be asked about labels that are done, about controls, and about features alone."""
@@ -113,11 +127,35 @@ def explain_and_judge(
     Raises:
         LabelerError: the model cannot be used, or a cap is reached; what was answered is in the files.
     """
+    questions = answerable(model, questions, progress)
     for explainer in questions.explainers:
         _explain(model, questions, explainer, labels, progress)
     if "concat" in questions.config.explainers:
         _join(questions, labels)
-    _judge_all(model, questions, labels.records, scores, controls, progress)
+    judge(model, questions, labels.records, scores=scores, controls=controls, progress=progress)
+
+
+def answerable(model: LabellingModel, questions: Questions, progress: Progress = NO_PROGRESS) -> Questions:
+    """Returns the questions that the model can answer; where it gives no logprobs of texts that it reads, says so in one line.
+
+    Raises:
+        LabelerError: the model cannot be used, or a cap is reached.
+    """
+    reading = [scorer.name for scorer in questions.scorers if scorer.needs_reading]
+    if not reading:
+        return questions
+    probe = probe_request(questions.config.model)
+    (answer,) = model.ask([probe])
+    if answer.reply is not None:
+        return questions
+    # Another server of the same model may do better.
+    model.ledger.retry(probe.purpose, probe.feature)
+    left = without_reading(questions.scorers)
+    written = [scorer.name for scorer in left if scorer.name in reading]
+    dropped = [name for name in reading if name not in written]
+    parts = [*(f"{name} is left out" for name in dropped), *(f"{name} is asked for in writing" for name in written)]
+    progress.say(f"no logprobs of a text that is read, so {' and '.join(parts)} ({answer.reason})")
+    return replace(questions, scorers=left)
 
 
 def _explain(
@@ -158,23 +196,30 @@ def _join(questions: Questions, labels: RecordFile[Label]) -> None:
             labels.extend([joined_label(feature, own, questions.config)])
 
 
-def _judge_all(
+def judge(
     model: LabellingModel,
     questions: Questions,
     labels: Sequence[Label],
+    *,
     scores: RecordFile[Score],
     controls: RecordFile[Score],
-    progress: Progress,
+    progress: Progress = NO_PROGRESS,
 ) -> None:
-    done = {(score.feature, score.labeler, score.scorer) for score in (*scores.records, *controls.records)}
+    """Judges labels that are there; those with a score of the same judge and setup are passed over.
+
+    Raises:
+        LabelerError: the model cannot be used, or a cap is reached; what was answered is in the files.
+    """
+    done = {_key(score) for score in (*scores.records, *controls.records)}
     whole = questions.score_jobs(labels)
-    left = [job for job in whole if job.key not in done]
+    left = [job for job in whole if questions.key(job) not in done]
     with progress.task("judgements", len(whole), "labels", done=len(whole) - len(left)) as task:
         advance = _counted(model, task, done=len(whole) - len(left), total=len(whole))
 
         def take(job: ScoreJob, answers: Sequence[Answer], is_last: bool) -> bool:
             score = job.scorer.score(job.label, job.pieces, answers, is_last=is_last)
             if score is not None:
+                score = score.model_copy(update={"setup": questions.setup})
                 (controls if job.is_control else scores).extend([score])
                 advance()
             return score is not None
@@ -185,10 +230,14 @@ def _judge_all(
         ask_in_rounds(
             model,
             [job for job in left if job.pieces],
-            request=lambda job, attempt: job.request(attempt),
+            request=lambda job, attempt: job.requests(attempt),
             take=take,
             attempts=questions.config.attempts,
         )
+
+
+def _key(score: Score) -> tuple[object, ...]:
+    return score.feature, score.labeler, score.scorer, score.judge, score.setup
 
 
 def _counted(model: LabellingModel, task: Task, *, done: int, total: int) -> Callable[[], None]:

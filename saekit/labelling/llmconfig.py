@@ -10,7 +10,7 @@ from saekit.labelling.prices import Prices, known_prices
 __all__ = ["BatchConfig", "ExplainerKind", "LLMConfig", "LLMScorer"]
 
 ExplainerKind = Literal["input", "vocabproj", "tokenchange", "raw", "concat"]
-LLMScorer = Literal["detection", "fuzzing", "intruder"]
+LLMScorer = Literal["detection", "fuzzing", "simulation", "surprisal", "intruder"]
 
 
 class BatchConfig(Config):
@@ -54,7 +54,18 @@ class LLMConfig(Config):
     """Held-out texts on which the feature fires that the judge sees, beside as many on which it does not; 0: no judging."""
     scorers: tuple[LLMScorer, ...] = ("detection",)
     """What the judge is asked: `detection`: in which texts is the feature active; `fuzzing`: is it active on the marked tokens;
-    `intruder`: which of five texts does not belong, without a label."""
+    `simulation`: how strongly is it active on each token; `intruder`: which of five texts does not belong, without a label.
+    `surprisal` asks nothing: the model reads texts after the label and without it, for which a server has to give logprobs of
+    prompts."""
+    near_share: float = Field(default=0.5, ge=0)
+    """Near negatives in `detection` and `fuzzing`, texts on which sibling features fire, for each text on which the feature does;
+    reported apart from the random ones. 0: none."""
+    num_simulated: int = Field(default=5, ge=1)
+    """Held-out texts on which the feature fires whose tokens are simulated, beside as many on which it does not."""
+    simulation_form: Literal["written", "all_at_once"] = "written"
+    """`written`: the judge writes one number for each token, taken as its expectation where logprobs come with it; `all_at_once`: it
+    reads a text with a placeholder after each token, and the expectation is taken there (Bills et al. 2023), for which a server
+    has to give logprobs of prompts."""
     num_controlled: int = Field(default=20, ge=0)
     """Features whose texts each scorer also judges by three labels that know nothing: none, random words, another feature's."""
     judge_lexical: bool = False
