@@ -16,7 +16,16 @@ from saekit.activations import (
     plan_cache,
 )
 from saekit.errors import ConfigError, SaekitError
-from saekit.evaluation import Evaluation, EvaluationTable, evaluate, read_evaluation, summary_table
+from saekit.evaluation import (
+    Evaluation,
+    EvaluationTable,
+    evaluate,
+    figures_of,
+    pareto_rows,
+    read_evaluation,
+    summary_table,
+    write_pareto,
+)
 from saekit.hub import load_sae
 from saekit.labelling import estimate_labels, label_features
 from saekit.manifest import check_same_config, manifest_sha256, read_manifest, write_json
@@ -208,7 +217,7 @@ class Pipeline:
         return rows
 
     def evaluate(self, only: str | None = None) -> None:
-        """Measures the trained SAEs on the held-out documents."""
+        """Measures the trained SAEs on the held-out documents; of several, writes which of them no other one beats."""
         for name in self._names(only):
             folder = self.stage_folder("evaluate", name)
             train, test = self.views(name)
@@ -222,6 +231,16 @@ class Pipeline:
                     train=train,
                     progress=NamedProgress(self.progress, name),
                 )
+        evaluated = [name for name in self.recipe.train if self._if_finished("evaluate", name)]
+        if len(evaluated) > 1:
+            found = [figures_of(name, self._place(name), self._evaluations(name)[name]) for name in evaluated]
+            write_pareto(self.folder, pareto_rows(found))
+
+    def _place(self, name: str) -> str:
+        """Returns what the SAE called `name` reconstructs: its hook points."""
+        target = self.recipe.target_hook_point(name)
+        several = ", ".join(self.recipe.hook_points(name)) or self.recipe.hook_point(name)
+        return several if target is None else f"{several} -> {target}"
 
     def report(self) -> Path:
         """Builds the feature browser from whatever stages are finished and returns its first page."""

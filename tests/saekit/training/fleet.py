@@ -17,7 +17,12 @@ from saekit.training import trainer as trainer_module
 
 # 60 steps of 120 tokens, which 1 to 4 processes share evenly; a checkpoint is begun in every second step.
 CONFIG = TrainConfig(
-    num_tokens=60 * 120, batch_size=120, lr=1e-2, dead_after_tokens=480, checkpoint_every_tokens=240, log_every_tokens=1200
+    num_tokens=60 * 120,
+    batch_size=120,
+    lr=1e-2,
+    dead_after_tokens=480,
+    checkpoint_every_tokens=240,
+    log_every_tokens=1200,
 )
 CFG = TopKConfig(d_in=16, d_sae=32, k=2)
 
