@@ -16,16 +16,7 @@ from saekit.activations import (
     plan_cache,
 )
 from saekit.errors import ConfigError, SaekitError
-from saekit.evaluation import (
-    Evaluation,
-    EvaluationTable,
-    evaluate,
-    figures_of,
-    pareto_rows,
-    read_evaluation,
-    summary_table,
-    write_pareto,
-)
+from saekit.evaluation import Evaluation, EvaluationTable, evaluate, read_evaluation, summary_table
 from saekit.hub import load_sae
 from saekit.labelling import estimate_labels, label_features
 from saekit.manifest import check_same_config, manifest_sha256, read_manifest, write_json
@@ -34,6 +25,7 @@ from saekit.progress import NO_PROGRESS, Progress
 from saekit.report import ReportRun, build_report
 from saekit.sae import SAE, build_sae
 from saekit.training import Trainer, train_together
+from saekit_pipelines.fronts import write_fronts
 from saekit_pipelines.named import NamedProgress
 from saekit_pipelines.recipe import Recipe, load_recipe
 from saekit_pipelines.widths import check_width, sized, taken_from_store
@@ -232,15 +224,7 @@ class Pipeline:
                     progress=NamedProgress(self.progress, name),
                 )
         evaluated = [name for name in self.recipe.train if self._if_finished("evaluate", name)]
-        if len(evaluated) > 1:
-            found = [figures_of(name, self._place(name), self._evaluations(name)[name]) for name in evaluated]
-            write_pareto(self.folder, pareto_rows(found))
-
-    def _place(self, name: str) -> str:
-        """Returns what the SAE called `name` reconstructs: its hook points."""
-        target = self.recipe.target_hook_point(name)
-        several = ", ".join(self.recipe.hook_points(name)) or self.recipe.hook_point(name)
-        return several if target is None else f"{several} -> {target}"
+        write_fronts(self.recipe, {name: self._evaluations(name)[name] for name in evaluated})
 
     def report(self) -> Path:
         """Builds the feature browser from whatever stages are finished and returns its first page."""
