@@ -35,6 +35,8 @@ gpus=${SLURM_GPUS_ON_NODE:-8}
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 main=${nodes%%$'\n'*}
 
+# A meeting place of its own for each start: one that is shared (torch 2.13) keeps the addresses of processes that died.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # The rank of a node is known only on it.
 # shellcheck disable=SC2016
 exec srun --ntasks-per-node=1 bash -c 'exec "$@" --machine_rank "$SLURM_NODEID" -m saekit_pipelines '"$(printf '%q ' "$@")" \

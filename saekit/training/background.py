@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 import torch.distributed as dist
-from torch.distributed.checkpoint import SavePlan
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
 from saekit.training.arrays import Rows, stage_tensors
@@ -55,9 +55,9 @@ class CheckpointWriter:
     """
 
     def __init__(self, *, rank: int = 0, world_size: int = 1) -> None:
-        """Takes this process's place among those that write one checkpoint; more than one make the writer together."""
+        """Takes this process's place among those that write one checkpoint."""
         self._rank, self._world_size = rank, world_size
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if world_size > 1 else None
+        self._group: dist.ProcessGroup | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saekit-checkpoint")
 
     def write(
@@ -81,6 +81,8 @@ class CheckpointWriter:
         Returns:
             Done when the checkpoint of all processes is in place; it holds a `ResourceError` where it is not.
         """
+        if self._world_size > 1 and self._group is None:
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         named, arrays = stage_tensors(state, rank=self._rank, world_size=self._world_size)
         files: dict[str, Mapping[str, object]] = {process_name(self._rank): dict(own)}
         if self._rank == 0:

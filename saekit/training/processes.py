@@ -25,7 +25,7 @@ ANSWER_SECONDS = 3.0
 
 
 def checkpoint_writer(accelerator: "Accelerator") -> CheckpointWriter:
-    """Returns a writer of checkpoints that all processes of a launch write together; all have to call this."""
+    """Returns a writer of checkpoints that all processes of a launch write together."""
     return CheckpointWriter(rank=accelerator.process_index, world_size=accelerator.num_processes)
 
 

@@ -47,7 +47,7 @@ class StepTimer:
         """Returns the seconds by part since the last call; what a GPU has not done yet is left for the next one."""
         left = []
         for part, start, end in self._open:
-            if end.query():
+            if end.query():  # type: ignore[no-untyped-call]  # torch's own
                 self.add(part, start.elapsed_time(end) * 1e-3)
             else:
                 left.append((part, start, end))
@@ -58,7 +58,7 @@ class StepTimer:
     def _now(self) -> torch.cuda.Event | None:
         if not self._is_cuda:
             return None
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's own
         event.record()
         return event
 

@@ -127,6 +127,12 @@ def test_the_overview_opens_from_disk(site: Site) -> None:
     assert "A <b>report</b>" in site.page.title()
 
 
+def test_saes_of_one_hook_point_are_drawn_against_each_other(site: Site) -> None:
+    site.open()
+    titles = site.texts("#overview .chart-title")
+    assert titles.count("FVU against L0") == titles.count("CE recovered against L0") == 1
+
+
 def test_charts_answer_the_pointer(site: Site) -> None:
     site.open("#/topk")
     site.page.locator("figure.chart svg").nth(1).hover()

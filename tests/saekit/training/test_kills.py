@@ -113,10 +113,12 @@ def test_four_two_one_and_three_processes_go_on_from_each_other(
 
 
 def test_launcher_restarts_processes_when_one_is_killed(
-    fleet: ModuleType, forks: ForkServerContext, whole: Path, tmp_path: Path
+    fleet: ModuleType, forks: ForkServerContext, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # As scripts/launch_slurm.sh does: a meeting place that outlives a restart keeps the addresses of those that died.
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     marker = tmp_path / "was-killed"
     config = LaunchConfig(
         min_nodes=1,
