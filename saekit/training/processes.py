@@ -76,7 +76,7 @@ def _tell(rank: int, world_size: int, word: str, *, wait: bool) -> dict[int, str
     keys = [f"saekit/{place}/{number}" for number in range(world_size)]
     lost: dict[int, str] = {}
     try:
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # type: ignore[attr-defined]  # public, though its module does not say so
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
