@@ -18,6 +18,7 @@ from saekit.progress import NO_PROGRESS, Progress
 from saekit.report import ReportRun, build_report
 from saekit.sae import SAE, build_sae
 from saekit.training import Trainer, train_together
+from saekit_pipelines.fronts import write_fronts
 from saekit_pipelines.named import NamedProgress
 from saekit_pipelines.randomised import randomised_plan, run_randomised
 from saekit_pipelines.recipe import Recipe, load_recipe
@@ -204,7 +205,7 @@ class Pipeline:
         return rows
 
     def evaluate(self, only: str | None = None) -> None:
-        """Measures the trained SAEs on the held-out documents."""
+        """Measures the trained SAEs on the held-out documents; of several, writes which of them no other one beats."""
         for name in self.names(only):
             folder = self.stage_folder("evaluate", name)
             train, test = self.views(name)
@@ -218,6 +219,8 @@ class Pipeline:
                     train=train,
                     progress=NamedProgress(self.progress, name),
                 )
+        evaluated = [name for name in self.recipe.train if self._if_finished("evaluate", name)]
+        write_fronts(self.recipe, {name: self._evaluations(name)[name] for name in evaluated})
 
     def report(self) -> Path:
         """Builds the feature browser from whatever stages are finished and returns its first page."""

@@ -39,7 +39,7 @@ def surprised(world, lab: Bench, oracle: Simulating, labels: dict[str, str]):
 
 @pytest.mark.parametrize("flip", [0.0, 0.5])
 def test_noisy_reader_scores_its_closed_form(world, bench: MakeBench, flip: float) -> None:
-    lab = bench(num_judged=30, scorers=["surprisal"], concurrency=1)
+    lab = bench(num_judged=14, scorers=["surprisal"], concurrency=1)
     scores, server = surprised(world, lab, Simulating(flip), {name: describe(PATTERNS[name]) for name in NAMES})
     for score in scores.values():
         assert (score.judge, score.prompt_version, score.base_rate) == ("stub", "surprisal_v1", 0.5)
@@ -51,8 +51,8 @@ def test_noisy_reader_scores_its_closed_form(world, bench: MakeBench, flip: floa
             assert score.f1 > 0.7
             assert score.gain > 0.3
     else:
-        assert np.mean([score.auprc for score in scores.values()]) == pytest.approx(0.5, abs=0.15)
-        assert np.mean([score.gain for score in scores.values()]) == pytest.approx(0.0, abs=0.6)
+        assert np.mean([score.auprc for score in scores.values()]) == pytest.approx(0.5, abs=0.2)
+        assert np.mean([score.gain for score in scores.values()]) == pytest.approx(0.0, abs=0.8)
     # Each text after the label and after none, which features share, and the probe.
     num = sum(score.num_positive + score.num_negative for score in scores.values())
     assert 1 + num < len(server.requests) == len({str(r["prompt"]) for r in server.requests}) <= 1 + 2 * num
@@ -61,7 +61,7 @@ def test_noisy_reader_scores_its_closed_form(world, bench: MakeBench, flip: floa
 def test_unrelated_and_empty_labels_score_chance_and_labels_share_the_texts_read_without_any(
     world, bench: MakeBench
 ) -> None:
-    lab = bench(num_judged=10, scorers=["surprisal"], num_controlled=2, concurrency=1)
+    lab = bench(num_judged=8, scorers=["surprisal"], num_controlled=2, concurrency=1)
     scores, server = surprised(world, lab, Simulating(0.0), dict.fromkeys(NAMES, describe(UNRELATED)))
     assert all(score.auprc == pytest.approx(0.5, abs=0.25) for score in scores.values())
     empty = [score for score in lab.control_scores.records if score.labeler == "control:empty"]

@@ -119,7 +119,7 @@ def test_the_overview_opens_from_disk(site: Site) -> None:
     assert site.page.evaluate("location.hash") == "#/topk"
     assert site.page.inner_text("#overview h1") == "topk"
     assert "0.310" in site.texts(".tile-value")
-    assert site.page.locator("#overview svg[role=img]").count() == 8
+    assert site.page.locator("#overview svg[role=img]").count() == 10
     table = site.page.inner_text("table.figures >> nth=1")
     assert "PCA, 8 components" in table
     assert "0.3100" in table
@@ -127,9 +127,15 @@ def test_the_overview_opens_from_disk(site: Site) -> None:
     assert "A <b>report</b>" in site.page.title()
 
 
+def test_saes_of_one_hook_point_are_drawn_against_each_other(site: Site) -> None:
+    site.open()
+    titles = site.texts("#overview .chart-title")
+    assert titles.count("FVU against L0") == titles.count("CE recovered against L0") == 1
+
+
 def test_charts_answer_the_pointer(site: Site) -> None:
     site.open("#/topk")
-    site.page.locator("figure.chart svg").nth(1).hover()
+    site.page.locator("figure.chart svg").nth(3).hover()
     assert "training" in site.page.inner_text("#tooltip")
     site.page.mouse.move(5, 5)
     site.wait("document.getElementById('tooltip').hidden")
