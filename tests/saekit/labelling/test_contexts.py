@@ -15,7 +15,7 @@ from saekit.errors import ConfigError, DataError, NonFiniteError, StoreError
 from saekit.labelling import ContextConfig, FeatureContexts, collect_contexts, collect_contexts_part
 from saekit.labelling.collect import draw_rows
 from saekit.labelling.contexts import CODES_NAME, CONTEXTS_NAME
-from saekit.labelling.reservoir import Events, Reservoir, hash_events
+from saekit.labelling.reservoir import Events, Reservoir, hash_events, rank_largest
 from tests.saekit.labelling.planted import FakeView, identity_sae
 
 ROOT = Path(__file__).parents[3]
@@ -72,7 +72,8 @@ def test_windows_show_the_same_feature_in_the_same_row(world, contexts) -> None:
                 inside = 0 <= position < 64
                 act = acts[context.row, position, feature] if inside else 0.0
                 level = 255 * act / contexts.max_act[feature]
-                assert abs(context.window[offset] - level) <= 0.6
+                # Rounded to 255 parts twice: of the window's largest activation, then of the feature's.
+                assert abs(context.window[offset] - level) <= 1
 
 
 def test_sample_holds_the_smallest_hashes_of_each_stratum(world, contexts) -> None:
@@ -122,18 +123,18 @@ def test_reservoir_does_not_depend_on_the_order_of_rows(by_document: bool) -> No
         parts.append((feature[keep], flat[keep], generator.integers(1, 5, len(keep)).astype(np.float32)))
 
     def fill(order: np.ndarray) -> Reservoir:
-        reservoir = Reservoir(3, 4, width=8, scale=1.0, dtype=np.float32)
+        reservoir = Reservoir(3, 4, width=8, dtype=np.uint32)
         for feature, flat, acts in (parts[i] for i in order):
             events = Events(feature, flat, acts, context_len=32)
             documents = events.flat // 96 if by_document else None
-            reservoir.offer(events, events.features, -events.acts, documents=documents)
+            reservoir.offer(events, events.features, rank_largest(events.acts), documents=documents)
         return reservoir
 
     first, second = fill(np.arange(40)), fill(np.random.default_rng(1).permutation(40))
-    np.testing.assert_array_equal(first.flat, second.flat)
-    np.testing.assert_array_equal(first.windows, second.windows)
+    for one, other in zip(first.slots(), second.slots(), strict=True):
+        np.testing.assert_array_equal(one, other)
     if by_document:
-        assert all(len(set((row // 96).tolist())) == 4 for row in first.flat)
+        assert all(len(set((row // 96).tolist())) == 4 for row in first.slots().flat)
 
 
 def test_finished_pass_is_not_done_again_and_another_config_is_refused(world, tmp_path: Path, monkeypatch) -> None:
@@ -274,16 +275,16 @@ def test_a_million_events_in_any_order_and_any_number_of_reservoirs_equal_brute_
     row = flat // context_len
     made = []
     for own in np.array_split(np.random.default_rng(1).permutation(625), 3):
-        best = Reservoir(num_features, size, width=4, scale=1.0, dtype=np.float32)
-        drawn = Reservoir(num_features, size, width=4, scale=1.0, dtype=np.uint64)
+        best = Reservoir(num_features, size, width=4, dtype=np.uint32)
+        drawn = Reservoir(num_features, size, width=4, dtype=np.uint64)
         for rows in np.array_split(own, 5):
             at = np.flatnonzero(np.isin(row, rows))
             events = Events(feature[at], flat[at], acts[at], context_len=context_len)
-            best.offer(events, events.features, -events.acts, documents=events.flat // 96)
+            best.offer(events, events.features, rank_largest(events.acts), documents=events.flat // 96)
             drawn.offer(events, events.features, hash_events(events.features, events.flat, seed=7))
         made.append((best, drawn))
     for best, drawn in made[1:]:
         made[0][0].merge(best)
         made[0][1].merge(drawn)
-    np.testing.assert_array_equal(made[0][0].flat, top)
-    np.testing.assert_array_equal(made[0][1].flat, sample)
+    np.testing.assert_array_equal(made[0][0].slots().flat, top)
+    np.testing.assert_array_equal(made[0][1].slots().flat, sample)
