@@ -8,8 +8,10 @@ the explainer and the judge saw, positives only), and per scorer `figures` by fe
 """
 
 import asyncio
+import importlib
 import json
 import os
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -61,8 +63,6 @@ class Tokenizer:
         return len(self._ids)
 
     def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
-        import re
-
         return {"input_ids": [self._ids.get(part, 0) for part in re.findall(r" ?\w+|[^\w\s]", text)]}
 
     def decode(self, ids: Any, **_: object) -> str:
@@ -79,23 +79,23 @@ def delphi(job: dict[str, Any], world: World) -> dict[str, Any]:
     from scripts.bench_delphi import without_vllm
 
     without_vllm()
-    import delphi.__main__ as command
-    from delphi.config import CacheConfig, ConstructorConfig, RunConfig, SamplerConfig
-    from delphi.latents import LatentCache, LatentDataset
+    command: Any = importlib.import_module("delphi.__main__")
+    config: Any = importlib.import_module("delphi.config")
+    latent: Any = importlib.import_module("delphi.latents")
 
     out, tokenizer = Path(job["out"]), Tokenizer(world)
     latents, explanations, scores = (out / name for name in ("latents", "explanations", "scores"))
-    cfg = RunConfig(
-        CacheConfig(),
-        ConstructorConfig(),
-        SamplerConfig(),
+    cfg = config.RunConfig(
+        config.CacheConfig(),
+        config.ConstructorConfig(),
+        config.SamplerConfig(),
         explainer_model="stub",
         explainer_provider="openrouter",
         pipeline_num_proc=1,
         verbose=False,
     )
     if not latents.exists():
-        cache = LatentCache(torch.nn.Identity(), {}, batch_size=len(world.tokens))  # type: ignore[arg-type]
+        cache = latent.LatentCache(torch.nn.Identity(), {}, batch_size=len(world.tokens))
         dense = world.dense()
         cache.cache.add(dense, torch.from_numpy(world.tokens), 0, "layer")
         cache.width = dense.shape[2]
@@ -103,16 +103,16 @@ def delphi(job: dict[str, Any], world: World) -> dict[str, Any]:
         cache.save_splits(n_splits=cfg.cache_cfg.n_splits, save_dir=latents)
         cache.save_config(save_dir=latents, cfg=cfg.cache_cfg, model_name="planted")
     os.environ["OPENROUTER_API_KEY"] = "none"
-    command.OpenRouter = partial(command.OpenRouter, base_url=job["url"] + "/chat/completions")  # type: ignore[misc]
+    command.OpenRouter = partial(command.OpenRouter, base_url=job["url"] + "/chat/completions")
     if job["concurrency"] is not None:
-        command.Pipeline.run = partialmethod_run(command.Pipeline.run, job["concurrency"])  # type: ignore[method-assign]
+        command.Pipeline.run = partialmethod_run(command.Pipeline.run, job["concurrency"])
     todo = command.non_redundant_hookpoints(["layer"], scores, False)
     if todo:
         arguments = (cfg, latents, explanations, scores, todo, tokenizer, None)
-        asyncio.run(command.process_cache(*arguments))  # type: ignore[arg-type]
+        asyncio.run(command.process_cache(*arguments))
     shown, judged = {}, {}
     if job["leaks"]:
-        made = LatentDataset(latents, cfg.sampler_cfg, cfg.constructor_cfg, tokenizer, ["layer"])  # type: ignore[arg-type]
+        made = latent.LatentDataset(latents, cfg.sampler_cfg, cfg.constructor_cfg, tokenizer, ["layer"])
         for record in made:
             feature = str(record.latent.latent_index)
             shown[feature] = [world.place(example.tokens) for example in record.train]
@@ -133,8 +133,7 @@ def partialmethod_run(run: Any, concurrency: int) -> Any:
 
 def saebench(job: dict[str, Any], world: World) -> dict[str, Any]:
     """SAEBench's `AutoInterp` at its defaults, given the planted activations in place of a model's."""
-    from sae_bench.evals.autointerp import main as autointerp
-    from sae_bench.evals.autointerp.eval_config import AutoInterpEvalConfig
+    autointerp: Any = importlib.import_module("sae_bench.evals.autointerp.main")
 
     os.environ["OPENAI_BASE_URL"] = job["url"]
     dense = world.dense().to(torch.bfloat16)
@@ -146,11 +145,11 @@ def saebench(job: dict[str, Any], world: World) -> dict[str, Any]:
     torch.manual_seed(42)
     autointerp.random.seed(42)
     num_features = dense.shape[2]
-    cfg = AutoInterpEvalConfig(model_name="planted", n_latents=num_features, total_tokens=world.tokens.size)
+    cfg = autointerp.AutoInterpEvalConfig(model_name="planted", n_latents=num_features, total_tokens=world.tokens.size)
     run = autointerp.AutoInterp(
         cfg=cfg,
-        model=model,  # type: ignore[arg-type]
-        sae=sae,  # type: ignore[arg-type]
+        model=model,
+        sae=sae,
         tokenized_dataset=torch.from_numpy(world.tokens),
         sparsity=(dense > 0).float().mean((0, 1)),
         device="cpu",
@@ -163,7 +162,7 @@ def saebench(job: dict[str, Any], world: World) -> dict[str, Any]:
         gathered.append(gather())
         return gathered[0]
 
-    run.gather_data = keep  # type: ignore[method-assign]
+    run.gather_data = keep
     results = asyncio.run(run.run())
     shown, judged = (
         {str(f): [world.place(e.toks) for e in found[f] if e.is_active] for f in found} for found in gathered[0]
@@ -185,10 +184,12 @@ def saekit(job: dict[str, Any], world: World) -> dict[str, Any]:
     from saekit.labelling.vocabulary import Vocabulary
     from tests.saekit.labelling.planted import FakeStore, FakeView, identity_sae
 
-    tokenizer = Tokenizer(world)
-    store = FakeStore(world.tokens, world.documents, world.dense())
+    # As much of tokenizers and stores as labelling uses.
+    tokenizer: Any = Tokenizer(world)
+    store: Any = FakeStore(world.tokens, world.documents, world.dense())
     is_test = world.documents % 4 == 1
-    train, test = FakeView(store, ~is_test), FakeView(store, is_test)
+    train: Any = FakeView(store, ~is_test)
+    test: Any = FakeView(store, is_test)
     sae = identity_sae(len(world.features))
     lm: Any = SimpleNamespace(fingerprint="1" * 64, tokenizer=tokenizer)
     llm = {
@@ -204,9 +205,9 @@ def saekit(job: dict[str, Any], world: World) -> dict[str, Any]:
     )
     given: Any = {"test": test, "lm": lm, "out": job["out"], "config": config}
     if job["what"] == "estimate":
-        found = estimate_labels(sae, train, **given)  # type: ignore[arg-type]
+        found = estimate_labels(sae, train, **given)
         return {"requests": found.num_requests, "cost": found.cost}
-    label_features(sae, train, **given)  # type: ignore[arg-type]
+    label_features(sae, train, **given)
     figures: dict[str, dict[str, float]] = {}
     for score in read_scores(job["out"]):
         if score.scorer in {"detection", "fuzzing"} and score.balanced_accuracy is not None:
@@ -217,10 +218,10 @@ def saekit(job: dict[str, Any], world: World) -> dict[str, Any]:
 
         assert config.llm is not None
         contexts = FeatureContexts.open(Path(job["out"]) / "contexts")
-        vocabulary = Vocabulary(tokenizer)  # type: ignore[arg-type]
-        held_out = HeldOut(sae, test, vocabulary, config=RuleScoringConfig())  # type: ignore[arg-type]
+        vocabulary = Vocabulary(tokenizer)
+        held_out = HeldOut(sae, test, vocabulary, config=RuleScoringConfig())
         judge = Judge(PieceTable(held_out), config.llm)
-        reader = ExampleReader(store, vocabulary)  # type: ignore[arg-type]
+        reader = ExampleReader(store, vocabulary)
         # The held-out table has places of its own; which document a piece is from is all that is compared.
         first_of = np.unique(world.documents, return_index=True)[1]
         for feature in range(len(world.features)):

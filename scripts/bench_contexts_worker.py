@@ -6,6 +6,7 @@ Answers `step` with seconds and CPU seconds of one batch and the process's memor
 All see the same codes, or the same activations and the same dictionary, in float32; a token has the k largest.
 """
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -57,7 +58,8 @@ def activations(shape: dict[str, int], number: int) -> torch.Tensor:
 def weights(shape: dict[str, int]) -> torch.Tensor:
     """Returns the encoder's rows [d_sae, d_in]."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape["d_sae"], shape["d_in"], generator=generator) / shape["d_in"] ** 0.5
+    rows = torch.randn(shape["d_sae"], shape["d_in"], generator=generator)
+    return rows.div_(shape["d_in"] ** 0.5)
 
 
 def saekit_collector(shape: dict[str, int]) -> Any:
@@ -102,10 +104,10 @@ def delphi_cache(shape: dict[str, int]) -> Callable[[int, torch.Tensor], None]:
     from scripts.bench_delphi import without_vllm
 
     without_vllm()
-    from delphi.latents.cache import InMemoryCache
+    in_memory: Any = importlib.import_module("delphi.latents.cache").InMemoryCache
 
     rows = shape["dense_tokens"] // CONTEXT_LEN
-    cache, firing = InMemoryCache(None, batch_size=rows), [torch.zeros(shape["d_sae"], dtype=torch.int64)]
+    cache, firing = in_memory(None, batch_size=rows), [torch.zeros(shape["d_sae"], dtype=torch.int64)]
 
     def take(number: int, latents: torch.Tensor) -> None:
         cache.add(latents, torch.zeros(rows, CONTEXT_LEN, dtype=torch.int64), number, "layer")
@@ -123,7 +125,7 @@ def delphi_given(shape: dict[str, int]) -> tuple[Callable[[int], Any], Callable[
         _, acts, indices = codes.batch(number)
         return number, torch.from_numpy(acts), torch.from_numpy(indices)
 
-    def work(batch: tuple[int, torch.Tensor, torch.Tensor]) -> float:
+    def work(batch: tuple[int, torch.Tensor, torch.Tensor]) -> None:
         number, acts, indices = batch
         outside = cpu_outside = 0.0
         for part, start in enumerate(range(0, len(acts), size)):
@@ -133,7 +135,6 @@ def delphi_given(shape: dict[str, int]) -> tuple[Callable[[int], Any], Callable[
             cpu_outside += time.process_time() - cpu_started
             take(number * (len(acts) // size) + part, dense.view(-1, CONTEXT_LEN, shape["d_sae"]))
         work.outside = outside, cpu_outside  # type: ignore[attr-defined]
-        return outside
 
     return make, work
 
@@ -143,19 +144,18 @@ def delphi_whole(shape: dict[str, int]) -> tuple[Callable[[int], Any], Callable[
     from scripts.bench_delphi import without_vllm
 
     without_vllm()
-    from delphi.sparse_coders.load_sparsify import sae_dense_latents
-    from sparsify import SparseCoder, SparseCoderConfig
-
-    sae = SparseCoder(shape["d_in"], SparseCoderConfig(num_latents=shape["d_sae"], k=shape["k"]))
+    dense_latents: Any = importlib.import_module("delphi.sparse_coders.load_sparsify").sae_dense_latents
+    sparsify: Any = importlib.import_module("sparsify")
+    sae = sparsify.SparseCoder(shape["d_in"], sparsify.SparseCoderConfig(num_latents=shape["d_sae"], k=shape["k"]))
     with torch.no_grad():
         sae.encoder.weight.copy_(weights(shape))
     take, size = delphi_cache(shape), shape["dense_tokens"]
 
     def work(batch: tuple[int, torch.Tensor]) -> None:
         number, x = batch
-        for part, rows in enumerate(x.split(size)):
+        for part, rows in enumerate(torch.split(x, size)):
             with torch.no_grad():
-                latents = sae_dense_latents(rows.view(-1, CONTEXT_LEN, shape["d_in"]), sae)
+                latents = dense_latents(rows.view(-1, CONTEXT_LEN, shape["d_in"]), sae)
             take(number * (len(x) // size) + part, latents)
 
     return lambda number: (number, activations(shape, number)), work
@@ -166,7 +166,7 @@ def matmul(shape: dict[str, int]) -> tuple[Callable[[int], Any], Callable[[Any],
     encoder, out = weights(shape).T, torch.empty(1024, shape["d_sae"])
 
     def work(x: torch.Tensor) -> None:
-        for rows in x.split(1024):
+        for rows in torch.split(x, 1024):
             torch.mm(rows, encoder, out=out[: len(rows)])
 
     return lambda number: activations(shape, number), work
@@ -180,7 +180,7 @@ def forward(shape: dict[str, int]) -> tuple[Callable[[int], Any], Callable[[Any]
 
     def work(tokens: torch.Tensor) -> None:
         with torch.inference_mode():
-            for rows in tokens.split(4):
+            for rows in torch.split(tokens, 4):
                 model(rows, use_cache=False)
 
     def make(number: int) -> torch.Tensor:
