@@ -24,7 +24,7 @@ from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae import SAE
 from saekit.sae.batch import batch_width
 
-__all__ = ["CONTEXTS_FOLDER", "estimate_labels", "label_features"]
+__all__ = ["CONTEXTS_FOLDER", "estimate_labels", "label_features", "make_client"]
 
 CONTEXTS_FOLDER = "contexts"
 
@@ -74,7 +74,7 @@ def label_features(
     if embed is not None and config.embedding is None:
         raise ConfigError("labels: found a callable `embed` and no config.embedding, needs one with the model's name")
     if client is None and "llm" in config.labelers and config.llm is not None:
-        client = _client(config.llm)
+        client = make_client(config.llm)
     embedder = None if embed is not None or config.embedding is None else _embedder(config.embedding, config.llm)
     state = begin_stage(out, "label", config.identity(), _inputs(sae, train, test, lm))
     if state == "complete" and not (retry_failed and _failures(out)):
@@ -205,7 +205,13 @@ def _forget_failures(out: Path) -> None:
     labels.remove(lambda label: (label.feature, label.labeler) in keys)
 
 
-def _client(config: LLMConfig) -> ChatClient:
+def make_client(config: LLMConfig) -> ChatClient:
+    """Returns what talks to the labelling model that a config describes.
+
+    Raises:
+        ConfigError: its key is missing.
+        MissingDependencyError: it needs an extra that is not installed.
+    """
     # Here and not above: the extras that they need are only asked for by those who use them.
     if config.backend == "local":
         from saekit.labelling.local import LocalChat

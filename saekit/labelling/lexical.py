@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from saekit.activations import ActivationStore
+from saekit.labelling.tokenrows import TokenRows
 from saekit.labelling.contexts import FeatureContexts
 from saekit.labelling.evidence.effects import TokenEffects
 from saekit.labelling.examples import ExampleReader, feature_examples
@@ -47,7 +47,7 @@ class LexicalLabeler:
     All rules are searched when it is made, for all features together; `label` then words one of them.
     """
 
-    def __init__(self, store: ActivationStore, contexts: FeatureContexts, vocabulary: Vocabulary) -> None:
+    def __init__(self, store: TokenRows, contexts: FeatureContexts, vocabulary: Vocabulary) -> None:
         codes = contexts.codes()
         table = TokenTable(store, rows_needed(contexts, codes, store.context_len), vocabulary)
         self._contexts = contexts

@@ -14,7 +14,15 @@ from saekit.labelling.scoring.pieces import Piece
 from saekit.labelling.store import RecordFile
 from saekit.progress import NO_PROGRESS, Progress, Task
 
-__all__ = ["Questions", "ScoreJob", "explain_and_judge", "least_explained", "stand_in"]
+__all__ = [
+    "Questions",
+    "ScoreJob",
+    "explain_and_judge",
+    "explain_features",
+    "join_labels",
+    "least_explained",
+    "stand_in",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,17 +122,27 @@ def explain_and_judge(
         LabelerError: the model cannot be used, or a cap is reached; what was answered is in the files.
     """
     for explainer in questions.explainers:
-        _explain(model, questions, explainer, labels, progress)
+        explain_features(model, explainer, questions.features, labels, progress=progress)
     if "concat" in questions.config.explainers:
-        _join(questions, labels)
+        join_labels(questions.features, questions.config, labels)
     _judge_all(model, questions, labels.records, scores, controls, progress)
 
 
-def _explain(
-    model: LabellingModel, questions: Questions, explainer: Explainer, labels: RecordFile[Label], progress: Progress
+def explain_features(
+    model: LabellingModel,
+    explainer: Explainer,
+    features: Sequence[int],
+    labels: RecordFile[Label],
+    *,
+    progress: Progress = NO_PROGRESS,
 ) -> None:
+    """Labels the features that an explainer has evidence about; those whose labels are in the file are passed over.
+
+    Raises:
+        LabelerError: the model cannot be used, or a cap is reached; what was answered is in the file.
+    """
     known = {label.feature for label in labels.records if label.labeler == explainer.labeler}
-    asked = [feature for feature in questions.features if explainer.has_evidence(feature)]
+    asked = [feature for feature in features if explainer.has_evidence(feature)]
     left = [feature for feature in asked if feature not in known]
 
     with progress.task(f"explanations ({explainer.kind})", len(asked), "features", done=len(asked) - len(left)) as task:
@@ -142,20 +160,21 @@ def _explain(
             left,
             request=lambda feature, attempt: explainer.request(feature, attempt=attempt),
             take=take,
-            attempts=questions.config.attempts,
+            attempts=model.config.attempts,
         )
 
 
-def _join(questions: Questions, labels: RecordFile[Label]) -> None:
-    labeler = llm_labeler(questions.config, "concat")
+def join_labels(features: Sequence[int], config: LLMConfig, labels: RecordFile[Label]) -> None:
+    """Writes the `concat` ensemble of the features that have labels to be joined."""
+    labeler = llm_labeler(config, "concat")
     known = {label.feature for label in labels.records if label.labeler == labeler}
     # In the order of the source.
-    sources = [llm_labeler(questions.config, kind) for kind in ("vocabproj", "input", "tokenchange")]
+    sources = [llm_labeler(config, kind) for kind in ("vocabproj", "input", "tokenchange")]
     parts = {(label.feature, label.labeler): label for label in labels.records}
-    for feature in questions.features:
+    for feature in features:
         own = [parts[feature, source] for source in sources if (feature, source) in parts]
         if feature not in known and own:
-            labels.extend([joined_label(feature, own, questions.config)])
+            labels.extend([joined_label(feature, own, config)])
 
 
 def _judge_all(
