@@ -145,7 +145,7 @@ class Pipeline:
             together: whether those that read the same tokens in the same order share one read of the cache; the SAEs are the
                 same, bit for bit.
         """
-        names = self._names(only)
+        names = self.names(only)
         alone = [name for name in names if not together or self.recipe.train[name].start_from is not None]
         shared = [name for name in names if name not in alone]
         if shared:
@@ -169,7 +169,7 @@ class Pipeline:
 
     def label(self, only: str | None = None, *, retry_failed: bool = False) -> None:
         """Labels and scores the features of the trained SAEs; `retry_failed`: those too whose labels failed before."""
-        for name in self._names(only):
+        for name in self.names(only):
             folder = self.stage_folder("label", name)
             train, test = self.views(name)
             with self._timed(f"label {name}", folder):
@@ -193,7 +193,7 @@ class Pipeline:
             ConfigError: the recipe has no labelling model.
         """
         rows = []
-        for name in self._names(only):
+        for name in self.names(only):
             train, test = self.views(name)
             estimate = estimate_labels(
                 self.sae(name),
@@ -209,7 +209,7 @@ class Pipeline:
 
     def evaluate(self, only: str | None = None) -> None:
         """Measures the trained SAEs on the held-out documents."""
-        for name in self._names(only):
+        for name in self.names(only):
             folder = self.stage_folder("evaluate", name)
             train, test = self.views(name)
             with self._timed(f"evaluate {name}", folder):
@@ -281,7 +281,7 @@ class Pipeline:
         return summary_table(self._evaluations(None))
 
     def _evaluations(self, only: str | None) -> dict[str, Evaluation]:
-        return {name: read_evaluation(self.stage_folder("evaluate", name)) for name in self._names(only)}
+        return {name: read_evaluation(self.stage_folder("evaluate", name)) for name in self.names(only)}
 
     def _check_widths(self) -> None:
         for name, run in self.recipe.train.items():
@@ -318,7 +318,8 @@ class Pipeline:
         ]
         return [("cache", None), *per_sae, ("report", None)]
 
-    def _names(self, only: str | None) -> list[str]:
+    def names(self, only: str | None) -> list[str]:
+        """Returns the SAEs of the recipe, or the one called `only`."""
         if only is not None and only not in self.recipe.train:
             raise ConfigError(f"--sae {only!r}: the recipe has {', '.join(self.recipe.train)}")
         return [only] if only is not None else list(self.recipe.train)

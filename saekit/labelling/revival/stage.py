@@ -33,7 +33,7 @@ from saekit.labelling.llmconfig import ExplainerKind, LLMConfig
 from saekit.labelling.paper import PaperExplainer
 from saekit.labelling.records import LEXICAL, Label
 from saekit.labelling.revival.config import ProbeSource, ReviveConfig
-from saekit.labelling.revival.firing import find_firings, firing_rule, try_features
+from saekit.labelling.revival.firing import find_firings, try_features
 from saekit.labelling.revival.merged import MergedContexts
 from saekit.labelling.revival.probes import (
     CorpusPieces,
@@ -116,7 +116,6 @@ class RevivalStage:
     def counts(self, found: Sequence[Revival]) -> dict[str, object]:
         """Returns the manifest's counts."""
         counts: dict[str, object] = {
-            "rule": firing_rule(self.sae),
             "features": len(found),
             **{status: sum(one.status == status for one in found) for status in ("revived", "silent", "no_probes")},
             "relabelled": sum(bool(one.relabelled) for one in found),
