@@ -65,12 +65,15 @@ class Dialect:
         self.is_proven = False
         self._token_key = "max_tokens"
         self._sends_temperature = True
+        self._sends_seed = True
 
     def options(self, request: ChatRequest, answer_format: int) -> dict[str, object]:
         """Returns the options of a request beside model and messages."""
         options: dict[str, object] = {self._token_key: request.max_output_tokens}
         if self._sends_temperature:
             options["temperature"] = request.temperature
+        if self._sends_seed and request.seed is not None:
+            options["seed"] = request.seed
         if FORMATS[answer_format] == "json_schema":
             schema = {"name": request.schema_name, "strict": True, "schema": dict(request.schema)}
             options["response_format"] = {"type": "json_schema", "json_schema": schema}
@@ -103,6 +106,9 @@ class Dialect:
             return answer_format
         if is_refused and "temperature" in says and "temperature" in sent:
             self._sends_temperature = False
+            return answer_format
+        if is_refused and "seed" in says and "seed" in sent:
+            self._sends_seed = False
             return answer_format
         is_proven = self.is_proven and answer_format == self.format
         speaks_of_it = any(word in says for word in ("response_format", "json", "schema", "format"))

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from saekit.labelling.tokenrows import TokenRows
 from saekit.labelling.contexts import Context, FeatureContexts
+from saekit.labelling.tokenrows import TokenRows
 from saekit.labelling.vocabulary import Vocabulary
 
 __all__ = ["Example", "ExampleReader"]

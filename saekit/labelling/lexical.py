@@ -3,7 +3,6 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from saekit.labelling.tokenrows import TokenRows
 from saekit.labelling.contexts import FeatureContexts
 from saekit.labelling.evidence.effects import TokenEffects
 from saekit.labelling.examples import ExampleReader, feature_examples
@@ -11,6 +10,7 @@ from saekit.labelling.nearby import find_nearby
 from saekit.labelling.records import LEXICAL, Label
 from saekit.labelling.rules import Rule, TokenIndex
 from saekit.labelling.search import Candidate, find_candidates, gather_evidence, rows_needed
+from saekit.labelling.tokenrows import TokenRows
 from saekit.labelling.tokentable import TokenTable
 from saekit.labelling.vocabulary import Vocabulary
 from saekit.labelling.wording import Wording, token_list

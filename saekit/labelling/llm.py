@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from saekit.labelling.asking import LabellingModel, ask_in_rounds
+from saekit.labelling.candidates import Selection, explain_best
 from saekit.labelling.chat import Answer, ChatRequest
 from saekit.labelling.explain import Explainer, joined_label, llm_labeler
 from saekit.labelling.llmconfig import LLMConfig
@@ -23,6 +24,10 @@ __all__ = [
     "least_explained",
     "stand_in",
 ]
+
+
+FEATURES_AT_ONCE = 500
+"""Features whose candidates are asked for, and chosen among, together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +61,8 @@ class Questions:
     controls: Controls
     features: Sequence[int]
     config: LLMConfig
+    selection: Selection | None = None
+    """Chooses among several candidates; None: each feature is asked about once."""
 
     @property
     def labelers(self) -> list[str]:
@@ -69,8 +76,13 @@ class Questions:
 
     def requests(self, labels: Sequence[Label] = ()) -> list[ChatRequest]:
         """Returns the first questions of explainers and scorers; `labels` that are not there yet are stood in for."""
-        requests = [e.request(f) for e in self.explainers for f in self.features if e.has_evidence(f)]
         known = {(label.feature, label.labeler) for label in labels}
+        requests: list[ChatRequest] = []
+        for explainer in self.explainers:
+            asked = [feature for feature in self.features if explainer.has_evidence(feature)]
+            requests += [explainer.request(f, candidate=n) for f in asked for n in range(self.config.num_candidates)]
+            left = [feature for feature in asked if (feature, explainer.labeler) not in known]
+            requests += self._selecting(left, explainer.labeler)
         stand_ins = [
             stand_in(feature, labeler)
             for labeler in self.judged
@@ -78,6 +90,17 @@ class Questions:
             if (feature, labeler) not in known
         ]
         return requests + [job.request() for job in self.score_jobs([*labels, *stand_ins]) if job.pieces]
+
+    def _selecting(self, features: Sequence[int], labeler: str) -> list[ChatRequest]:
+        """Returns the questions by which the best of labels that are not there yet would be chosen."""
+        if self.selection is None:
+            return []
+        pieces = {feature: found for feature in features if (found := self.selection.scorer.pieces(feature))}
+        return [
+            self.selection.request(stand_in(feature, labeler), found)
+            for feature, found in pieces.items()
+            for _ in range(self.config.num_candidates)
+        ]
 
     def score_jobs(self, labels: Sequence[Label]) -> list[ScoreJob]:
         """Returns what the scorers are to be asked about labels that are done, about controls, and about features alone."""
@@ -122,7 +145,7 @@ def explain_and_judge(
         LabelerError: the model cannot be used, or a cap is reached; what was answered is in the files.
     """
     for explainer in questions.explainers:
-        explain_features(model, explainer, questions.features, labels, progress=progress)
+        explain_features(model, explainer, questions.features, labels, selection=questions.selection, progress=progress)
     if "concat" in questions.config.explainers:
         join_labels(questions.features, questions.config, labels)
     _judge_all(model, questions, labels.records, scores, controls, progress)
@@ -134,9 +157,13 @@ def explain_features(
     features: Sequence[int],
     labels: RecordFile[Label],
     *,
+    selection: Selection | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> None:
     """Labels the features that an explainer has evidence about; those whose labels are in the file are passed over.
+
+    Args:
+        selection: chooses the best of several; None: one is asked for.
 
     Raises:
         LabelerError: the model cannot be used, or a cap is reached; what was answered is in the file.
@@ -155,6 +182,13 @@ def explain_features(
                 advance()
             return label is not None
 
+        if selection is not None:
+            for start in range(0, len(left), FEATURES_AT_ONCE):
+                best = explain_best(model, explainer, left[start : start + FEATURES_AT_ONCE], selection)
+                labels.extend(best.values())
+                for _ in best:
+                    advance()
+            return
         ask_in_rounds(
             model,
             left,

@@ -3,8 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from saekit.labelling.tokenrows import TokenRows
 from saekit.labelling.shapes import SHAPES, TokenTraits
+from saekit.labelling.tokenrows import TokenRows
 from saekit.labelling.vocabulary import Vocabulary
 
 __all__ = ["NEARBY", "TokenTable"]

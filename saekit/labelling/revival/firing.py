@@ -161,7 +161,9 @@ def try_features(
 def _why(num_probes: int, nearest: tuple[float, float] | None) -> str:
     if not num_probes:
         return "no token that it promotes can be written, so there was nothing to try"
-    came = "" if nearest is None else f"; came nearest with a pre-activation of {nearest[0]:.3g}, needs {nearest[1]:.3g}"
+    came = (
+        "" if nearest is None else f"; came nearest with a pre-activation of {nearest[0]:.3g}, needs {nearest[1]:.3g}"
+    )
     return f"silent on all of its {num_probes} sentences{came}"
 
 

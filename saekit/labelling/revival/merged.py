@@ -18,7 +18,12 @@ class MergedContexts(FeatureContexts):
     """Two sets of contexts over the rows of a `StackedRows`; all features but the chosen ones are silent in it."""
 
     def __init__(
-        self, path: Path, corpus: FeatureContexts, probes: FeatureContexts, rows: StackedRows, features: NDArray[np.int64]
+        self,
+        path: Path,
+        corpus: FeatureContexts,
+        probes: FeatureContexts,
+        rows: StackedRows,
+        features: NDArray[np.int64],
     ) -> None:
         """
         Args:
@@ -95,20 +100,22 @@ def _parts(kind: str) -> tuple[str, ...]:
 def _joined_codes(
     corpus: FeatureContexts, probes: FeatureContexts, rows: StackedRows, chosen: NDArray[np.bool_]
 ) -> CodeSample:
-    tokens, owners, indices, acts = [], [], [], []
+    tokens: list[NDArray[np.int64]] = []
+    owners: list[NDArray[np.int64]] = []
+    indices, acts = [], []
     for part, first_row, context_len in zip(
         (corpus.codes(), probes.codes()), (0, rows.num_first_rows), rows.widths, strict=True
     ):
         kept = chosen[part.indices]
         row, position = np.divmod(part.tokens, context_len)
-        owners.append(part.owners()[kept] + sum(map(len, tokens)))
+        owners.append(part.owners()[kept] + sum(len(flat) for flat in tokens))
         tokens.append((row + first_row) * rows.context_len + position)
         indices.append(part.indices[kept])
         acts.append(part.acts[kept])
-    flat, owner = np.concatenate(tokens), np.concatenate(owners)
+    counts = np.bincount(np.concatenate(owners), minlength=sum(len(flat) for flat in tokens))
     return CodeSample(
-        tokens=flat,
-        offsets=np.concatenate(([0], np.cumsum(np.bincount(owner, minlength=len(flat))))).astype(np.int64),
+        tokens=np.concatenate(tokens),
+        offsets=np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
         indices=np.concatenate(indices),
         acts=np.concatenate(acts),
     )

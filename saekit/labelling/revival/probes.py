@@ -16,7 +16,7 @@ from saekit.labelling.revival.config import ProbeSource, ReviveConfig
 from saekit.labelling.vocabulary import Vocabulary
 from saekit.manifest import atomic_write
 
-__all__ = ["CONTROL", "CorpusPieces", "Probe", "fill_templates", "readable_tokens", "read_probes", "write_probes"]
+__all__ = ["CONTROL", "CorpusPieces", "Probe", "fill_templates", "read_probes", "readable_tokens", "write_probes"]
 
 TEMPLATES = "probe_templates_v1"
 """File of the sentences; its text never changes, another text gets another name."""

@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import Field
+
 from saekit.config import Config
 
 __all__ = ["Revival"]
@@ -24,9 +26,9 @@ class Revival(Config):
     """Its sentences."""
     fired: int = 0
     """Those of them on which it fires."""
-    tried_by_source: dict[str, int] = {}
+    tried_by_source: dict[str, int] = Field(default_factory=dict)
     """Source -> sentences."""
-    fired_by_source: dict[str, int] = {}
+    fired_by_source: dict[str, int] = Field(default_factory=dict)
     """Source -> sentences on which it fires."""
     controls: int = 0
     """Random pieces of the corpus that it was tried on."""

@@ -123,9 +123,7 @@ def _check(sae: SAE, config: ReviveConfig, label: LabelConfig) -> None:
         raise ConfigError(f"revive.features: found {foreign[0]}, the dictionary has features 0 to {sae.cfg.d_sae - 1}")
 
 
-def _begin(
-    sae: SAE, train: StoreView, lm: LanguageModel, out: Path, config: ReviveConfig, label: LabelConfig
-) -> str:
+def _begin(sae: SAE, train: StoreView, lm: LanguageModel, out: Path, config: ReviveConfig, label: LabelConfig) -> str:
     identity = label.identity()
     values = {"revive": config.to_dict(), "label": {key: identity[key] for key in LABEL_KEYS}}
     inputs = {

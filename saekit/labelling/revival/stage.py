@@ -254,7 +254,9 @@ class RevivalStage:
     def _probe_view(self, probes: Sequence[Probe]) -> StoreView:
         """Returns the sentences' activations at the dictionary's hook points, one sentence a row."""
         store, cached = self.train.store, self.train.store.config
-        hook_points = [part.hook_point for part in store.stores] if isinstance(store, JoinedStore) else [store.hook_point]
+        hook_points = (
+            [part.hook_point for part in store.stores] if isinstance(store, JoinedStore) else [store.hook_point]
+        )
         tokens = cached["tokens"]
         assert isinstance(tokens, Mapping), "a cache's config has the table"
         length = self.config.probe_tokens

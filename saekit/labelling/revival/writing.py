@@ -43,7 +43,8 @@ class ProbeWriter:
             schema_name="probe_sentences",
             schema=_SCHEMA,
             temperature=self._config.temperature,
-            max_output_tokens=max(self._config.max_output_tokens, TOKENS_PER_SENTENCE * self._num) * (2 if attempt else 1),
+            max_output_tokens=max(self._config.max_output_tokens, TOKENS_PER_SENTENCE * self._num)
+            * (2 if attempt else 1),
             attempt=attempt,
             purpose="probe",
             feature=label.feature,

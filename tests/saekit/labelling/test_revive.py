@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +13,6 @@ from saekit.activations import CacheConfig, StoreView, cache_activations
 from saekit.errors import ConfigError, LabelerError
 from saekit.labelling import (
     LabelConfig,
-    Ledger,
-    Revival,
     ReviveConfig,
     collect_contexts,
     estimate_revival,
@@ -32,7 +29,13 @@ from tests.saekit.labelling.stub import StubServer, serving
 HOOK = "model.embed_tokens"
 ABSENT, IMPOSSIBLE, COMMON = 0, 1, 2
 """A feature whose trigger the corpus lacks, one that nothing can wake, and one that fires on the corpus."""
-SMALL: dict[str, object] = {"num_controls": 40, "num_templates": 4, "num_corpus": 3, "probe_tokens": 24, "num_tokens": 1}
+SMALL: dict[str, object] = {
+    "num_controls": 40,
+    "num_templates": 4,
+    "num_corpus": 3,
+    "probe_tokens": 24,
+    "num_tokens": 1,
+}
 OFFLINE: dict[str, object] = {"token_change": None, "contexts": {"num_top": 5}}
 
 
@@ -79,7 +82,9 @@ def planted(tmp_path_factory, tiny_model_dir, many_documents_file) -> Planted:
     store = cache_activations(CacheConfig.parse(values), tmp_path_factory.mktemp("revive-cache") / "cache", lm=lm)
     train, _ = store.split(0.2)
     seen = np.bincount(store.tokens().reshape(-1), minlength=len(lm.tokenizer))
-    ids = [lm.tokenizer(f"This is{lm.tokenizer.decode([t])}", add_special_tokens=False)["input_ids"] for t in range(380)]
+    ids = [
+        lm.tokenizer(f"This is{lm.tokenizer.decode([t])}", add_special_tokens=False)["input_ids"] for t in range(380)
+    ]
     kept = [t for t, found in enumerate(ids) if found[-1] == t and lm.tokenizer.decode([t]).strip().isalpha()]
     return Planted(
         lm=lm,
