@@ -29,7 +29,7 @@ def score_figures(score: Score) -> dict[str, JSONValue]:
         if isinstance(value, int | float) and not isinstance(value, bool) and name != "feature"
     }
     names = {name: str(values[name]) for name in NAMES if values[name] is not None}
-    return {**{name: None for name in ALWAYS}, **names, **numbers}
+    return {**dict.fromkeys(ALWAYS), **names, **numbers}
 
 
 def controls_by_feature(run: RunSource) -> defaultdict[int, list[JSONValue]]:
@@ -44,7 +44,10 @@ def describe_judged(run: RunSource) -> JSONValue:
     """Returns the means of every scorer and labeler with their intervals, a scorer's controls after its labelers."""
     return [
         {
-            **{name: finite(value) if isinstance(value, float) else cast(JSONValue, value) for name, value in entry.items()},
+            **{
+                name: finite(value) if isinstance(value, float) else cast(JSONValue, value)
+                for name, value in entry.items()
+            },
             "is_control": str(entry["labeler"]).startswith("control:") and entry["labeler"] != NO_LABEL,
         }
         for entry in summarise_scores(list(run.scores.values()), run.controls)

@@ -290,7 +290,11 @@ def label_lines(parts: Parts, rng: np.random.Generator) -> tuple[list[dict[str, 
                 }
                 | {"auprc": f1 * 0.9, "precision": 0.8, "recall": 0.6, "balanced_accuracy": 0.79, "base_rate": 0.004}
                 | {"num_positive": 40, "num_negative": 9960}
-                | ({} if scorer == "rule" else {"f1_natural": f1 * 0.5, "auprc_natural": f1 * 0.4, "natural_rate": 0.02})
+                | (
+                    {}
+                    if scorer == "rule"
+                    else {"f1_natural": f1 * 0.5, "auprc_natural": f1 * 0.4, "natural_rate": 0.02}
+                )
             )
     return labels, scores
 
