@@ -112,9 +112,9 @@ def _check_server(url: str) -> dict[str, bool]:
 
 def _label(run: Path, folder: Path, url: str, overrides: Sequence[str], *, kill: bool = False) -> float:
     """Labels in a process of its own; returns its seconds."""
-    command = [sys.executable, "-c", _CHILD, str(run), str(folder), url, *overrides]
+    command = [sys.executable, "-m", "scripts.run_test_llm_worker", str(run), str(folder), url, NAME, str(NUM_FEATURES)]
     started = time.monotonic()
-    child = subprocess.Popen(command, cwd=ROOT)
+    child = subprocess.Popen([*command, *overrides], cwd=ROOT)
     while kill and child.poll() is None:
         if _answered(folder) >= KILL_AFTER_ANSWERS:
             child.send_signal(signal.SIGKILL)
@@ -122,27 +122,6 @@ def _label(run: Path, folder: Path, url: str, overrides: Sequence[str], *, kill:
     if child.wait() not in ({0, -signal.SIGKILL} if kill else {0}):
         raise SystemExit("labelling failed, see above")
     return time.monotonic() - started
-
-
-_CHILD = """
-import json, sys
-from pathlib import Path
-from saekit_pipelines.recipe import Recipe
-from saekit_pipelines.stages import Pipeline
-from saekit_pipelines.console import make_progress
-from saekit.config import apply_overrides
-from saekit.labelling import label_features
-run, folder, url, *overrides = sys.argv[1:]
-values = json.loads((Path(run) / "run.json").read_text())["recipe"] | {"out": run}
-llm = {"model": "%s", "base_url": url, "max_features": %d, "num_top": 3, "num_sample": 2, "num_effects": 5, "num_judged": 2,
-       "max_output_tokens": 200, "num_controlled": 0, "concurrency": 4, "timeout_seconds": 1200, "price_input": 0.1, "price_output": 0.4}
-values["label"] = values["label"] | {"labelers": ["llm"], "llm": llm, "token_change": None}
-recipe = Recipe.parse(apply_overrides(values, overrides))
-pipeline = Pipeline(recipe, progress=make_progress())
-name = next(iter(recipe.train))
-train, test = pipeline.views(name)
-label_features(pipeline.sae(name), train, test=test, lm=pipeline.lm, out=folder, config=recipe.label, progress=pipeline.progress)
-""" % (NAME, NUM_FEATURES)
 
 
 def _answered(folder: Path) -> int:
