@@ -5,11 +5,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from saekit.config import apply_overrides
-from saekit.labelling import label_features
 from saekit_pipelines.console import make_progress
 from saekit_pipelines.recipe import Recipe
 from saekit_pipelines.stages import Pipeline
+
+from saekit.config import apply_overrides
+from saekit.labelling import label_features
 
 __all__ = ["main"]
 
