@@ -20,6 +20,8 @@ def main() -> None:
     params.n_ctx = 4096 * PARALLEL
     params.n_gpu_layers = 0
     params.warmup = False
+    # Several wait for each other by spinning, which on a busy machine takes minutes for an answer.
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     server = xllamacpp.Server(params)
     print(f"listening on {server.listening_address}", flush=True)
     signal.sigwait([signal.SIGTERM, signal.SIGINT])

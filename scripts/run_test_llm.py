@@ -28,6 +28,7 @@ __all__ = ["main"]
 NAME = "smollm2"
 NUM_FEATURES = 10
 START_SECONDS = 120.0
+ANSWER_SECONDS = 900.0
 KILL_AFTER_ANSWERS = 4
 YES_NO_SCHEMA = {
     "type": "object",
@@ -90,7 +91,7 @@ def _chat(url: str, **options: object) -> dict[str, Any]:
     request = urllib.request.Request(
         f"{url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=300) as response:
+    with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
         choice: dict[str, Any] = json.load(response)["choices"][0]
     return choice
 
