@@ -3,7 +3,7 @@
 import signal
 import sys
 
-import xllamacpp
+import xllamacpp  # type: ignore[import-not-found]  # only in the environment of scripts/test_llm
 
 PARALLEL = 4
 
