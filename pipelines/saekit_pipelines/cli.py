@@ -14,6 +14,7 @@ from saekit_pipelines import hub_commands, plan_command, score_command
 from saekit_pipelines.console import make_progress
 from saekit_pipelines.guard import EXIT_USER_ERROR
 from saekit_pipelines.guard import guarded as _guarded
+from saekit_pipelines.revive_command import revive
 
 if TYPE_CHECKING:
     from saekit.evaluation import EvaluationTable
@@ -131,6 +132,7 @@ def label(
 
 
 score_command.register(app)
+app.command(epilog="Example:  saekit revive RECIPE.toml --sae topk revive.max_features=50 --budget 1")(revive)
 
 
 @app.command(

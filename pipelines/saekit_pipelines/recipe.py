@@ -10,7 +10,7 @@ from saekit.activations import CacheConfig
 from saekit.config import Config, apply_overrides, read_toml
 from saekit.errors import ConfigError
 from saekit.evaluation import EvaluationConfig
-from saekit.labelling import LabelConfig
+from saekit.labelling import LabelConfig, ReviveConfig
 from saekit.sae import AnySAEConfig, SitesConfig, TranscoderConfig
 from saekit.training import TrainConfig, check_low_bit, check_options
 from saekit_pipelines.sweep import expand_sweeps
@@ -78,6 +78,8 @@ class Recipe(Config):
     """Held-out documents."""
     label: LabelConfig = LabelConfig()
     """Who describes the features, from what, and how the labels are scored."""
+    revive: ReviveConfig = ReviveConfig()
+    """Which silent features `saekit revive` tries, and on what."""
     evaluate: EvaluationConfig = EvaluationConfig()
     """Metrics, null rows, intervals."""
     report: ReportConfig = ReportConfig()

@@ -33,7 +33,7 @@ class LabellingModel:
         self.config = config
         self._client = client
         self._progress = progress
-        self._desk: _Desk | None = None
+        self._num_unanswered = 0
         interrupted = ledger.count_interrupted()
         if interrupted:
             progress.say(
@@ -45,7 +45,7 @@ class LabellingModel:
         self, requests: Sequence[ChatRequest], *, on_answer: Callable[[Answer], None] | None = None
     ) -> list[Answer]:
         """See `Ask.ask`."""
-        desk = _Desk(self.ledger, self.config, self._progress, on_answer)
+        desk = _Desk(self.ledger, self.config, self._progress, on_answer, on_unanswered=self._count_unanswered)
         wanted = {request.key(): request for request in requests}
         left = [request for key, request in wanted.items() if not desk.knows(key, request)]
         if left:
@@ -59,8 +59,14 @@ class LabellingModel:
             _run(all_of_them())
         return [desk.answers[request.key()] for request in requests]
 
+    def _count_unanswered(self) -> None:
+        self._num_unanswered += 1
+
     def figures(self, *, done: int, total: int) -> Callable[[int], dict[str, float | str]]:
-        """Returns what to show beside a bar that starts at `done`: done -> requests/s, tokens, dollars so far and projected."""
+        """Returns what to show beside a bar that starts at `done`: done -> its figures now.
+
+        They are requests/s, requests on their way, those that got no answer and were sent again or given up, tokens, and dollars so far and at the bar's end.
+        """
         ledger, started = self.ledger, time.monotonic()
         sent_before, cost_before = ledger.num_sent, ledger.answered.cost
 
@@ -68,6 +74,8 @@ class LabellingModel:
             rate = (ledger.num_sent - sent_before) / max(time.monotonic() - started, 1e-9)
             values: dict[str, float | str] = {
                 "requests/s": round(rate, 1),
+                "in flight": str(ledger.open.requests),
+                **({"unanswered": str(self._num_unanswered)} if self._num_unanswered else {}),
                 "tokens": f"{ledger.answered.input + ledger.answered.output:,}",
             }
             if self.config.prices is not None:
@@ -153,13 +161,20 @@ class _Desk:
     """Where a client reports to during one `ask`."""
 
     def __init__(
-        self, ledger: Ledger, config: LLMConfig, progress: Progress, on_answer: Callable[[Answer], None] | None
+        self,
+        ledger: Ledger,
+        config: LLMConfig,
+        progress: Progress,
+        on_answer: Callable[[Answer], None] | None,
+        *,
+        on_unanswered: Callable[[], None],
     ) -> None:
         self.answers: dict[str, Answer] = {}
         self.ledger = ledger
         self.config = config
         self._progress = progress
         self._on_answer = on_answer
+        self._on_unanswered = on_unanswered
         self._input_factor = 1.0
 
     def knows(self, key: str, request: ChatRequest) -> bool:
@@ -180,6 +195,7 @@ class _Desk:
 
     def unanswered(self, request: ChatRequest, tokens: tuple[int, int] | None) -> None:
         """See `Desk.unanswered`."""
+        self._on_unanswered()
         self.ledger.drop(request.key(), tokens, cost=None if tokens is None else self.config.cost(*tokens))
 
     def answered(self, request: ChatRequest, reply: ChatReply) -> None:

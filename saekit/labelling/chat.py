@@ -35,6 +35,8 @@ class ChatRequest:
     max_output_tokens: int
     attempt: int = 0
     """Asked again for want of a usable answer, or one sample of several: another key in the ledger."""
+    seed: int | None = None
+    """Of the sampling, for servers that take one; None: theirs."""
     purpose: str = ""
     """Kind of question, for the ledger's sums: `explain:raw`, `judge`, ...; not part of the key."""
     feature: int = -1
@@ -55,6 +57,8 @@ class ChatRequest:
             "temperature": self.temperature,
             "max_output_tokens": self.max_output_tokens,
             "attempt": self.attempt,
+            # Left out where there is none, so that keys of ledgers from before there were seeds stay what they are.
+            **({} if self.seed is None else {"seed": self.seed}),
         }
         # Only where they say something, so that keys of other questions are what they were.
         values |= {"choices": list(self.choices)} if self.choices else {}

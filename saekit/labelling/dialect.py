@@ -70,6 +70,7 @@ class Dialect:
         self._sends_temperature = True
         self._num_alternatives = MOST_ALTERNATIVES
         self._is_logprobs_told = False
+        self._sends_seed = True
 
     def options(self, request: ChatRequest, answer_format: int) -> dict[str, object]:
         """Returns the options of a request beside model and messages."""
@@ -78,6 +79,8 @@ class Dialect:
             options["temperature"] = request.temperature
         if request.choices and self._num_alternatives:
             options |= {"logprobs": True, "top_logprobs": self._num_alternatives}
+        if self._sends_seed and request.seed is not None:
+            options["seed"] = request.seed
         if FORMATS[answer_format] == "json_schema":
             schema = {"name": request.schema_name, "strict": True, "schema": dict(request.schema)}
             options["response_format"] = {"type": "json_schema", "json_schema": schema}
@@ -122,6 +125,9 @@ class Dialect:
             # Some give fewer alternatives than OpenAI, some models none.
             has_less = "top_logprobs" in says and sent["top_logprobs"] == MOST_ALTERNATIVES
             self._num_alternatives = FEWER_ALTERNATIVES if has_less else 0
+            return answer_format
+        if is_refused and "seed" in says and "seed" in sent:
+            self._sends_seed = False
             return answer_format
         is_proven = self.is_proven and answer_format == self.format
         speaks_of_it = any(word in says for word in ("response_format", "json", "schema", "format"))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from saekit.labelling.asking import LabellingModel, ask_in_rounds
+from saekit.labelling.candidates import Selection, explain_best
 from saekit.labelling.chat import Answer, ChatRequest
 from saekit.labelling.explain import Explainer, joined_label, llm_labeler
 from saekit.labelling.llmconfig import LLMConfig
@@ -16,7 +17,20 @@ from saekit.labelling.store import RecordFile
 from saekit.labelling.textreading import probe_request
 from saekit.progress import NO_PROGRESS, Progress, Task
 
-__all__ = ["Questions", "ScoreJob", "answerable", "explain_and_judge", "judge", "least_explained", "stand_in"]
+__all__ = [
+    "Questions",
+    "ScoreJob",
+    "answerable",
+    "explain_and_judge",
+    "explain_features",
+    "join_labels",
+    "judge",
+    "least_explained",
+    "stand_in",
+]
+
+FEATURES_AT_ONCE = 500
+"""Features whose candidates are asked for, and chosen among, together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +63,8 @@ class Questions:
     """See `Score.setup`."""
     scored: Sequence[str] | None = None
     """Names of those whose labels are judged; None: those that the config's explainers write."""
+    selection: Selection | None = None
+    """Chooses among several candidates; None: each feature is asked about once."""
 
     @property
     def labelers(self) -> list[str]:
@@ -68,8 +84,13 @@ class Questions:
 
     def requests(self, labels: Sequence[Label] = ()) -> list[ChatRequest]:
         """Returns the first questions of explainers and scorers; `labels` that are not there yet are stood in for."""
-        requests = [e.request(f) for e in self.explainers for f in self.features if e.has_evidence(f)]
         known = {(label.feature, label.labeler) for label in labels}
+        requests: list[ChatRequest] = []
+        for explainer in self.explainers:
+            asked = [feature for feature in self.features if explainer.has_evidence(feature)]
+            requests += [explainer.request(f, candidate=n) for f in asked for n in range(self.config.num_candidates)]
+            left = [feature for feature in asked if (feature, explainer.labeler) not in known]
+            requests += self._selecting(left, explainer.labeler)
         stand_ins = [
             stand_in(feature, labeler)
             for labeler in self.judged
@@ -84,6 +105,17 @@ class Questions:
         left = [job for job in self.score_jobs(labels) if job.pieces and self.key(job) not in known]
         # Labels of one feature share the texts that are read without any.
         return list({request.key(): request for job in left for request in job.requests()}.values())
+
+    def _selecting(self, features: Sequence[int], labeler: str) -> list[ChatRequest]:
+        """Returns the questions by which the best of labels that are not there yet would be chosen."""
+        if self.selection is None:
+            return []
+        pieces = {feature: found for feature in features if (found := self.selection.scorer.pieces(feature))}
+        return [
+            self.selection.request(stand_in(feature, labeler), found)
+            for feature, found in pieces.items()
+            for _ in range(self.config.num_candidates)
+        ]
 
     def score_jobs(self, labels: Sequence[Label]) -> list[ScoreJob]:
         """Returns what the scorers are to be asked about labels that are done, about controls, and about features alone."""
@@ -129,9 +161,9 @@ def explain_and_judge(
     """
     questions = answerable(model, questions, progress)
     for explainer in questions.explainers:
-        _explain(model, questions, explainer, labels, progress)
+        explain_features(model, explainer, questions.features, labels, selection=questions.selection, progress=progress)
     if "concat" in questions.config.explainers:
-        _join(questions, labels)
+        join_labels(questions.features, questions.config, labels)
     judge(model, questions, labels.records, scores=scores, controls=controls, progress=progress)
 
 
@@ -158,11 +190,25 @@ def answerable(model: LabellingModel, questions: Questions, progress: Progress =
     return replace(questions, scorers=left)
 
 
-def _explain(
-    model: LabellingModel, questions: Questions, explainer: Explainer, labels: RecordFile[Label], progress: Progress
+def explain_features(
+    model: LabellingModel,
+    explainer: Explainer,
+    features: Sequence[int],
+    labels: RecordFile[Label],
+    *,
+    selection: Selection | None = None,
+    progress: Progress = NO_PROGRESS,
 ) -> None:
+    """Labels the features that an explainer has evidence about; those whose labels are in the file are passed over.
+
+    Args:
+        selection: chooses the best of several; None: one is asked for.
+
+    Raises:
+        LabelerError: the model cannot be used, or a cap is reached; what was answered is in the file.
+    """
     known = {label.feature for label in labels.records if label.labeler == explainer.labeler}
-    asked = [feature for feature in questions.features if explainer.has_evidence(feature)]
+    asked = [feature for feature in features if explainer.has_evidence(feature)]
     left = [feature for feature in asked if feature not in known]
 
     with progress.task(f"explanations ({explainer.kind})", len(asked), "features", done=len(asked) - len(left)) as task:
@@ -175,25 +221,33 @@ def _explain(
                 advance()
             return label is not None
 
+        if selection is not None:
+            for start in range(0, len(left), FEATURES_AT_ONCE):
+                best = explain_best(model, explainer, left[start : start + FEATURES_AT_ONCE], selection)
+                labels.extend(best.values())
+                for _ in best:
+                    advance()
+            return
         ask_in_rounds(
             model,
             left,
             request=lambda feature, attempt: explainer.request(feature, attempt=attempt),
             take=take,
-            attempts=questions.config.attempts,
+            attempts=model.config.attempts,
         )
 
 
-def _join(questions: Questions, labels: RecordFile[Label]) -> None:
-    labeler = llm_labeler(questions.config, "concat")
+def join_labels(features: Sequence[int], config: LLMConfig, labels: RecordFile[Label]) -> None:
+    """Writes the `concat` ensemble of the features that have labels to be joined."""
+    labeler = llm_labeler(config, "concat")
     known = {label.feature for label in labels.records if label.labeler == labeler}
     # In the order of the source.
-    sources = [llm_labeler(questions.config, kind) for kind in ("vocabproj", "input", "tokenchange")]
+    sources = [llm_labeler(config, kind) for kind in ("vocabproj", "input", "tokenchange")]
     parts = {(label.feature, label.labeler): label for label in labels.records}
-    for feature in questions.features:
+    for feature in features:
         own = [parts[feature, source] for source in sources if (feature, source) in parts]
         if feature not in known and own:
-            labels.extend([joined_label(feature, own, questions.config)])
+            labels.extend([joined_label(feature, own, config)])
 
 
 def judge(

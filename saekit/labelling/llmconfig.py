@@ -39,6 +39,18 @@ class LLMConfig(Config):
     explainers: tuple[ExplainerKind, ...] = Field(default=("raw",), min_length=1)
     """What an explanation is made from. `input`: contexts; `vocabproj`, `tokenchange`: tokens on the output side; `raw`: all of
     them in one question; `concat`: the descriptions of the first three, joined."""
+    num_candidates: int = Field(default=1, ge=1)
+    """Labels that each explainer is asked for; the one that `selection_scorer` likes best is kept."""
+    candidate_temperature: float = Field(default=0.8, ge=0)
+    """Of all candidates but the first, which has `temperature`; each has a seed of its own, where the server takes one."""
+    num_counter_examples: int = Field(default=5, ge=0)
+    """With several candidates: texts shown to the explainer on which the most similar features fire and this one is silent."""
+    selection_fraction: float = Field(default=0.2, gt=0.0, lt=1.0)
+    """With several candidates: share of the training documents that explainers do not read, to choose among candidates on."""
+    selection_scorer: Literal["detection", "fuzzing"] = "detection"
+    """What chooses."""
+    num_selection: int = Field(default=10, ge=1)
+    """Texts on which the feature fires that it sees, beside as many on which it does not."""
     style: Literal["saekit", "paper_output_centric"] = "saekit"
     """How evidence is shown and what is asked. `paper_output_centric`: as published by Gur-Arieh et al. 2025 (all top contexts with
     activations from 0 to 10, token lists without signs, one free sentence); see `LabelConfig.preset`."""

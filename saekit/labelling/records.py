@@ -51,6 +51,12 @@ class Label(Config):
     """Of the answers behind it."""
     cost: float | None = None
     """Of the requests behind it, in dollars at the day's prices; None without prices."""
+    num_candidates: int | None = None
+    """Labels that it is the best of; None where there was one. Tokens and cost are those of all of them and of choosing."""
+    selection_scorer: ScorerName | None = None
+    """What chose it; None where there was nothing to choose on."""
+    selection_score: float | None = None
+    """The scorer's average precision on the documents that are kept for choosing, which no explainer reads and no score uses."""
     status: Literal["done", "failed"] = "done"
     """Every feature asked for ends in exactly one of the two."""
     reason: str | None = None

@@ -9,6 +9,7 @@ import numpy as np
 
 from saekit.activations import StoreView
 from saekit.labelling.asking import LabellingModel
+from saekit.labelling.candidates import choose_among
 from saekit.labelling.chat import ChatClient
 from saekit.labelling.contexts import FeatureContexts
 from saekit.labelling.embed import EmbeddingQuestions, server_config
@@ -265,12 +266,15 @@ class LabelStage:
         config = self.config.llm
         assert config is not None, "checked by LabelConfig"
         firing = {f: float(lexical.confidence[f]) for f in self.features if self.contexts.firing_count[f] > 0}
+        features = least_explained(firing, num=config.max_features)
+        contexts, counter, selection = choose_among(
+            self.sae, self.train, self.contexts, features, vocabulary=self.vocabulary, config=config
+        )
         reader = ExampleReader(self.train.store, self.vocabulary)
         explainer = PaperExplainer if config.style == "paper_output_centric" else Explainer
-        features = least_explained(firing, num=config.max_features)
         return Questions(
             explainers=[
-                explainer(reader, self.contexts, config, kind=kind, effects=effects)
+                explainer(reader, contexts, config, kind=kind, effects=effects, counter=counter)
                 for kind in config.explainers
                 if kind != "concat"
             ],
@@ -279,6 +283,7 @@ class LabelStage:
             features=features,
             config=config,
             setup=scoring_setup(held_out, config),
+            selection=selection,
         )
 
     def _ask(self, questions: Questions, client: ChatClient, ledger: Ledger) -> None:

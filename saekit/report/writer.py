@@ -30,7 +30,7 @@ from saekit.report.text import Pieces, PieceTable, TokenizerLike
 
 __all__ = ["ReportConfig", "write_site"]
 
-SCRIPTS = ("core.js", "charts.js", "overview.js", "query.js", "table.js", "feature.js", "app.js")
+SCRIPTS = ("core.js", "charts.js", "judged.js", "overview.js", "query.js", "table.js", "feature.js", "app.js")
 STATIC = ("report.css", "theme.js", *SCRIPTS)
 
 

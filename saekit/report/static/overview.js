@@ -239,7 +239,7 @@ saekit.overview = (() => {
     node.replaceChildren(
       h("div", { class: "hero" }, h("h1", { text: run.name }), h("p", { class: "lead", text: architectureLine(run) }), h("p", { class: "where", text: where }), h("p", { class: "hero-action" }, h("a", { class: "button primary", href: `#/${run.slug}/features`, text: `Browse ${integer(run.features.total)} features` }))),
       tiles(run),
-      ...[compare(report), training(run), metricTable(run), featureStatistics(run), storeBlock(report, run), provenance(report, run)].filter(Boolean),
+      ...[compare(report), training(run), metricTable(run), featureStatistics(run), saekit.judged.section(run), storeBlock(report, run), provenance(report, run)].filter(Boolean),
       h("footer", { class: "foot", text: `Built by saekit ${report.version} on ${report.created.slice(0, 10)}. A folder of static files: nothing is loaded from a network.` }),
     );
   }
