@@ -5,12 +5,13 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from saekit.config import Config
+from saekit.labelling.generated.config import InputTestConfig, SteeredConfig
 from saekit.labelling.prices import Prices, known_prices
 
 __all__ = ["BatchConfig", "ExplainerKind", "LLMConfig", "LLMScorer"]
 
 ExplainerKind = Literal["input", "vocabproj", "tokenchange", "raw", "concat"]
-LLMScorer = Literal["detection", "fuzzing", "intruder"]
+LLMScorer = Literal["detection", "fuzzing", "intruder", "input", "output", "intervention"]
 
 
 class BatchConfig(Config):
@@ -54,7 +55,13 @@ class LLMConfig(Config):
     """Held-out texts on which the feature fires that the judge sees, beside as many on which it does not; 0: no judging."""
     scorers: tuple[LLMScorer, ...] = ("detection",)
     """What the judge is asked: `detection`: in which texts is the feature active; `fuzzing`: is it active on the marked tokens;
-    `intruder`: which of five texts does not belong, without a label."""
+    `intruder`: which of five texts does not belong, without a label. About generated texts: `input`: it writes sentences that
+    should activate the feature and others; `output`: which set of steered texts is the feature's; `intervention`: the same of
+    single texts."""
+    steered: SteeredConfig = SteeredConfig()
+    """The texts for `output` and `intervention`."""
+    input_test: InputTestConfig = InputTestConfig()
+    """The sentences for `input`."""
     num_controlled: int = Field(default=20, ge=0)
     """Features whose texts each scorer also judges by three labels that know nothing: none, random words, another feature's."""
     judge_lexical: bool = False

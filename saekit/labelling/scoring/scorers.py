@@ -13,7 +13,7 @@ __all__ = ["make_scorers"]
 
 
 def make_scorers(held_out: HeldOut, config: LLMConfig) -> list[PieceScorer]:
-    """Returns the scorers that a config names, over the same pieces; none where nothing is to be judged."""
+    """Returns the scorers over held-out pieces that a config names; none where nothing is to be judged."""
     if config.num_judged == 0:
         return []
     table = PieceTable(held_out)
@@ -22,4 +22,4 @@ def make_scorers(held_out: HeldOut, config: LLMConfig) -> list[PieceScorer]:
         "fuzzing": Fuzzer,
         "intruder": IntruderJudge,
     }
-    return [known[name](table, config) for name in dict.fromkeys(config.scorers)]
+    return [known[name](table, config) for name in dict.fromkeys(config.scorers) if name in known]
