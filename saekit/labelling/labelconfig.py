@@ -71,8 +71,9 @@ class LabelConfig(Config):
             inner: object = values
             for table in path.split("."):
                 inner = inner.get(table) if isinstance(inner, dict) else None
-            for key in keys if isinstance(inner, dict) else ():
-                inner.pop(key, None)
+            if isinstance(inner, dict):
+                for key in keys:
+                    inner.pop(key, None)
         return values
 
 

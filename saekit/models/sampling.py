@@ -1,6 +1,7 @@
 """Text that a model writes on, token by token, while hooks of `replace` and `add` are at work in it."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Generator
 
 import torch
 from torch import Tensor
@@ -34,17 +35,17 @@ def continuations(lm: LanguageModel, tokens: Tensor, uniforms: Tensor, *, temper
     return torch.stack(written, dim=1)
 
 
-def _stepping(lm: LanguageModel, ids: Tensor) -> Iterator[Tensor]:
+def _stepping(lm: LanguageModel, ids: Tensor) -> Generator[Tensor, Tensor, None]:
     """Yields the logits after the last token [B, V]; is sent the tokens that come next."""
+    # Renamed in transformers 5.24; the old name goes in 5.40.
+    name = "cache" if "cache" in inspect.signature(lm.model.forward).parameters else "past_key_values"
     output = lm.model(input_ids=ids, use_cache=True, return_dict=True)
     while True:
         token = (yield output.logits[:, -1])[:, None]
         ids = torch.cat([ids, token], dim=1)
-        cache = getattr(output, "past_key_values", None)
-        if cache is None:
-            output = lm.model(input_ids=ids, use_cache=True, return_dict=True)
-        else:
-            output = lm.model(input_ids=token, past_key_values=cache, use_cache=True, return_dict=True)
+        cache = getattr(output, name, None)
+        known: dict[str, object] = {"input_ids": ids} if cache is None else {"input_ids": token, name: cache}
+        output = lm.model(**known, use_cache=True, return_dict=True)
 
 
 def _drawn(logits: Tensor, draws: Tensor, temperature: float) -> Tensor:

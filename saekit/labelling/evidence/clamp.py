@@ -53,7 +53,8 @@ class Reconstruction:
         code = self._code
         own = (code.top_acts * (code.top_indices == features.to(code.top_indices.device)[:, None, None])).sum(-1)
         acts = own.float().reshape(len(features), *self.x_hat.shape[:2], 1).to(self.x_hat.device)  # [n, B, T, 1]
-        return self.x_hat + (values.to(acts)[:, None, None, None] - acts) * rows[:, None, None]
+        clamped: Tensor = self.x_hat + (values.to(acts)[:, None, None, None] - acts) * rows[:, None, None]
+        return clamped
 
 
 def clamped_token_change(

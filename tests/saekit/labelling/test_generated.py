@@ -13,6 +13,7 @@ import torch
 from saekit.errors import ConfigError
 from saekit.labelling import Label, LabelConfig, LLMConfig, RuleScoringConfig
 from saekit.labelling.asking import LabellingModel
+from saekit.labelling.compare import compare_scores
 from saekit.labelling.evidence.clamp import Reconstruction
 from saekit.labelling.generated.config import SteeredConfig
 from saekit.labelling.generated.inputtest import InputTester, SentenceReader
@@ -321,6 +322,19 @@ def test_all_labels_of_a_feature_are_judged_on_the_same_sets() -> None:
         assert shown[0] == shown[1]
         answers: list = []
         assert scorer.score(one, answers).pieces == scorer.score(two, answers).pieces
+
+
+def test_two_labels_are_compared_on_the_trials_that_both_were_judged_in(world, tmp_path) -> None:
+    scorer = OutputJudge(_pool(12), LLMConfig(model="stub"))
+    scores = []
+    for name, flip in (("a", 0.0), ("b", 0.5)):
+        (tmp_path / name).mkdir()
+        with serving(WordJudge(flip)) as server:
+            scores.append(_score(scorer, world, tmp_path / name, server, _labels(12))[0])
+    (found,) = compare_scores(*scores)
+    assert (found.scorer, found.num_features, found.f1_a, found.num_pieces) == ("output", 12, 1.0, 48)
+    assert found.difference == pytest.approx(found.f1_b - 1)
+    assert (found.only_a, found.only_b) == (48 - sum(sum(score.right) for score in scores[1]), 0)
 
 
 def test_unusable_answers_count_as_wrong_and_have_a_reason(world, tmp_path) -> None:
