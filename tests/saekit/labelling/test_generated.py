@@ -171,10 +171,11 @@ def test_published_clamp_is_the_published_one(lm, sae) -> None:
     for target, value, kl, text in zip(config.kl_targets, record.strengths, record.kl, record.texts, strict=True):
         assert value == int(value)
         assert 1 <= value * np.sign(target) <= 1000
-        measured = float((clean.exp() * (clean - log_probs(value))).sum(-1).mean())
-        assert measured == pytest.approx(kl, rel=1e-3, abs=1e-5)
-        # The smallest whole clamps may move this model further.
-        assert abs(target) <= kl <= abs(target) + 0.1 or abs(value) == 1
+        around = [float((clean.exp() * (clean - log_probs(value + step))).sum(-1).mean()) for step in (-1, 0, 1)]
+        assert around[1] == pytest.approx(kl, rel=1e-3, abs=1e-5)
+        # Whole clamps can be too far apart to meet a target.
+        is_between = min(around) < abs(target) and max(around) > abs(target) + 0.1
+        assert abs(target) <= kl <= abs(target) + 0.1 or abs(value) == 1 or is_between
         written = ids
         for _ in range(config.num_tokens):
             with replace(lm, HOOK, lambda hidden, value=value: clamped(hidden, value)):
@@ -266,7 +267,7 @@ def test_noisy_judge_scores_its_closed_form(world, tmp_path, name: str, flip: fl
     for score in scores:
         assert (score.scorer, score.judge, score.base_rate, score.reason) == (name, "stub", chance, None)
         assert score.accuracy == np.mean(score.right)
-        assert score.low <= score.accuracy <= score.high
+        assert score.low - 1e-9 <= score.accuracy <= score.high + 1e-9
     assert ledger.num_sent == len(server.requests) == 4 * (len(scores) + len(controls))
     by_control = Counter(score.labeler for score in controls)
     assert by_control == {f"control:{kind}": 24 for kind in ("empty", "random", "shuffled")}
@@ -410,7 +411,7 @@ def test_noisy_writer_scores_its_closed_form_and_weak_firings_count_as_none(lm, 
         scores, _, _ = _score(tester, world, tmp_path, server, labels)
     right = [verdict for score in scores for verdict in score.right]
     assert _is_binomial(sum(right), len(right), 0.7)
-    assert all(score.low <= score.auprc <= score.high for score in scores)
+    assert all(score.low - 1e-9 <= score.auprc <= score.high + 1e-9 for score in scores)
     (tmp_path / "b").mkdir()
     high = InputTester(SentenceReader(lm, sae), lambda _: 1e6, LLMConfig(model="stub"))
     with serving(Writer(words)) as server:
