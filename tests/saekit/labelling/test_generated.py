@@ -29,6 +29,7 @@ from saekit.labelling.records import Score
 from saekit.labelling.scoring.controls import Controls
 from saekit.labelling.scoring.rule import HeldOut
 from saekit.labelling.store import RecordFile
+from saekit.labelling.tokencode import opening, token_ids
 from saekit.labelling.vocabulary import Vocabulary
 from saekit.models import LanguageModel, find_unembedding, load_model, logits, replace
 from saekit.sae import JumpReLUConfig, JumpReLUSAE, TopKConfig, TopKSAE
@@ -147,7 +148,7 @@ def test_published_clamp_is_the_published_one(lm, sae) -> None:
     config = SteeredConfig(
         prompts=("I think",), kl_targets=(0.25, -0.5), num_samples=1, num_tokens=5, match="clamp", temperature=0
     )
-    ids = torch.tensor([[0, *lm.tokenizer("I think", add_special_tokens=False)["input_ids"]]])
+    ids = torch.tensor([[*opening(lm.tokenizer), *token_ids(lm.tokenizer, "I think")]])
     steerer = Steerer(lm, sae, config, contexts=None, start=np.ones(2 * NUM, dtype=np.float32))
     (record,) = steerer.write([2])
     found = clamped_strengths([Reconstruction(lm, sae, ids)], torch.tensor([2]), config.kl_targets)
