@@ -139,7 +139,15 @@ class Questions:
 
 def stand_in(feature: int, labeler: str) -> Label:
     """Returns a label of the usual length in place of one that is not there yet, for estimates."""
-    return Label(feature=feature, labeler=labeler, label="x" * 40, fires_on="some words " * 15)
+    return Label(
+        feature=feature,
+        labeler=labeler,
+        label="x" * 40,
+        description="some words " * 25,
+        fires_on="some words " * 15,
+        promotes="some words " * 6,
+        suppresses="some words " * 4,
+    )
 
 
 def explain_and_judge(
