@@ -6,6 +6,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -233,7 +234,9 @@ class ScoreStage:
         for line in summary_lines(summary):
             self.progress.say(line)
         path, num = self.out / LABEL_REPORT_NAME, self.sae.cfg.d_sae
-        report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"features": num, "labelers": {}}
+        report: dict[str, Any] = {"features": num, "labelers": {}}
+        if path.exists():
+            report = json.loads(path.read_text(encoding="utf-8"))
         for labeler in sorted({label.labeler for label in self.labels.records} - report["labelers"].keys()):
             there = {label.feature for label in self.labels.records if label.labeler == labeler}
             skipped = {feature: "no label was given" for feature in range(num) if feature not in there}

@@ -18,7 +18,7 @@ from saekit.labelling.generated.sets import fingerprint
 from saekit.labelling.llmconfig import LLMConfig
 from saekit.labelling.records import Label, Score, ScorerName
 from saekit.labelling.scoring.detection import described
-from saekit.labelling.scoring.embedding import graded_precision
+from saekit.labelling.scoring.graded import graded_precision
 from saekit.labelling.tokencode import code_of_tokens, opening, token_ids
 from saekit.models import LanguageModel
 from saekit.sae import SAE
