@@ -268,7 +268,7 @@ def _rank_in_group(group: NDArray[np.generic]) -> NDArray[np.int64]:
 
 
 def _first_of_each(
-    group: NDArray[np.generic], document: NDArray[Any], priority: NDArray[np.generic], flat: NDArray[np.generic]
+    group: NDArray[np.generic], document: NDArray[np.int32], priority: NDArray[np.generic], flat: NDArray[np.generic]
 ) -> NDArray[np.int64]:
     """Returns the places of the best entry of each (group, document), and of all entries without a document."""
     free, owned = np.flatnonzero(document < 0), np.flatnonzero(document >= 0)
