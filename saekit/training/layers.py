@@ -1,15 +1,22 @@
 """Whole SAEs on different processes: who trains which, and how all learn what became of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
+import torch.distributed as dist
+
 from saekit.errors import ResourceError
-from saekit.training.layout import Layout
+from saekit.training.layout import Layout, side_group
+from saekit.training.processes import watching
 
 __all__ = ["each_its_own", "shares"]
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(days=365)
+"""How long a process that is done waits for the others' SAEs; one that dies is noticed at once."""
 
 
 def shares(costs: Mapping[Path, float], num_processes: int) -> list[list[Path]]:
@@ -23,12 +30,18 @@ def shares(costs: Mapping[Path, float], num_processes: int) -> list[list[Path]]:
     return found
 
 
-def each_its_own(everyone: Layout, work: Callable[[], T]) -> list[T]:
+def each_its_own(everyone: Layout, work: Callable[[], T], folders: Sequence[Path]) -> list[T]:
     """Runs this process's own work, waits for that of the others, and returns the results of all in order.
 
+    Args:
+        everyone: all processes.
+        work: of this one.
+        folders: of the SAEs of all.
+
     Raises:
-        ResourceError: another process could not do its own; what this one did is done.
+        ResourceError: another process was lost, or could not do its own; what this one did is done.
     """
+    group = None if everyone.everyone.group is None else side_group(everyone.everyone.group, "layers", PATIENCE)
     error: BaseException | None = None
     result: T | None = None
     try:
@@ -37,7 +50,10 @@ def each_its_own(everyone: Layout, work: Callable[[], T]) -> list[T]:
     except BaseException as found:
         error = found
     told = None if error is None else (str(error).splitlines() or [""])[0] or type(error).__name__
-    outcomes = everyone.gathered((result, told))
+    outcomes: list[tuple[T | None, str | None]] = [(result, told)] * everyone.num_processes
+    if group is not None:
+        with watching(everyone, *folders):
+            dist.all_gather_object(outcomes, (result, told), group=group)
     if error is not None:
         raise error
     for rank, (_, message) in enumerate(outcomes):

@@ -1,7 +1,7 @@
 """Which part of a training a process holds: a slice of each batch, a slice of the features, or SAEs of its own."""
 
 import functools
-from collections.abc import Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from saekit.training.config import LayoutName, MeshConfig
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Layout", "features_of", "mesh_of"]
+__all__ = ["Layout", "features_of", "mesh_of", "side_group"]
 
 T = TypeVar("T")
 
@@ -134,12 +134,18 @@ class Layout:
             dist.broadcast_object_list(values, src=0, group=self.everyone.group)
         return values[0]
 
-    def gathered(self, value: T) -> Sequence[T]:
-        """Returns the values of all processes in order, where they are alone their own."""
-        values: list[T] = [value] * self.num_processes
-        if self.num_processes > 1:
-            dist.all_gather_object(values, value, group=self.everyone.group)
-        return values
+
+@functools.cache
+def side_group(world: dist.ProcessGroup, purpose: str, patience: timedelta) -> dist.ProcessGroup:
+    """Returns a further group of all processes on the host, the same one for a purpose: groups stay until the processes end.
+
+    Args:
+        world: of all processes, each of which calls this.
+        purpose: of the group.
+        patience: how long a process waits there for another.
+    """
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=patience)
+    return group
 
 
 @functools.cache

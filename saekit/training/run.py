@@ -14,7 +14,7 @@ from saekit.errors import NonFiniteError
 from saekit.sae.base import SAE, SAEConfig
 from saekit.sae.batch import num_samples
 from saekit.sae.crosscoder import Crosscoder
-from saekit.sae.fold import AnyNormalization
+from saekit.sae.fold import AnyNormalization, normalization_state
 from saekit.training.average import WeightAverage
 from saekit.training.build import build_objective
 from saekit.training.config import TrainConfig
@@ -30,6 +30,7 @@ from saekit.training.resample import is_due, resample_features
 from saekit.training.schedule import default_lr, lr_factor
 from saekit.training.schedule_free import ScheduleFreeSignum
 from saekit.training.sparsity import L0Control
+from saekit.training.timing import StepTimer
 
 __all__ = ["Gradients", "StepFigures", "TrainRun"]
 
@@ -121,6 +122,7 @@ class TrainRun:
         self.dead = DeadFeatures(sae.d_sae, default_dead_after(config), self.layout.device)
         self.reducer = GradientReducer(self.parameters, self.layout.data)
         self.control = self._build_control()
+        self.timer = StepTimer(self.layout.device)
         self.step = 0
 
     @property
@@ -137,13 +139,16 @@ class TrainRun:
         Raises:
             NonFiniteError: the batch, the loss or a gradient has NaN or Inf; the weights are as before the step.
         """
+        self.timer.begin()
         factor = lr_factor(self.step, self.config)
         set_learning_rates(self.optimizer, factor)
         coefficient = self.control.coefficient if self.control else 0.0
         self.optimizer.zero_grad(set_to_none=True)
         self.objective.progress = self.step / self.config.num_steps
         result, raw, terms, weight = self.add_gradients(self.dead.indices, coefficient)
+        self.timer.mark("compute")
         weights = self.reducer.finish()
+        self.timer.mark("reduce")
         norm = self._gradient_norm()
 
         means = torch.stack([result.loss, result.fvu, result.auxiliary, *terms.values()]).double() * weight
@@ -174,6 +179,7 @@ class TrainRun:
             self.control.update(l0, self._wanted_l0())
         dead_fraction = num_dead / self.cfg.d_sae
         resampled = resample_features(self) if is_due(self.config, self.step) else 0
+        self.timer.mark("update")
         return StepFigures(
             loss=loss,
             fvu=fvu,
@@ -195,7 +201,8 @@ class TrainRun:
             dead: indices of the dead features.
             coefficient: weight of the sparsity penalty.
         """
-        raw = self.source.next_batch().to(self.layout.device)
+        raw = self.source.next_batch().to(self.layout.device, non_blocking=True)
+        self.timer.mark("read")
         x = self.normalization.apply(raw)
         # A short batch at the end of the data counts as much as it has tokens, wherever it is short.
         weight = len(raw) * self.layout.data.size / self.config.batch_size if self.layout.data.size > 1 else 1.0
@@ -214,6 +221,7 @@ class TrainRun:
         """Returns the exact state, the same on every process that holds the same features."""
         return {
             "step": self.step,
+            "normalization": normalization_state(self.normalization),
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "gradient_norm": self.clip.mean,

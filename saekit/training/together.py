@@ -17,8 +17,9 @@ from saekit.training.layers import each_its_own, shares
 from saekit.training.layout import Layout
 from saekit.training.loop import TrainingLoop
 from saekit.training.memory import free_bytes, training_bytes
+from saekit.training.processes import checkpoint_writer, make_accelerator, watching
 from saekit.training.shared import SharedBatches, Tap
-from saekit.training.trainer import Trainer, make_accelerator
+from saekit.training.trainer import Trainer
 
 __all__ = ["train_together"]
 
@@ -54,7 +55,7 @@ def train_together(trainers: Mapping[str | Path, Trainer], *, progress: Progress
         }
         mine = shares(costs, everyone.num_processes)[everyone.process_index]
         train = partial(_train_groups, {folder: layers[folder] for folder in layers if folder in mine}, own, progress)
-        for found in each_its_own(everyone, train):
+        for found in each_its_own(everyone, train, list(layers)):
             failed |= found
     for layout in dict.fromkeys(trainer.config.layout for trainer in others.values()):
         those = {folder: trainer for folder, trainer in others.items() if trainer.config.layout == layout}
@@ -96,18 +97,22 @@ class _Group:
     def train(self, failed: dict[Path, NonFiniteError]) -> None:
         """Trains all to their end; adds those that met NaN or Inf to `failed`."""
         with contextlib.ExitStack() as stack:
+            writer = stack.enter_context(checkpoint_writer(self.layout))
             shared = self._open(stack)
             loops: dict[Path, TrainingLoop] = {}
             self._say_memory()
             for folder, trainer in self.trainers.items():
                 source = None if shared is None else Tap(shared)
                 try:
-                    loop = trainer.begin(folder, self.layout, stack, source=source, progress=self.progress)
+                    loop = trainer.begin(
+                        folder, self.layout, stack, writer=writer, source=source, progress=self.progress
+                    )
                 except NonFiniteError as error:
                     failed[folder] = error
                 else:
                     loops |= {} if loop is None else {folder: loop}
-            self._run(loops, failed)
+            with watching(self.layout, *loops):
+                self._run(loops, failed)
 
     def _open(self, stack: contextlib.ExitStack) -> SharedBatches | None:
         first = next(iter(self.trainers.values()))
@@ -159,6 +164,8 @@ class _Group:
     def _stop(self, loops: Sequence[TrainingLoop]) -> None:
         for loop in loops:
             loop.save()
+        for loop in loops:
+            loop.wait()
         message = f"interrupted, checkpoints of {len(loops)} SAEs written; run the same again to go on"
         self.progress.say(message)
         raise KeyboardInterrupt(message)

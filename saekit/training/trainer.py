@@ -2,12 +2,10 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import torch
+from typing import Any
 
 from saekit.activations.joined import JoinedStore, PairedStore
 from saekit.activations.shuffle import ShuffledBatches
@@ -20,9 +18,10 @@ from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae.base import SAE
 from saekit.sae.batch import batch_width
 from saekit.sae.checkpoint import load_sae_folder
-from saekit.sae.fold import Normalization
+from saekit.sae.fold import AnyNormalization, Normalization, normalization_of_state
 from saekit.sae.sites import SitesSAE
 from saekit.sae.transcoder import Transcoder
+from saekit.training.background import CheckpointWriter
 from saekit.training.build import check_trainable
 from saekit.training.config import TrainConfig
 from saekit.training.end_to_end import EndToEndRun, check_end_to_end
@@ -33,16 +32,15 @@ from saekit.training.layout import Layout
 from saekit.training.loop import TrainingLoop
 from saekit.training.low_bit import check_low_bit
 from saekit.training.options import check_options
+from saekit.training.processes import checkpoint_writer, make_accelerator, watching
 from saekit.training.rows import TokenRowBatches
 from saekit.training.run import TrainRun
 from saekit.training.sharded import gather_sae, shard_sae
+from saekit.training.sharded_state import sliced_state
 from saekit.training.start import SAMPLE_TOKENS, fit_start, normalization_of, read_sample
-from saekit.training.state import keep_newest
+from saekit.training.state import keep_newest, latest_checkpoint, load_process, load_run
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-__all__ = ["Trainer", "make_accelerator"]
+__all__ = ["Trainer"]
 
 L0_TOLERANCE = 0.05
 """Relative distance from the target L0 on held-out tokens from which on the user is told."""
@@ -122,16 +120,17 @@ class Trainer:
             # A single SAE is one process's, and the others wait for it.
             everyone = Layout.of(accelerator, "data")
             is_mine = everyone.is_main_process
-            each_its_own(everyone, partial(self._fit, out, layout, progress) if is_mine else lambda: None)
+            each_its_own(everyone, partial(self._fit, out, layout, progress) if is_mine else lambda: None, [out])
         else:
             self._fit(out, layout, progress)
         return self.take(load_sae_folder(out))
 
     def _fit(self, out: Path, layout: Layout, progress: Progress) -> None:
         with contextlib.ExitStack() as stack:
-            loop = self.begin(out, layout, stack, progress=progress)
+            writer = stack.enter_context(checkpoint_writer(layout))
+            loop = self.begin(out, layout, stack, writer=writer, progress=progress)
             if loop is not None:
-                with self.locating():
+                with self.locating(), watching(layout, out):
                     loop.go()
                     self.finish(loop)
 
@@ -141,6 +140,7 @@ class Trainer:
         layout: Layout,
         stack: contextlib.ExitStack,
         *,
+        writer: CheckpointWriter,
         source: ActivationSource | None = None,
         progress: Progress = NO_PROGRESS,
     ) -> TrainingLoop | None:
@@ -150,6 +150,7 @@ class Trainer:
             out: folder of the SAE.
             layout: what this process has to do with the training.
             stack: keeps data and folder open.
+            writer: of checkpoints.
             source: activations of the training tokens in their order; None = one of its own.
             progress: is told what the training says.
 
@@ -158,7 +159,9 @@ class Trainer:
 
         Raises:
             ConfigError: see `fit`.
+            FormatError: the newest checkpoint is broken.
             NonFiniteError: see `fit`.
+            StoreError: it belongs to other data.
         """
         if source is None:
             source = self.open_source(layout, stack)
@@ -167,14 +170,16 @@ class Trainer:
             return None
         # Taken once for all processes of a run: the others write nothing but their parts of a checkpoint.
         stack.enter_context(locked(out) if layout.is_main_process else contextlib.nullcontext())
+        state = self._checkpoint(out, layout)
         with self.locating():
-            run = self._start(source, layout)
+            run = self._start(source, layout, state["run"].get("normalization") if state else None)
         held_out = None if self._test is None else read_evenly(self._test, self.config.eval_tokens)
-        return TrainingLoop(run, out, held_out=held_out, progress=progress)
+        return TrainingLoop(run, out, writer=writer, held_out=held_out, progress=progress, state=state)
 
     def finish(self, loop: TrainingLoop) -> None:
         """Writes the SAE of raw activations after the last step, and marks the folder as complete."""
         run, out, layout = loop.run, loop.out, loop.run.layout
+        loop.wait()
         facts = finish_weights(run, loop.held_out)
         # Of a mesh, the first row holds all features; the others hold the same.
         sae = gather_sae(run.sae, run.cfg, layout) if layout.data.rank == 0 else run.sae
@@ -219,6 +224,17 @@ class Trainer:
         assert state is not None
         return state
 
+    def _checkpoint(self, out: Path, layout: Layout) -> dict[str, Any] | None:
+        """Returns the state of the newest checkpoint, with what belongs to this process; None where there is none."""
+        # One process looks, so that all go on from the same.
+        checkpoint = layout.told(latest_checkpoint(out) if layout.is_main_process else None)
+        if checkpoint is None:
+            return None
+        state = load_run(checkpoint)
+        if layout.is_sharded:
+            state["run"] = sliced_state(state["run"], layout.features(self.sae.d_sae))
+        return state | load_process(checkpoint, layout.process_index)
+
     def open_source(self, layout: Layout, stack: contextlib.ExitStack) -> ActivationSource:
         """Returns this process's share of the training tokens, in their order.
 
@@ -251,11 +267,19 @@ class Trainer:
             )
         )
 
-    def _start(self, source: ActivationSource, layout: Layout) -> TrainRun:
-        """Measures the data and sets the first weights, of this process's features those of a single process."""
+    def _start(self, source: ActivationSource, layout: Layout, measured: Mapping[str, Any] | None) -> TrainRun:
+        """Measures the data and sets the first weights, of this process's features those of a single process.
+
+        Args:
+            source: of this process's tokens.
+            layout: who holds other tokens and features.
+            measured: the normalisation of the run that goes on, whose weights need no start; None = to be measured.
+        """
+        sae, cfg = copy.deepcopy(self.sae).float(), self.sae.cfg
+        if measured is not None:
+            return self._run(shard_sae(sae, layout), source, normalization_of_state(measured), layout)
         sample = read_sample(source, SAMPLE_TOKENS, layout)
         normalization = normalization_of(sample, self.sae)
-        sae, cfg = copy.deepcopy(self.sae).float(), self.sae.cfg
         if self.config.init == "given":
             sae = shard_sae(sae, layout)
             normalization.unfold(sae)
@@ -263,11 +287,14 @@ class Trainer:
             sae.reset_parameters(self.config.seed)
             sae = shard_sae(sae, layout)
             fit_start(sae, normalization.apply(sample), self.config.sparsity, layout, cfg)
+        return self._run(sae, source, normalization, layout)
+
+    def _run(self, sae: SAE, source: ActivationSource, normalization: AnyNormalization, layout: Layout) -> TrainRun:
         if isinstance(source, TokenRowBatches):
             assert self._lm is not None
             assert isinstance(normalization, Normalization)
             return EndToEndRun(sae, source, self.config, normalization=normalization, lm=self._lm, layout=layout)
-        return TrainRun(sae, source, self.config, normalization=normalization, layout=layout, cfg=cfg)
+        return TrainRun(sae, source, self.config, normalization=normalization, layout=layout, cfg=self.sae.cfg)
 
     def _say_fvu_by_site(self, sae: SAE, facts: dict[str, object], progress: Progress) -> None:
         found = facts.get("fvu_by_site")
@@ -307,10 +334,3 @@ def _check_sites(sae: SitesSAE, store: JoinedStore) -> None:
     widths = [each.d_in for each in store.stores]
     if widths != [sae.d_in] * sae.num_sites:
         raise ConfigError(f"hook points {store.hook_point}: widths {widths}, needs {sae.num_sites} of {sae.d_in}")
-
-
-def make_accelerator() -> "Accelerator":
-    """Returns the process's part in the training; off CUDA everything runs on the CPU: other accelerators lack float64."""
-    from accelerate import Accelerator
-
-    return Accelerator(cpu=not torch.cuda.is_available())

@@ -4,13 +4,13 @@ import multiprocessing
 import os
 import signal
 import socket
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from saekit.errors import NonFiniteError
+from saekit.errors import NonFiniteError, ResourceError
 from saekit.sae import (
     BatchTopKConfig,
     GatedConfig,
@@ -115,24 +115,33 @@ def train(out: Path, layout: str | dict[str, int], kinds: tuple[str, ...], place
         make_trainer(kind, layout, rank=place[0], world_size=place[1]).fit(out / kind)
 
 
-def train_interrupted(out: Path, layout: str | dict[str, int], kind: str, place: tuple[int, int]) -> None:
-    """The same with a Ctrl-C after the seventh step, and the same call again."""
-    first = make_trainer(kind, layout, rank=place[0], world_size=place[1])
-    first.train.kill_at, first.train.signal, first.train.armed_after = 6, signal.SIGINT, 10  # type: ignore[union-attr]
-    try:
-        first.fit(out)
-    except KeyboardInterrupt:
-        make_trainer(kind, layout, rank=place[0], world_size=place[1]).fit(out)
-    else:
-        raise AssertionError("not interrupted")
+def train_in_turns(out: Path, kind: str, *turns: tuple[object, tuple[int, int]]) -> None:
+    """The same with a layout and a place for each third of the steps, all but the last ended by Ctrl-C."""
+    for number, (layout, place) in enumerate(turns):
+        made = make_trainer(kind, layout, rank=place[0], world_size=place[1])
+        is_last = number == len(turns) - 1
+        if not is_last:
+            made.train.kill_at, made.train.signal = 4 * (number + 1), signal.SIGINT  # type: ignore[union-attr]
+            # At first, the start reads 9 batches and comes back.
+            made.train.armed_after = 0 if number else 9  # type: ignore[union-attr]
+        try:
+            made.fit(out)
+        except (KeyboardInterrupt, ResourceError):
+            assert not is_last
+        else:
+            assert is_last
 
 
 def train_until_one_is_killed(out: Path, rank: int) -> None:
-    """The second of two processes is killed in its eighth step, two steps after a checkpoint."""
+    """The second of two processes is killed in its twelfth step, when the checkpoint of the tenth has been begun."""
     made = make_trainer("topk", rank=rank, world_size=2)
     if rank == 1:
-        made.train.kill_at, made.train.armed_after = 7, 10  # type: ignore[union-attr]
-    made.fit(out)
+        made.train.kill_at, made.train.armed_after = 11, 12  # type: ignore[union-attr]
+    try:
+        made.fit(out)
+    except ResourceError as error:
+        (out / "lost").write_text(str(error))
+        raise
 
 
 def train_layers(out: Path) -> None:
@@ -152,7 +161,12 @@ def two(out: Path, rank: int) -> None:
     """All that two processes do."""
     train(out / "data", "data", tuple(SAES), (rank, 2))
     train(out / "latents", "latents", EVERYWHERE, (0, 1))
-    train_interrupted(out / "interrupted", "latents", "jumprelu", (0, 1))
+    whole, half = (0, 1), (rank, 2)
+    train_in_turns(out / "same", "jumprelu", ("latents", whole), ("latents", whole))
+    # The one process of `layers` has everything.
+    train_in_turns(out / "turns" / "topk", "topk", ("latents", whole), ("layers", whole), ("latents", whole))
+    for kind in ("jumprelu", "batchtopk"):
+        train_in_turns(out / "turns" / kind, kind, ("data", half), ("latents", whole), ("data", half))
     train_layers(out / "layers")
     train_until_one_is_killed(out / "killed", rank)
 
@@ -161,9 +175,27 @@ def four(out: Path, rank: int) -> None:
     """All that four processes do."""
     train(out / "mesh", {"data": 2, "latents": 2}, MESH, (rank // 2, 2))
     train(out / "latents4", "latents", ("topk", "batchtopk"), (0, 1))
+    mesh = {"data": 2, "latents": 2}, (rank // 2, 2)
+    train_in_turns(out / "turns" / "matryoshka_topk", "matryoshka_topk", mesh, ("latents", (0, 1)), mesh)
 
 
-def _run(rank: int, world_size: int, port: int, out: Path) -> None:
+def forks() -> ForkServerContext:
+    """Forks of one process, the same for all tests, that has imported everything and has not run any of it yet."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.saekit.training.fleet", "accelerate", "torch.distributed.checkpoint"])
+    return context
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def join(rank: int, world_size: int, port: int) -> None:
+    """Makes this process one of several."""
+    torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -172,21 +204,18 @@ def _run(rank: int, world_size: int, port: int, out: Path) -> None:
         "MASTER_PORT": str(port),
         "ACCELERATE_USE_CPU": "true",
     }
-    torch.set_num_threads(1)
+
+
+def _run(rank: int, world_size: int, port: int, out: Path) -> None:
+    join(rank, world_size, port)
     {2: two, 4: four}[world_size](out, rank)
     torch.distributed.destroy_process_group()
 
 
-def start(world_size: int, out: Path) -> list[BaseProcess]:
+def start(world_size: int, out: Path) -> list[ForkServerProcess]:
     """Starts `two` or `four`; they end by themselves."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "accelerate"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    processes: list[BaseProcess] = [
-        context.Process(target=_run, args=(rank, world_size, port, out)) for rank in range(world_size)
-    ]
+    context, port = forks(), free_port()
+    processes = [context.Process(target=_run, args=(rank, world_size, port, out)) for rank in range(world_size)]
     for process in processes:
         process.start()
     return processes

@@ -2,20 +2,24 @@
 
 import contextlib
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 
 from saekit.errors import ConfigError
 from saekit.sae import load_sae_folder
 from saekit.training import TrainConfig, check_options, read_metrics
+from saekit.training.arrays import restore_tensors, stage_tensors
 from saekit.training.axis import Axis, float_of
 from saekit.training.layers import shares
 from saekit.training.layout import Layout, features_of, mesh_of
 from saekit.training.shape import shape_of
-from saekit.training.sharded_state import joined_states, sliced_state
-from saekit.training.state import latest_checkpoint, load_checkpoint
+from saekit.training.sharded_state import sliced_state, written_state
+from saekit.training.state import latest_checkpoint, load_process, load_run
 from saekit.training.wire import step_bytes
 from tests.saekit.training import ranks
 
@@ -36,6 +40,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 process.join(timeout=300)
         # The first of two loses the second one at the end, and says so.
         assert [process.exitcode for process in running[0]] == [1, -signal.SIGKILL]
+        lost = "training: process 0 of 2 lost process 1 was killed, or does not answer (connection closed)"
+        assert (out["two"] / "killed" / "lost").read_text().startswith(lost)
         assert [process.exitcode for process in running[1]] == [0] * 4
     finally:
         for process in (*running[0], *running[1]):
@@ -49,6 +55,8 @@ CASES = [
     *(("four/mesh", kind) for kind in ranks.MESH),
     ("four/latents4", "topk"),
     ("four/latents4", "batchtopk"),
+    *(("two/turns", kind) for kind in ("topk", "jumprelu", "batchtopk")),
+    ("four/turns", "matryoshka_topk"),
 ]
 
 
@@ -63,8 +71,10 @@ def test_processes_train_the_sae_that_one_trains(folders: dict[str, Path], where
         for key in row.keys() & set(FIGURES):
             assert row[key] == pytest.approx(other[key], rel=TOLERANCE, abs=1e-7), (key, row, other)
     one = load_sae_folder(single)
+    # Moments of features drawn anew start at 0, and the first steps divide small gradients by small moments.
+    tolerance = TOLERANCE * (5 if kind == "resampled" else 1)
     for name, value in load_sae_folder(found).named_parameters():
-        torch.testing.assert_close(value, one.get_parameter(name), atol=TOLERANCE, rtol=TOLERANCE, msg=name)
+        torch.testing.assert_close(value, one.get_parameter(name), atol=tolerance, rtol=tolerance, msg=name)
 
 
 def weights(folder: Path) -> bytes:
@@ -72,13 +82,25 @@ def weights(folder: Path) -> bytes:
 
 
 def test_features_are_spread_and_resume_to_the_same_bits(folders: dict[str, Path]) -> None:
-    """The run that was interrupted in its seventh step is the one that was not."""
-    assert weights(folders["two"] / "interrupted") == weights(folders["two"] / "latents" / "jumprelu")
-    (checkpoint,) = (folders["two"] / "latents" / "topk" / "checkpoints").iterdir()
-    names = ["features_0000.pt", "features_0001.pt", "process_0.pt", "process_1.pt"]
-    assert sorted(path.name for path in checkpoint.iterdir()) == names
-    held = [load_checkpoint(checkpoint, f"features_000{rank}")["run"]["silent_tokens"] for rank in (0, 1)]
-    assert [len(silent) for silent in held] == [16, 15]
+    """The run that was interrupted is the one that was not."""
+    assert weights(folders["two"] / "same") == weights(folders["two"] / "latents" / "jumprelu")
+
+
+@pytest.mark.parametrize(
+    ("where", "rows"), [("two/data", [15, 16]), ("two/latents", [16, 15]), ("four/mesh", [8, 8, 7, 8])]
+)
+def test_each_process_writes_its_part_of_a_checkpoint(folders: dict[str, Path], where: str, rows: list[int]) -> None:
+    world, layout = where.split("/")
+    (checkpoint,) = (folders[world] / layout / "topk" / "checkpoints").iterdir()
+    files = {f"{name}" for rank in range(len(rows)) for name in (f"__{rank}_0.distcp", f"process_{rank}.pt")}
+    assert {path.name for path in checkpoint.iterdir()} == files | {".metadata", "run.pt"}
+    arrays = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    for name in ("silent_tokens", "objective.sae.W_enc", "optimizer.state.0.exp_avg", "average.ema.W_dec"):
+        array = arrays[name]
+        assert isinstance(array, TensorStorageMetadata)
+        # Each row once, also where two processes hold the same features.
+        assert sorted(chunk.sizes[0] for chunk in array.chunks) == sorted(rows), name
+        assert array.size[0] == ranks.D_SAE
 
 
 @pytest.mark.parametrize("kind", ["topk", "jumprelu", "gated"])
@@ -102,17 +124,12 @@ def test_a_layout_of_one_process_is_no_layout(folders: dict[str, Path], tmp_path
     assert weights(tmp_path) == weights(folders["one"] / "batchtopk")
 
 
-def test_checkpoint_has_a_part_of_each_process(folders: dict[str, Path]) -> None:
-    (checkpoint,) = (folders["two"] / "data" / "topk" / "checkpoints").iterdir()
-    assert sorted(path.name for path in checkpoint.iterdir()) == ["process_0.pt", "process_1.pt", "run.pt"]
-
-
 def test_a_process_that_is_killed_leaves_a_checkpoint_that_one_process_goes_on_from(folders: dict[str, Path]) -> None:
     folder = folders["two"] / "killed"
     checkpoint = latest_checkpoint(folder)
     assert checkpoint is not None
-    assert checkpoint.name == "step_00000005"
-    assert load_checkpoint(checkpoint, "process_1")["source"] == {"position": 5}
+    assert checkpoint.name in {"step_00000005", "step_00000010"}
+    assert load_process(checkpoint, 1)["source"] == {"position": load_run(checkpoint)["run"]["step"]}
     ranks.make_trainer("topk").fit(folder)
     single = load_sae_folder(folders["one"] / "topk")
     for name, value in load_sae_folder(folder).named_parameters():
@@ -184,20 +201,44 @@ def test_features_are_cut_and_joined_by_their_index() -> None:
         features_of(3, 0, 4)
 
 
+def held(features: int, data: int) -> Layout:
+    """The layout of a process of three columns and two rows."""
+    layout = Layout.alone()
+    layout.latents.rank, layout.latents.size = features, 3
+    layout.data.rank, layout.data.size = data, 2
+    return layout
+
+
+def leaves(state: object, place: str = "") -> Iterator[tuple[str, object]]:
+    """Yields the values of nested dicts, by their place."""
+    if isinstance(state, dict):
+        for key, value in state.items():
+            yield from leaves(value, f"{place}.{key}")
+    else:
+        yield place, state
+
+
 @pytest.mark.parametrize("kind", ["jumprelu", "batchtopk"])
 def test_state_by_features_is_cut_and_joined_to_the_same_bits(folders: dict[str, Path], kind: str) -> None:
     (checkpoint,) = (folders["one"] / kind / "checkpoints").iterdir()
-    state = load_checkpoint(checkpoint, "run")["run"]
-    parts = [sliced_state(state, features_of(31, rank, 3)) for rank in range(3)]
-    assert [len(part["objective"]["sae.b_enc"]) for part in parts] == [11, 10, 10]
-    joined = joined_states(parts)
-    assert joined.keys() == state.keys()
-    for key in state["objective"]:
-        assert torch.equal(joined["objective"][key], state["objective"][key]), key
-    for index, moments in state["optimizer"]["state"].items():
-        for key, value in moments.items():
-            assert torch.equal(torch.as_tensor(joined["optimizer"]["state"][index][key]), torch.as_tensor(value)), key
-    assert torch.equal(joined["silent_tokens"], state["silent_tokens"])
+    state = load_run(checkpoint)["run"]
+    arrays: dict[str, dict[int, Tensor]] = {}
+    for rank in range(6):
+        layout = held(rank % 3, rank // 3)
+        part = sliced_state(state, layout.features(31))
+        assert len(part["objective"]["sae.b_enc"]) == (11, 10, 10)[rank % 3]
+        named, rows = stage_tensors(written_state(part, layout, 31), rank=rank, world_size=6)
+        for name, found in rows.items():
+            parts = arrays.setdefault(name, {})
+            if len(found.tensor):
+                assert found.start not in parts, name
+                parts[found.start] = found.tensor
+    joined = restore_tensors(
+        named, {name: torch.cat([parts[start] for start in sorted(parts)]) for name, parts in arrays.items()}
+    )
+    for (place, value), (other_place, other) in zip(leaves(joined), leaves(state), strict=True):
+        assert place == other_place
+        assert torch.equal(value, other) if isinstance(other, Tensor) else value == other, place
 
 
 def test_kth_largest_is_exact_with_ties_and_nan() -> None:
