@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import nn
 
 from saekit.config import Config
@@ -45,6 +45,14 @@ class ModelConfig(Config):
     """Of that noise."""
     trust_remote_code: bool = False
     """Whether Python code that comes with the model may be run."""
+
+    @model_serializer(mode="wrap")
+    def _without_idle_seed(self, values: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Leaves out the seed of noise that there is none of, so that it makes no difference between folders."""
+        table: dict[str, object] = values(self)
+        if self.random_weights is None:
+            table.pop("random_seed", None)
+        return table
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

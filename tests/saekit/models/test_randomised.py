@@ -31,3 +31,9 @@ def test_embeddings_are_kept_on_demand(tiny_model_dir) -> None:
     same = {key for key, weight in kept.named_parameters() if weight.ndim > 1 and torch.equal(weight, trained[key])}
     embeddings = {key for key in trained if "embed_tokens" in key or "lm_head" in key}
     assert same == embeddings
+
+
+def test_a_seed_of_no_noise_is_no_difference_between_folders() -> None:
+    assert ModelConfig(name="m").to_dict() == ModelConfig(name="m", random_seed=3).to_dict()
+    noisy = ModelConfig(name="m", random_weights="all", random_seed=3)
+    assert ModelConfig.parse(noisy.to_dict()) == noisy
