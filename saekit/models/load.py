@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field
 from torch import nn
 
 from saekit.config import Config
@@ -41,18 +41,10 @@ class ModelConfig(Config):
     """Hub id or folder of the tokenizer; None: the model's own."""
     random_weights: RandomWeights | None = None
     """For controls: noise in place of every weight, or of all but the embeddings', with each one's mean and deviation."""
-    random_seed: int = Field(default=0, ge=0)
-    """Of that noise."""
+    random_seed: int | None = Field(default=None, ge=0)
+    """Of that noise; None: 0."""
     trust_remote_code: bool = False
     """Whether Python code that comes with the model may be run."""
-
-    @model_serializer(mode="wrap")
-    def _without_idle_seed(self, values: SerializerFunctionWrapHandler) -> dict[str, object]:
-        """Leaves out the seed of noise that there is none of, so that it makes no difference between folders."""
-        table: dict[str, object] = values(self)
-        if self.random_weights is None:
-            table.pop("random_seed", None)
-        return table
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -117,7 +109,7 @@ def load_model(config: ModelConfig | str) -> LanguageModel:
     source = _source(config, where)
     model = _load_weights(source, config, where).to(device)
     if config.random_weights is not None:
-        randomise_weights(model, config.random_weights, seed=config.random_seed)
+        randomise_weights(model, config.random_weights, seed=config.random_seed or 0)
     tokenizer = _load_tokenizer(source, config, where)
     text_config = _text_config(model)
     return LanguageModel(
