@@ -181,7 +181,7 @@ class Study:
         self.say = say
         self.num_rates = num_rates
         self.tuned_on = tuned_on
-        self.places = {"sites": sites, "site": site}
+        self.places: dict[str, Any] = {"sites": sites, "site": site}
         self._chosen: dict[tuple[str, str], Setting] = {}
 
     def run(self, library: str, arch: str, seed: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from scripts.bench_quality_data import Shape
 from scripts.bench_quality_measure import pooled
 from scripts.bench_quality_runs import Results
+from scripts.bench_quality_sites_e2e import Ending, e2e_lines
 from scripts.bench_quality_table import difference, fact_lines, library_lines, mean_interval, verdict
 
 __all__ = [
@@ -96,7 +97,7 @@ def site_lines(
 
 
 def write_sites_table(
-    path: Path, results: Results, shape: Shape, *, places: Mapping[str, Sequence[str]], seeds: int
+    path: Path, results: Results, shape: Shape, ending: Ending, *, places: Mapping[str, Sequence[str]], seeds: int
 ) -> None:
     """Writes all that there is.
 
@@ -104,12 +105,13 @@ def write_sites_table(
         path: Markdown; what the file of the same name with `_notes` says is taken in.
         results: of all trainings.
         shape: sizes.
-        places: hook points of `mlp` and `residual`.
+        ending: the last steps under losses through the model.
+        places: hook points of `mlp`, `residual` and `e2e`.
         seeds: how many count.
     """
     sizes = f"F {shape.d_sae:,}, k {shape.k}, {shape.steps} steps of {shape.batch:,} tokens"
     lines = ["# Quality of SAEs of several hook points", "", "Written by `scripts/bench_quality_sites`.", ""]
-    lines += [*fact_lines(results), *_facts(shape), ""]
+    lines += [*fact_lines(results), *_facts(shape, ending), ""]
     notes = path.with_name(f"{path.stem}_notes.md")
     if notes.exists():
         lines += [notes.read_text(encoding="utf-8").strip(), ""]
@@ -117,17 +119,23 @@ def write_sites_table(
         lines += [f"## Transcoders from {places['mlp'][0]} to {places['mlp'][1]}: {sizes}", ""]
         lines += [*library_lines("mlp", TRANSCODER_LIBRARIES, results, k=shape.k, seeds=seeds), ""]
     for part, title in (("crosscoder", "Crosscoders"), ("mlsae", "Multi-layer SAE")):
-        found = {TITLES[arch]: _rows(results, "residual", arch, seeds) for arch in COMPARED[part]}
+        found: dict[str, Sequence[Mapping[str, Any]]] = {
+            TITLES[arch]: _rows(results, "residual", arch, seeds) for arch in COMPARED[part]
+        }
         ours = list(found)
         if any(found.values()):
             lines += [f"## {title}: {sizes}", ""]
             lines += [*site_lines(found | _nulls(part, results, shape, places, seeds), ours, places["residual"]), ""]
+    if results.find(data="e2e"):
+        last = f"the last {ending.steps} of {shape.steps} steps under each loss"
+        lines += [f"## Losses through the model at {places['e2e'][0]}: {last}", ""]
+        lines += [*e2e_lines(results, seeds=seeds), ""]
     path.write_text("\n".join(lines).rstrip("\n") + "\n", encoding="utf-8")
 
 
 def _nulls(
     part: str, results: Results, shape: Shape, places: Mapping[str, Sequence[str]], seeds: int
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, Sequence[Mapping[str, Any]]]:
     sites = len(places["residual"])
     wanted = {f"a TopK SAE each, k {shape.k}": [shape.k] * sites}
     if part == "crosscoder":
@@ -159,7 +167,7 @@ def _gap_line(title: str, other: str, found: Mapping[str, Sequence[Mapping[str, 
     return f"| {title} | {other} | {' | '.join(cells)} |"
 
 
-def _facts(shape: Shape) -> list[str]:
+def _facts(shape: Shape, ending: Ending) -> list[str]:
     """Markdown lines: what a figure needs beside it to count, as far as it is not that of quality.md."""
     return [
         "- Tokens, order, calibration to the wanted L0, dead features, ± and the gate between our reading of a file and the library's own "
@@ -169,4 +177,7 @@ def _facts(shape: Shape) -> list[str]:
         "the best, for FVU on the test tokens themselves, and that transcoder counts as seed 0, which favors it.",
         "- No peer trains crosscoders or multi-layer SAEs with top-k, so beside them stand TopK SAEs of one hook point each, of the same "
         "width, trained with our defaults on the same tokens for as many steps. FVU, mean = over hook points.",
+        f"- Losses through the model: TopK, a learning rate of {ending.lr:g} in the last steps for all, `mse` = the reconstruction goes on; L0 "
+        f"is k for all. KL to the model's own predictions in nats and CE recovered (1 = no loss, 0 = zero ablation) on {ending.loss_tokens:,} "
+        "positions, in brackets 95 % over documents.",
     ]

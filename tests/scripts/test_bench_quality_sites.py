@@ -1,5 +1,6 @@
 """The benchmark of SAEs of several hook points without its peers: what is read and predicted, its search, its tables."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,20 @@ import pytest
 import torch
 
 from saekit import load_sae
+from saekit.activations import CacheConfig, cache_activations
+from saekit.models import load_model
+from saekit.training import end_to_end
 from scripts import bench_quality_runs
 from scripts.bench_quality_data import Shape
 from scripts.bench_quality_measure import measure, pooled
 from scripts.bench_quality_runs import Results, Setting, Study, Workers
+from scripts.bench_quality_sites_e2e import METRICS, OBJECTIVES, Ending, run_e2e
 from scripts.bench_quality_sites_table import shares, side_by_side, single_name, site_lines, write_sites_table
 from scripts.bench_quality_worker import Job, own_figures, sites_of, train_saekit
 
 WIDTH = 8
 SHAPE = Shape(d_sae=16, k=3, batch=32, steps=2, test_tokens=64)
-PLACES = {"mlp": ["mlp:input", "mlp"], "residual": ["early", "late"]}
+PLACES = {"mlp": ["mlp:input", "mlp"], "residual": ["early", "late"], "e2e": ["late"]}
 
 
 def test_sites_of_gives_what_is_read_and_what_is_to_be_reconstructed() -> None:
@@ -179,7 +184,12 @@ def test_write_sites_table_has_a_part_for_all_that_was_trained(tmp_path: Path) -
             results.add(row(seed, 0.25, data=single_name(site, 3), arch="topk", **common))
     path = tmp_path / "sites.md"
     path.with_name("sites_notes.md").write_text("- A note.\n")
-    write_sites_table(path, results, SHAPE, places=PLACES, seeds=2)
+    figure = {"value": 0.5, "low": 0.25, "high": 0.75}
+    metrics = dict.fromkeys(METRICS, figure) | {"l0": {"value": 3.0, "low": None, "high": None}}
+    results.add(
+        {"data": "e2e", "library": "saekit", "arch": "kl_finetune", "seed": 0, "version": "1.0", "metrics": metrics}
+    )
+    write_sites_table(path, results, SHAPE, Ending(1, 1e-3, 64), places=PLACES, seeds=2)
     text = path.read_text()
     assert "## Transcoders from mlp:input to mlp: F 16, k 3, 2 steps of 32 tokens" in text
     assert "| Transcoder | FVU | eai-sparsify | -0.1000 ± 0.0000 | better |" in text
@@ -187,3 +197,45 @@ def test_write_sites_table_has_a_part_for_all_that_was_trained(tmp_path: Path) -
     assert "| multi-layer SAE | a TopK SAE each, k 3 |" in text
     assert "Crosscoders" not in text.split("## ", 1)[1]
     assert "- A note." in text
+    assert "## Losses through the model at late: the last 1 of 2 steps under each loss" in text
+    assert "| kl_finetune | 0 | 0.5000 [0.2500, 0.7500] | 3.0000 | 0.5000 [0.2500, 0.7500] |" in text
+
+
+def test_run_e2e_ends_one_training_under_each_objective(
+    tiny_model_dir: Callable[[str], Path], documents_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(end_to_end, "MEASURED_POSITIONS", 1)
+    name = str(tiny_model_dir("llama"))
+    config = CacheConfig.parse(
+        {
+            "model": {"name": name},
+            "text": {"kind": "files", "paths": [str(documents_file)]},
+            "tokens": {"context_len": 16},
+            "hook_points": ["model.layers.1"],
+            "num_tokens": 320,
+            "dtype": "float32",
+        }
+    )
+    cache_activations(config, tmp_path / "cache", lm=load_model(name))
+    results = Results(tmp_path / "results.jsonl")
+    said: list[str] = []
+    for _ in range(2):
+        run_e2e(
+            tmp_path,
+            tmp_path / "cache",
+            "model.layers.1",
+            SHAPE,
+            Ending(1, 1e-3, 32),
+            results,
+            test_fraction=0.3,
+            seed=0,
+            say=said.append,
+        )
+    assert [row["arch"] for row in results.rows] == list(OBJECTIVES)
+    assert len(said) == len(OBJECTIVES)
+    assert all(row["metrics"]["kl"]["value"] > 0 for row in results.rows)
+    # Each goes on from the same SAE, and somewhere else.
+    start = load_sae(tmp_path / "start-0").W_dec
+    ends = [load_sae(tmp_path / f"{kind}-0").W_dec for kind in OBJECTIVES]
+    assert all(0 < float((end - start).detach().norm()) < 0.5 * float(start.detach().norm()) for end in ends)
+    assert all(not torch.equal(ends[0], end) for end in ends[1:])
