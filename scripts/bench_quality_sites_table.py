@@ -60,7 +60,6 @@ def side_by_side(singles: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[st
         figures = {
             "fvu": statistics.fmean(row["fvu"] for row in rows),
             "l0": sum(row["l0"] for row in rows),
-            "raw_l0": sum(row["raw_l0"] for row in rows),
             "dead": statistics.fmean(row["dead"] for row in rows),
         }
         found.append({"seed": seed, **figures, **pooled(*sums)})
@@ -81,7 +80,7 @@ def site_lines(
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for title, rows in found.items():
         if rows:
-            l0, dead = (statistics.fmean(row[name] for row in rows) for name in ("raw_l0", "dead"))
+            l0, dead = (statistics.fmean(row[name] for row in rows) for name in ("l0", "dead"))
             figures = [mean_interval([row["fvu"] for row in each]) for each in _views(rows, len(hook_points))]
             lines.append(f"| {title} | {len(rows)} | {l0:.1f} | {' | '.join(map(str, figures))} | {dead:.4f} |")
     gaps = [

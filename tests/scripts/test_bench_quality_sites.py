@@ -157,7 +157,7 @@ def test_side_by_side_takes_seeds_that_all_hook_points_have() -> None:
     assert found[0]["fvu"] == pytest.approx(0.4)
     assert sum(found[0]["errors"]) / sum(found[0]["variances"]) == pytest.approx(0.4)
     assert [site["fvu"] for site in found[0]["sites"]] == pytest.approx([0.2, 0.6])
-    assert found[0]["raw_l0"] == 6.0
+    assert found[0]["l0"] == 6.0
 
 
 def test_site_lines_compare_at_each_hook_point_and_on_average() -> None:
