@@ -10,7 +10,18 @@ __all__ = ["LEXICAL", "Label", "Score", "ScorerName"]
 
 LEXICAL = "lexical"
 """Name of the labeler that needs no language model."""
-ScorerName = Literal["rule", "detection", "fuzzing", "intruder", "embedding"]
+ScorerName = Literal[
+    "rule",
+    "detection",
+    "fuzzing",
+    "simulation",
+    "surprisal",
+    "intruder",
+    "embedding",
+    "input",
+    "output",
+    "intervention",
+]
 
 
 class Label(Config):
@@ -51,6 +62,12 @@ class Label(Config):
     """Of the answers behind it."""
     cost: float | None = None
     """Of the requests behind it, in dollars at the day's prices; None without prices."""
+    num_candidates: int | None = None
+    """Labels that it is the best of; None where there was one. Tokens and cost are those of all of them and of choosing."""
+    selection_scorer: ScorerName | None = None
+    """What chose it; None where there was nothing to choose on."""
+    selection_score: float | None = None
+    """The scorer's average precision on the documents that are kept for choosing, which no explainer reads and no score uses."""
     status: Literal["done", "failed"] = "done"
     """Every feature asked for ends in exactly one of the two."""
     reason: str | None = None
@@ -66,12 +83,16 @@ class Score(Config):
     """Whose label was scored; for a control what stood in its place."""
     scorer: ScorerName
     """`rule`: the label's token rule against every held-out token; `detection`: an LLM judges held-out pieces of text;
-    `fuzzing`: an LLM judges marks in them; `embedding`: how near label and piece are; `intruder`: an LLM finds the silent piece
-    among five, without a label."""
+    `fuzzing`: an LLM judges marks in them; `simulation`: an LLM predicts every token's activation; `surprisal`: how much better
+    an LLM expects a piece after the label; `embedding`: how near label and piece are; `intruder`: an LLM finds the silent piece
+    among five, without a label; `input`: an LLM writes sentences from the label, and the feature fires on them or not; `output`: an
+    LLM finds the feature's own set of steered texts; `intervention`: the same of single texts."""
     judge: str | None = None
     """Name of the judging or embedding model; None for `rule`."""
     prompt_version: str | None = None
     """Name of the judge's prompt."""
+    setup: str | None = None
+    """Hash of what else the score depends on: held-out documents, drawn texts, seed. Scores of another one are made anew."""
     f1: float | None = None
     """Harmonic mean of precision and recall; None where the feature never fires on the held-out set, or always."""
     auprc: float | None = None
@@ -83,9 +104,11 @@ class Score(Config):
     balanced_accuracy: float | None = None
     """Mean of recall on positives and on negatives; chance is 0.5."""
     accuracy: float | None = None
-    """`intruder`: share of groups whose intruder was found; compare with `base_rate`."""
+    """`intruder`: share of groups whose intruder was found; `output`, `intervention`: share of trials or pairs whose own texts were
+    found; compare with `base_rate`. `input`: 1 where sentences that should activate the feature do so more than others, else 0."""
     base_rate: float | None = None
-    """Share of positives in the set: the average precision of a label that says nothing. For `intruder` chance."""
+    """Share of positives in the set: the average precision of a label that says nothing. For `intruder`, `output` and
+    `intervention` chance."""
     natural_rate: float | None = None
     """Share of positives in held-out text as it comes: of pieces or, for `fuzzing`, of tokens. None for `rule`, whose set is that
     text."""
@@ -93,17 +116,46 @@ class Score(Config):
     """`f1` with positives and negatives weighted to `natural_rate`."""
     auprc_natural: float | None = None
     """`auprc` with positives and negatives weighted to `natural_rate`; compare with that."""
+    pearson: float | None = None
+    """`simulation`: correlation of predicted and true activations over all tokens of the pieces together; None where all
+    predictions are the same, as it is not defined there: `r2` says 0 then."""
+    pearson_low: float | None = None
+    """Lower end of its 95 % interval over resampled documents."""
+    pearson_high: float | None = None
+    """Upper end of it."""
+    pearson_natural: float | None = None
+    """`pearson` with active and silent pieces weighted to `natural_rate`."""
+    r2: float | None = None
+    """`simulation`: share of the activations' variance that predictions explain, after a straight line fitted on the other half of
+    the pieces."""
+    gain: float | None = None
+    """`surprisal`: nats per token by which the label makes active pieces likelier, less the same of silent ones."""
+    num_near: int = 0
+    """Near negatives beside the others: pieces in which sibling features fire and this one does not."""
+    specificity_near: float | None = None
+    """Share of them that is judged silent; Wilson's interval in `near_low` and `near_high`."""
+    near_low: float | None = None
+    near_high: float | None = None
+    f1_near: float | None = None
+    """`f1` against near negatives, as many of them as positives."""
+    auprc_near: float | None = None
+    """`auprc` against near negatives, as many of them as positives; compare with 0.5."""
     num_positive: int = 0
-    """Tokens (`rule`) or pieces on which the feature fires; for `intruder` groups."""
+    """Tokens (`rule`) or pieces on which the feature fires; for `intruder`, `output` and `intervention` groups, trials
+    and pairs; for `input` sentences that should activate it."""
     num_negative: int = 0
     """Tokens or pieces on which it does not."""
     num_unparsed: int = 0
     """Pieces for which the judge gave no usable answer; they count as wrong."""
     low: float | None = None
-    """Lower end of the 95 % interval of `f1` over resampled documents; for `intruder` Wilson's of `accuracy`."""
+    """Lower end of the 95 % interval of `f1` over resampled documents; for `input` of `auprc` over resampled sentences;
+    for `intruder`, `output` and `intervention` Wilson's of `accuracy`."""
     high: float | None = None
     """Upper end of it."""
     pieces: tuple[int, ...] = ()
-    """Store index (row * T + position) of the first token of each judged piece or group, for pairing with other scores."""
+    """Store index (row * T + position) of the first token of each judged piece or group, for pairing with other scores; of generated
+    texts a hash of what was shown."""
     right: tuple[bool, ...] = ()
     """Whether each of them was judged rightly."""
+    reason: str | None = None
+    """Why generated texts gave no figures."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from saekit.activations import StoreView
 from saekit.labelling.asking import LabellingModel
+from saekit.labelling.candidates import choose_among
 from saekit.labelling.chat import ChatClient
 from saekit.labelling.contexts import FeatureContexts
 from saekit.labelling.embed import EmbeddingQuestions, server_config
@@ -21,18 +22,27 @@ from saekit.labelling.evidence.vocabproj import vocab_projection
 from saekit.labelling.evidence.wording import EffectsOf
 from saekit.labelling.examples import ExampleReader
 from saekit.labelling.explain import Explainer, llm_labeler
+from saekit.labelling.generated.make import GeneratedTests
+from saekit.labelling.generated.trials import TrialQuestions
 from saekit.labelling.labelconfig import LabelConfig
 from saekit.labelling.ledger import LEDGER_NAME, Ledger
 from saekit.labelling.lexical import LexicalLabeler
 from saekit.labelling.llm import Questions, explain_and_judge, least_explained, stand_in
 from saekit.labelling.paper import PaperExplainer
 from saekit.labelling.records import LEXICAL, Label, Score
-from saekit.labelling.runreport import LABEL_REPORT_NAME, LabelerReport, ledger_figures, report_labeler, write_report
+from saekit.labelling.runreport import (
+    LABEL_REPORT_NAME,
+    LabelerReport,
+    counted_labels,
+    ledger_figures,
+    report_labeler,
+    write_report,
+)
 from saekit.labelling.scoring.controls import Controls
 from saekit.labelling.scoring.embedding import Embed, EmbeddingConfig, EmbeddingScorer
 from saekit.labelling.scoring.pieces import PieceTable
 from saekit.labelling.scoring.rule import HeldOut, score_rules
-from saekit.labelling.scoring.scorers import make_scorers
+from saekit.labelling.scoring.scorers import make_scorers, scoring_setup, siblings_of
 from saekit.labelling.scoring.summary import summarise_scores, summary_lines
 from saekit.labelling.store import RecordFile
 from saekit.labelling.table import LABEL_TABLE_NAME, write_label_table
@@ -85,7 +95,7 @@ class LabelStage:
             if questions is not None:
                 assert client is not None, "label_features makes one"
                 assert ledger is not None, "opened for the questions"
-                self._ask(questions, client, ledger)
+                self._ask(questions, client, ledger, generated=self._generated(questions, held_out))
             if self.config.embedding is not None:
                 self._embed(self._embedding(held_out, self.config.embedding), ledger, embed=embed, embedder=embedder)
         finally:
@@ -97,7 +107,7 @@ class LabelStage:
         if ledger is not None:
             counts["llm"] = figures if questions is None else {"features": len(questions.features), **figures}
         counts["rule_scores"] = self._score_rules(held_out)
-        counts["labels"] = self._counted_labels()
+        counts["labels"] = counted_labels(self.labels.records)
         return counts
 
     def estimate(self) -> LLMEstimate:
@@ -110,7 +120,7 @@ class LabelStage:
             parts: list[LLMEstimate] = []
             questions = self._questions(lexical, held_out, effects) if self.config.llm is not None else None
             if questions is not None:
-                parts.append(self._estimated(questions, ledger))
+                parts.append(self._estimated(questions, ledger, generated=self._generated(questions, held_out)))
             if self.config.embedding is not None:
                 config = server_config(self.config.embedding, self.config.llm)
                 requests = self._embedding(held_out, self.config.embedding).requests(self._labels_to_come(questions))
@@ -120,11 +130,17 @@ class LabelStage:
             if ledger is not None:
                 ledger.close()
 
-    def _estimated(self, questions: Questions, ledger: Ledger | None) -> LLMEstimate:
+    def _generated(self, questions: Questions, held_out: HeldOut) -> TrialQuestions:
+        return GeneratedTests(
+            lm=self.lm, sae=self.sae, contexts=self.contexts, train=self.train, held_out=held_out, out=self.out
+        ).questions(questions, self.config.token_change, progress=self.progress)
+
+    def _estimated(self, questions: Questions, ledger: Ledger | None, *, generated: TrialQuestions) -> LLMEstimate:
         config = questions.config
         name = config.tokenizer or (config.model if config.backend == "local" else None)
         count = token_counter(self.lm.tokenizer if name is None else load_tokenizer(name))
-        return estimate_requests(questions.requests(self.labels.records), config, count=count, ledger=ledger)
+        asked = [*questions.requests(self.labels.records), *generated.requests(self._labels_to_come(questions))]
+        return estimate_requests(asked, config, count=count, ledger=ledger)
 
     def _labels_to_come(self, questions: Questions | None) -> list[Label]:
         """Returns the labels that there are, and stand-ins of the usual length for the others."""
@@ -265,23 +281,30 @@ class LabelStage:
         config = self.config.llm
         assert config is not None, "checked by LabelConfig"
         firing = {f: float(lexical.confidence[f]) for f in self.features if self.contexts.firing_count[f] > 0}
+        features = least_explained(firing, num=config.max_features)
+        contexts, counter, selection = choose_among(
+            self.sae, self.train, self.contexts, features, vocabulary=self.vocabulary, config=config
+        )
         reader = ExampleReader(self.train.store, self.vocabulary)
         explainer = PaperExplainer if config.style == "paper_output_centric" else Explainer
         return Questions(
             explainers=[
-                explainer(reader, self.contexts, config, kind=kind, effects=effects)
+                explainer(reader, contexts, config, kind=kind, effects=effects, counter=counter)
                 for kind in config.explainers
                 if kind != "concat"
             ],
-            scorers=make_scorers(held_out, config),
+            scorers=make_scorers(held_out, config, siblings=siblings_of(self.sae, features, config)),
             controls=Controls(held_out, seed=config.seed),
-            features=least_explained(firing, num=config.max_features),
+            features=features,
             config=config,
+            setup=scoring_setup(held_out, config),
+            selection=selection,
         )
 
-    def _ask(self, questions: Questions, client: ChatClient, ledger: Ledger) -> None:
+    def _ask(self, questions: Questions, client: ChatClient, ledger: Ledger, *, generated: TrialQuestions) -> None:
         config = questions.config
-        self.progress.say(f"labelling model {config.model!r}: {self._estimated(questions, ledger)}")
+        estimate = self._estimated(questions, ledger, generated=generated)
+        self.progress.say(f"labelling model {config.model!r}: {estimate}")
         model = LabellingModel(client, ledger, config, progress=self.progress)
         explain_and_judge(
             model,
@@ -291,6 +314,7 @@ class LabelStage:
             controls=self.controls,
             progress=self.progress,
         )
+        generated.score(model, self.labels.records, scores=self.scores, controls=self.controls, progress=self.progress)
 
     def _write_outputs(self, questions: Questions | None, ledger: Ledger | None) -> None:
         num_features = self.sae.cfg.d_sae
@@ -331,13 +355,3 @@ class LabelStage:
         done = {(score.feature, score.labeler) for score in self.scores.records if score.scorer == "rule"}
         self.scores.extend(score for score in result.scores if (score.feature, score.labeler) not in done)
         return dict(result.controls)
-
-    def _counted_labels(self) -> dict[str, object]:
-        counts: dict[str, object] = {}
-        for labeler in sorted({label.labeler for label in self.labels.records}):
-            own = [label for label in self.labels.records if label.labeler == labeler]
-            counts[labeler] = {
-                "done": sum(label.status == "done" for label in own),
-                "failed": sum(label.status == "failed" for label in own),
-            }
-        return counts
