@@ -12,11 +12,11 @@ from saekit import load_sae
 from saekit.activations import CacheConfig, cache_activations
 from saekit.models import load_model
 from saekit.training import end_to_end
-from scripts import bench_quality_runs
+from scripts import bench_quality_runs, bench_quality_sites_e2e
 from scripts.bench_quality_data import Shape
 from scripts.bench_quality_measure import measure, pooled
 from scripts.bench_quality_runs import Results, Setting, Study, Workers
-from scripts.bench_quality_sites_e2e import METRICS, OBJECTIVES, Ending, run_e2e
+from scripts.bench_quality_sites_e2e import METRICS, Ending, run_e2e
 from scripts.bench_quality_sites_table import shares, side_by_side, single_name, site_lines, write_sites_table
 from scripts.bench_quality_worker import Job, own_figures, sites_of, train_saekit
 
@@ -205,6 +205,8 @@ def test_run_e2e_ends_one_training_under_each_objective(
     tiny_model_dir: Callable[[str], Path], documents_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(end_to_end, "MEASURED_POSITIONS", 1)
+    objectives = ("mse", "kl_finetune")
+    monkeypatch.setattr(bench_quality_sites_e2e, "OBJECTIVES", objectives)
     name = str(tiny_model_dir("llama"))
     config = CacheConfig.parse(
         {
@@ -231,11 +233,11 @@ def test_run_e2e_ends_one_training_under_each_objective(
             seed=0,
             say=said.append,
         )
-    assert [row["arch"] for row in results.rows] == list(OBJECTIVES)
-    assert len(said) == len(OBJECTIVES)
+    assert [row["arch"] for row in results.rows] == list(objectives)
+    assert len(said) == len(objectives)
     assert all(row["metrics"]["kl"]["value"] > 0 for row in results.rows)
     # Each goes on from the same SAE, and somewhere else.
     start = load_sae(tmp_path / "start-0").W_dec
-    ends = [load_sae(tmp_path / f"{kind}-0").W_dec for kind in OBJECTIVES]
+    ends = [load_sae(tmp_path / f"{kind}-0").W_dec for kind in objectives]
     assert all(0 < float((end - start).detach().norm()) < 0.5 * float(start.detach().norm()) for end in ends)
     assert all(not torch.equal(ends[0], end) for end in ends[1:])
