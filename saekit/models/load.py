@@ -39,7 +39,7 @@ class ModelConfig(Config):
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer; None: the model's own."""
     random_weights: RandomWeights | None = None
-    """For controls: noise in place of every weight, or of all but the embeddings', with each one's mean and deviation."""
+    """For controls: normal noise in place of every parameter, or of all but the embeddings, with the mean and deviation of each tensor."""
     random_seed: int = Field(default=0, ge=0)
     """Of that noise."""
     trust_remote_code: bool = False
