@@ -113,9 +113,8 @@ def test_a_dry_run_counts_what_is_sent_and_the_cap_holds(subject: Subject, tmp_p
     estimate, judge = subject.estimate(tmp_path), InProcess(answers)
     assert _texts(tmp_path)
     written = (tmp_path / "steered.jsonl").read_bytes()
-    # Each answer of the judge costs 120e-6 dollars.
-    priced = {"price_input": 1.0, "price_output": 2.0}
-    cap = 120e-6 * estimate.num_requests / 2
+    # Each answer of the judge costs 120e-6 dollars, and could cost up to 3e-3.
+    priced, cap = {"price_input": 1.0, "price_output": 2.0}, 4e-3
     with pytest.raises(LabelerError, match="max_cost"):
         subject.label(tmp_path, judge, **priced, max_cost=cap)
     assert 0 < 120e-6 * len(judge.requests) <= cap
