@@ -58,7 +58,9 @@ class GeneratedTests:
             )
             makers |= {
                 "output": lambda: OutputJudge(pool, config),
-                "intervention": lambda: (InterventionReader if _reads(config) else InterventionJudge)(pool, config),
+                "intervention": lambda: (
+                    InterventionReader(pool, config) if _reads(config) else InterventionJudge(pool, config)
+                ),
             }
         return TrialQuestions(
             scorers=[makers[name]() for name in dict.fromkeys(config.scorers) if name in makers and config.num_judged],
