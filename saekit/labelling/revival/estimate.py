@@ -1,6 +1,6 @@
 """What a revive run would try and ask, before anything is sent."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -63,7 +63,12 @@ def estimate_questions(stage: RevivalStage) -> RevivalEstimate:
                 if kind != "concat":
                     explainer = stage.explainer(config, kind, stage.train.store, stage.contexts)
                     shown = likes if kind in {"input", "raw"} else stage.features
-                    requests += [explainer.request(feature) for feature in shown if explainer.has_evidence(feature)]
+                    # One that stands for several counts as many.
+                    requests += [
+                        replace(explainer.request(feature), seed=place)
+                        for place, feature in enumerate(shown)
+                        if explainer.has_evidence(feature)
+                    ]
             relabelling = estimate_requests(requests, config, count=count, ledger=None)
         finally:
             if ledger is not None:
