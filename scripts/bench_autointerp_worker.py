@@ -4,7 +4,7 @@
 
 The job has `world` (.npz of tokens, documents, acts, features), `words`, `out` (a folder), `url` (of an OpenAI-compatible server), and
 `concurrency`. The last line of its output is JSON: `shown` and `judged` (per feature, flat indices of the tokens of the contexts that
-the explainer and the judge saw, positives only), and per scorer `figures` by feature.
+the explainer and the judge saw, positives only), per scorer `figures` by feature, and how many texts were left `unanswered`.
 """
 
 import asyncio
@@ -117,13 +117,16 @@ def delphi(job: dict[str, Any], world: World) -> dict[str, Any]:
             feature = str(record.latent.latent_index)
             shown[feature] = [world.place(example.tokens) for example in record.train]
             judged[feature] = [world.place(example.tokens) for example in record.test]
+    unanswered = 0
     figures: dict[str, dict[str, float]] = {}
     for scorer in ("detection", "fuzz"):
         for path in (scores / scorer).glob("*.txt"):
-            answers = json.loads(path.read_text())
+            given = json.loads(path.read_text())
+            answers = [answer for answer in given if answer["correct"] is not None]
+            unanswered += len(given) - len(answers)
             sides = [[bool(a["correct"]) for a in answers if a["activating"] == side] for side in (True, False)]
             figures.setdefault(scorer, {})[path.stem] = float(np.mean([np.mean(side) for side in sides]))
-    return {"shown": shown, "judged": judged, "figures": figures}
+    return {"shown": shown, "judged": judged, "figures": figures, "unanswered": unanswered}
 
 
 def partialmethod_run(run: Any, concurrency: int) -> Any:
@@ -171,6 +174,7 @@ def saebench(job: dict[str, Any], world: World) -> dict[str, Any]:
         "shown": shown,
         "judged": judged,
         "figures": {"detection": {str(feature): result["score"] for feature, result in results.items()}},
+        "unanswered": 0,
     }
 
 
@@ -228,7 +232,7 @@ def saekit(job: dict[str, Any], world: World) -> dict[str, Any]:
             shown[str(feature)] = [example.flat for example in feature_examples(reader, contexts, feature)]
             pieces = [piece for piece in judge.pieces(feature) if piece.is_active]
             judged[str(feature)] = [int(first_of[piece.document]) for piece in pieces]
-    return {"shown": shown, "judged": judged, "figures": figures}
+    return {"shown": shown, "judged": judged, "figures": figures, "unanswered": 0}
 
 
 def main() -> None:
