@@ -161,6 +161,21 @@ def test_reservoirs_in_any_number_and_order_equal_brute_force(
         np.testing.assert_array_equal(found.windows[group, slot], np.rint(np.array(near) * (255 / max(near))))
 
 
+@pytest.mark.parametrize(
+    "gap", [1, 2**20, 2**40], ids=["one key holds all", "few bits left", "more bits than a key has"]
+)
+def test_events_are_sorted_by_feature_and_token_whatever_the_numbers(gap: int) -> None:
+    generator = np.random.default_rng(0)
+    token, feature = np.nonzero(generator.random((50, 30)) < 0.3)
+    acts = generator.lognormal(0, 3, len(token)).astype(np.float32)
+    order = generator.permutation(len(token))
+    events = Events(feature[order] * gap, token[order] + 7_000, acts[order], context_len=10)
+    expected = np.lexsort((token, feature))
+    np.testing.assert_array_equal(events.features, feature[expected] * gap)
+    np.testing.assert_array_equal(events.flat, token[expected] + 7_000)
+    np.testing.assert_array_equal(events.acts, acts[expected])
+
+
 def test_finished_pass_is_not_done_again_and_another_config_is_refused(world, tmp_path: Path, monkeypatch) -> None:
     collect_contexts(world.sae, world.train, config=CONFIG, out=tmp_path)
     monkeypatch.setattr(type(world.sae), "encode_sparse", None)
