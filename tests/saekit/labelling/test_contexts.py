@@ -123,9 +123,9 @@ def test_reservoirs_in_any_number_and_order_equal_brute_force(
     monkeypatch.setattr(reservoir_module, "LEAST_PENDING", least_pending)
     generator = np.random.default_rng(seed)
     num_groups, size, num_rows = int(generator.integers(1, 70)), int(generator.integers(1, 6)), 20
-    keys = np.sort(
-        generator.choice(num_groups * num_rows * 32, int(generator.integers(1, 1200)), replace=False) % 9_000
-    )
+    num_places = num_groups * num_rows * 32
+    num_events = min(int(generator.integers(1, 1200)), num_places)
+    keys = np.sort(generator.choice(num_places, num_events, replace=False) % 9_000)
     feature, flat = np.divmod(np.unique(keys), num_rows * 32)
     # Few different values, so that ties are everywhere.
     acts = generator.integers(1, 5, len(flat)).astype(np.float32)
