@@ -41,8 +41,8 @@ class ModelConfig(Config):
     """Hub id or folder of the tokenizer; None: the model's own."""
     random_weights: RandomWeights | None = None
     """For controls: noise in place of every weight, or of all but the embeddings', with each one's mean and deviation."""
-    random_seed: int = Field(default=0, ge=0)
-    """Of that noise."""
+    random_seed: int | None = Field(default=None, ge=0)
+    """Of that noise; None: 0."""
     trust_remote_code: bool = False
     """Whether Python code that comes with the model may be run."""
 
@@ -109,7 +109,7 @@ def load_model(config: ModelConfig | str) -> LanguageModel:
     source = _source(config, where)
     model = _load_weights(source, config, where).to(device)
     if config.random_weights is not None:
-        randomise_weights(model, config.random_weights, seed=config.random_seed)
+        randomise_weights(model, config.random_weights, seed=config.random_seed or 0)
     tokenizer = _load_tokenizer(source, config, where)
     text_config = _text_config(model)
     return LanguageModel(
