@@ -137,11 +137,13 @@ app.command(epilog="Example:  saekit revive RECIPE.toml --sae topk revive.max_fe
 
 @app.command(
     name="compare-labels",
-    epilog="Example:  saekit compare-labels runs/a/labels/topk runs/b/labels/topk --labeler llm:gpt-4.1-mini",
+    epilog="Example:  saekit compare-labels runs/a/label/topk runs/b/label/topk --labeler llm:gpt-4.1-mini",
 )
 @_guarded
 def compare_labels(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A folder of labels.", show_default=False)],
+    a: Annotated[
+        Path, typer.Argument(metavar="A", help="A folder of labels, e.g. runs/a/label/topk.", show_default=False)
+    ],
     b: Annotated[Path, typer.Argument(metavar="B", help="Another, or the same one.", show_default=False)],
     labeler: Annotated[
         str | None,

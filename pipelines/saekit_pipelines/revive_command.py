@@ -78,6 +78,9 @@ def _one(pipeline: "Pipeline", name: str, *, is_dry: bool) -> None:
     found = revive_features(
         dictionary, train, lm=pipeline.lm, labels=labels, out=out, config=config, label=label, progress=progress
     )
+    if not found:
+        # What was said on the way is the whole result.
+        return
     texts = {known.feature: known.label for known in read_labels(out) if known.status == "done"}
     _print(name, found, texts)
     typer.echo(f"{firing_rule(dictionary)}; all features: {out}")

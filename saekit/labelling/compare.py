@@ -69,10 +69,15 @@ def compare_labels(
         seed: of the resampled features.
 
     Raises:
-        ConfigError: no scorer has seen a feature with labels of both.
+        ConfigError: a folder without scores, or no scorer has seen a feature with labels of both.
         StoreError: a line of a folder's scores is no score.
     """
     first, second = read_scores(a), read_scores(b)
+    for folder, scores in ((a, first), (b, second)):
+        if not scores:
+            raise ConfigError(
+                f"compare-labels: {str(folder)!r}: no scores in it, needs a folder that 'saekit label' has written"
+            )
     if labeler is None and other is not None:
         raise ConfigError(f"compare-labels: labeler {other!r} of B, needs one of A too")
     names = [labeler] if labeler is not None else sorted({s.labeler for s in first} & {s.labeler for s in second})

@@ -65,9 +65,14 @@ class LabelConfig(Config):
         return self
 
     def identity(self) -> dict[str, object]:
-        """Returns what the result depends on: the config without caps, addresses and sizes of batches."""
+        """Returns what the result depends on: the config without caps, addresses and sizes of batches.
+
+        Options of `llm` that the others leave without effect are not in it, so that folders written before there were such options
+        are taken for what they are.
+        """
         values = self.to_dict()
-        for path, keys in _OPERATIONAL.items():
+        idle = {} if self.llm is None else {"llm": _idle(self.llm)}
+        for path, keys in [*_OPERATIONAL.items(), *idle.items()]:
             inner: object = values
             for table in path.split("."):
                 inner = inner.get(table) if isinstance(inner, dict) else None
@@ -75,6 +80,21 @@ class LabelConfig(Config):
                 for key in keys:
                     inner.pop(key, None)
         return values
+
+
+def _idle(llm: LLMConfig) -> set[str]:
+    """Returns the keys that change nothing beside the others' values."""
+    asked = set(llm.scorers) if llm.num_judged else set()
+    keys: set[str] = set()
+    if llm.num_candidates == 1:
+        keys |= {"num_candidates", "candidate_temperature", "num_counter_examples"}
+        keys |= {"selection_fraction", "selection_scorer", "num_selection"}
+        keys |= {"near_share"} if llm.near_share == 0 or not asked & {"detection", "fuzzing"} else set()
+    keys |= set() if "simulation" in asked else {"num_simulated", "simulation_form"}
+    keys |= set() if asked & {"output", "intervention"} else {"steered"}
+    keys |= set() if "intervention" in asked else {"intervention_form"}
+    keys |= set() if "input" in asked else {"input_test"}
+    return keys
 
 
 def _missing(config: Config, values: Mapping[str, object]) -> dict[str, object]:

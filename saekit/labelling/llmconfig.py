@@ -80,6 +80,10 @@ class LLMConfig(Config):
     """`written`: the judge writes one number for each token, taken as its expectation where logprobs come with it; `all_at_once`: it
     reads a text with a placeholder after each token, and the expectation is taken there (Bills et al. 2023), for which a server
     has to give logprobs of prompts."""
+    intervention_form: Literal["gain", "choice"] = "gain"
+    """`gain`: how much likelier does the judge find the label after steered texts than after clean ones (Paulo et al. 2024)? It only
+    reads, for which a server has to give logprobs of prompts; where it gives none, and with `choice`, it is asked which text of a
+    pair is the feature's. An estimate counts the form that is named here."""
     steered: SteeredConfig = SteeredConfig()
     """The texts for `output` and `intervention`."""
     input_test: InputTestConfig = InputTestConfig()

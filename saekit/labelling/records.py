@@ -129,7 +129,8 @@ class Score(Config):
     """`simulation`: share of the activations' variance that predictions explain, after a straight line fitted on the other half of
     the pieces."""
     gain: float | None = None
-    """`surprisal`: nats per token by which the label makes active pieces likelier, less the same of silent ones."""
+    """`surprisal`: nats per token by which the label makes active pieces likelier, less the same of silent ones. `intervention` of a
+    judge that gives logprobs: nats by which steered texts make the label likelier than clean ones."""
     num_near: int = 0
     """Near negatives beside the others: pieces in which sibling features fire and this one does not."""
     specificity_near: float | None = None

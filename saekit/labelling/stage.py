@@ -5,8 +5,6 @@ import operator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from saekit.activations import StoreView
 from saekit.labelling.asking import LabellingModel
 from saekit.labelling.candidates import choose_among
@@ -14,11 +12,8 @@ from saekit.labelling.chat import ChatClient
 from saekit.labelling.contexts import FeatureContexts
 from saekit.labelling.embed import EmbeddingQuestions, server_config
 from saekit.labelling.estimate import LLMEstimate, estimate_requests, token_counter
-from saekit.labelling.evidence.clamp import clamped_token_change
-from saekit.labelling.evidence.effects import TokenEffects, effects_path
-from saekit.labelling.evidence.sidescores import SIDE_SCORES_NAME, SideScores, input_scores, output_scores
-from saekit.labelling.evidence.tokenchange import steering_contexts, steering_strengths, token_change
-from saekit.labelling.evidence.vocabproj import vocab_projection
+from saekit.labelling.evidence.gathering import EffectsGathering
+from saekit.labelling.evidence.sidescores import SIDE_SCORES_NAME, SideScores
 from saekit.labelling.evidence.wording import EffectsOf
 from saekit.labelling.examples import ExampleReader
 from saekit.labelling.explain import Explainer, llm_labeler
@@ -47,7 +42,7 @@ from saekit.labelling.scoring.summary import summarise_scores, summary_lines
 from saekit.labelling.store import RecordFile
 from saekit.labelling.table import LABEL_TABLE_NAME, write_label_table
 from saekit.labelling.vocabulary import Vocabulary
-from saekit.models import LanguageModel, find_unembedding, load_tokenizer
+from saekit.models import LanguageModel, load_tokenizer
 from saekit.progress import Progress
 from saekit.sae import SAE
 
@@ -131,9 +126,8 @@ class LabelStage:
                 ledger.close()
 
     def _generated(self, questions: Questions, held_out: HeldOut) -> TrialQuestions:
-        return GeneratedTests(
-            lm=self.lm, sae=self.sae, contexts=self.contexts, train=self.train, held_out=held_out, out=self.out
-        ).questions(questions, self.config.token_change, progress=self.progress)
+        tests = GeneratedTests(lm=self.lm, sae=self.sae, held_out=held_out, out=self.out)
+        return tests.questions(questions, self.config.token_change, progress=self.progress)
 
     def _estimated(self, questions: Questions, ledger: Ledger | None, *, generated: TrialQuestions) -> LLMEstimate:
         config = questions.config
@@ -183,90 +177,21 @@ class LabelStage:
         questions.score(source, self.labels.records, scores=self.scores, controls=self.controls, progress=self.progress)
 
     def _evidence(self) -> tuple[LexicalLabeler, EffectsOf]:
-        projected = self._projected()
         lexical = LexicalLabeler(self.train.store, self.contexts, self.vocabulary)
-        changed = self._changed(lexical)
-        self._score_sides(projected, changed[0] if changed else None)
-        gathered = [*changed, *([projected] if projected is not None else [])]
-
-        def effects(feature: int) -> list[TokenEffects]:
-            return [found for found in gathered if found.promoted(feature)]
-
-        return lexical, effects
+        gathering = EffectsGathering(
+            sae=self.sae,
+            train=self.train,
+            lm=self.lm,
+            out=self.out,
+            config=self.config,
+            contexts=self.contexts,
+            features=self.features,
+            progress=self.progress,
+        )
+        return lexical, gathering.effects(lexical.confidence)
 
     def _held_out(self) -> HeldOut:
         return HeldOut(self.sae, self.test, self.vocabulary, config=self.config.rule_scoring, progress=self.progress)
-
-    def _projected(self) -> TokenEffects | None:
-        if not self.config.vocab_projection:
-            return None
-        path = effects_path(self.out, "vocabproj")
-        if not path.exists():
-            unembedding = find_unembedding(self.lm)
-            width = unembedding.weight.shape[1]
-            if self.sae.d_out != width:
-                self.progress.say(
-                    f"no vocabulary projection: decoder rows are {self.sae.d_out} wide, the residual stream is {width}"
-                )
-                return None
-            effects = vocab_projection(
-                self.sae,
-                unembedding,
-                features=self.features,
-                num=self.config.num_effect_tokens,
-                progress=self.progress,
-            )
-            effects.save(path)
-        return TokenEffects.open(path)
-
-    def _changed(self, lexical: LexicalLabeler) -> list[TokenEffects]:
-        """Returns the effects of turning features up and, where that was done, those of turning them down."""
-        asked = self.config.token_change
-        if asked is None:
-            return []
-        path, path_down = effects_path(self.out, "tokenchange"), effects_path(self.out, "tokenchange_down")
-        if not path.exists():
-            steered = asked.features if asked.features is not None else self._clearest(lexical, asked.num_features)
-            tokens = steering_contexts(self.train, config=asked)
-            if asked.match == "clamp":
-                up, down = clamped_token_change(
-                    self.lm, self.sae, features=steered, tokens=tokens, config=asked, progress=self.progress
-                )
-                down.save(path_down)
-            else:
-                up = token_change(
-                    self.lm,
-                    self.sae,
-                    features=steered,
-                    strengths=steering_strengths(self.contexts, strength=asked.strength),
-                    tokens=tokens,
-                    config=asked,
-                    progress=self.progress,
-                )
-            # Last, as it says that all is there.
-            up.save(path)
-        return [TokenEffects.open(found) for found in (path, path_down) if found.exists()]
-
-    def _score_sides(self, projected: TokenEffects | None, changed: TokenEffects | None) -> None:
-        """Keeps the input score of every projected feature and the output score of those that were steered."""
-        path = self.out / SIDE_SCORES_NAME
-        if projected is None or path.exists():
-            return
-        output = np.full(len(projected.features), np.nan, dtype=np.float32)
-        steered = [] if changed is None else np.intersect1d(changed.features, projected.features).tolist()
-        if steered:
-            output[np.searchsorted(projected.features, steered)] = output_scores(
-                self.lm, self.sae, projected, features=steered, progress=self.progress
-            )
-        tokens = self.train.store.tokens()
-        SideScores(
-            projected.features, input_score=input_scores(self.contexts, tokens, projected), output_score=output
-        ).save(path)
-
-    def _clearest(self, lexical: LexicalLabeler, num: int) -> list[int]:
-        """Returns the `num` labelled features whose rules predict training firings best."""
-        order = np.argsort(-lexical.confidence[self.features], kind="stable")[:num]
-        return sorted(self.features[int(place)] for place in order)
 
     def _label_lexically(self, lexical: LexicalLabeler, effects: EffectsOf) -> None:
         done = {label.feature for label in self.labels.records if label.labeler == LEXICAL}

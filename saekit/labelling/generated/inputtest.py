@@ -70,14 +70,15 @@ class InputTester:
     """One question about each label: sentences that should activate its feature, and others."""
 
     name: ClassVar[ScorerName] = "input"
+    needs_reading: ClassVar[bool] = False
 
     def __init__(self, reader: SentenceReader, threshold: Threshold, config: LLMConfig) -> None:
         self._reader = reader
         self._threshold = threshold
         self._config = config
         self._is_published = config.style == "paper_output_centric"
-        self._prompt = PAPER_PROMPT if self._is_published else PROMPT
-        self._system = prompt_template(self._prompt)
+        self.prompt = PAPER_PROMPT if self._is_published else PROMPT
+        self._system = prompt_template(self.prompt)
 
     def num_trials(self, feature: int) -> int:
         """See `TrialScorer.num_trials`."""
@@ -119,7 +120,7 @@ class InputTester:
             labeler=label.labeler,
             scorer=self.name,
             judge=self._config.model,
-            prompt_version=self._prompt,
+            prompt_version=self.prompt,
             base_rate=0.5,
             num_positive=num,
             num_negative=num,

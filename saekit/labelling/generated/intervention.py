@@ -1,12 +1,12 @@
-"""Does a label tell a judge what turning its feature does to a single text?
+"""Does a label tell a judge what turning its feature does to a single text, in the form of a choice?
 
 For each prompt and strength the judge sees a text written under the feature and one written under another feature from the same
 prompt, and names the first; all pairs of a question have the same other feature, so that what either side's texts have in common
 says no more of the one than of the other.
 
-Source: intervention scoring of Paulo et al. 2024 (arXiv 2410.13928), in the form of a choice. There a model's log-probability of the
-label after steered texts is compared with that after clean ones, for which a judge has to give logprobs of a prompt; and clean texts
-differ from steered ones in more than the label speaks of, which here is the same on both sides.
+Source: intervention scoring of Paulo et al. 2024 (arXiv 2410.13928), for judges that do not say how likely they find a label; see
+`InterventionReader` for the published form. There clean texts differ from steered ones in more than the label speaks of, which here
+is the same on both sides.
 """
 
 import json
@@ -33,10 +33,12 @@ class InterventionJudge:
     """Which text of a pair was written under the feature? Chance is 1 in 2."""
 
     name: ClassVar[ScorerName] = "intervention"
+    needs_reading: ClassVar[bool] = False
 
     def __init__(self, pool: SetPool, config: LLMConfig) -> None:
         self._pool = pool
         self._config = config
+        self.prompt = PROMPT
         self._system = prompt_template(PROMPT)
 
     def num_trials(self, feature: int) -> int:
@@ -90,7 +92,7 @@ class InterventionJudge:
             labeler=label.labeler,
             scorer=self.name,
             judge=self._config.model,
-            prompt_version=PROMPT,
+            prompt_version=self.prompt,
             accuracy=sum(right) / len(right) if is_judged else None,
             base_rate=1 / len(LETTERS),
             num_positive=len(right),

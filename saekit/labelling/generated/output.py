@@ -42,13 +42,14 @@ class OutputJudge:
     """Which set of texts fits the label? Chance is 1 in `num_sets`."""
 
     name: ClassVar[ScorerName] = "output"
+    needs_reading: ClassVar[bool] = False
 
     def __init__(self, pool: SetPool, config: LLMConfig) -> None:
         self._pool = pool
         self._config = config
         self._is_published = config.style == "paper_output_centric"
-        self._prompt = PAPER_PROMPT if self._is_published else PROMPT
-        self._system = prompt_template(self._prompt)
+        self.prompt = PAPER_PROMPT if self._is_published else PROMPT
+        self._system = prompt_template(self.prompt)
 
     def num_trials(self, feature: int) -> int:
         """See `TrialScorer.num_trials`."""
@@ -97,7 +98,7 @@ class OutputJudge:
             labeler=label.labeler,
             scorer=self.name,
             judge=self._config.model,
-            prompt_version=self._prompt,
+            prompt_version=self.prompt,
             accuracy=sum(right) / len(right) if is_judged else None,
             base_rate=1 / num_sets,
             num_positive=len(answers),

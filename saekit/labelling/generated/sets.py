@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from saekit.labelling.generated.texts import SteeredTexts
+from saekit.labelling.generated.texts import CLEAN, SteeredTexts
 from saekit.labelling.records import Label
 
 __all__ = ["SetPool", "described_for_output", "fingerprint"]
@@ -26,8 +26,18 @@ class SetPool:
     def __init__(self, sets: Mapping[int, SteeredTexts], *, seed: int) -> None:
         self._sets = sets
         self._seed = seed
-        self._pool = sorted(feature for feature, own in sets.items() if own.status == "done")
+        self._pool = sorted(feature for feature, own in sets.items() if own.status == "done" and feature != CLEAN)
         self._orders: dict[int, list[int]] = {}
+
+    @property
+    def features(self) -> list[int]:
+        """Those that have a set, ascending."""
+        return list(self._pool)
+
+    @property
+    def clean(self) -> tuple[str, ...]:
+        """Texts written with no feature turned; none where they were not asked for."""
+        return self._sets[CLEAN].texts if CLEAN in self._sets else ()
 
     def problem(self, feature: int, num_sets: int) -> str | None:
         """Returns why a feature cannot be judged; None: it can."""

@@ -5,6 +5,8 @@ texts are written anew for every description; here all labels are judged on the 
 """
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +31,11 @@ from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae import SAE
 from saekit.sae.batch import token_code
 
-__all__ = ["STEERED_NAME", "SteeredTexts", "Steerer", "steered_texts"]
+__all__ = ["CLEAN", "STEERED_NAME", "SteeredTexts", "Steerer", "steered_texts"]
 
 STEERED_NAME = "steered.jsonl"
+CLEAN = -1
+"""Stands as feature of the texts that are written with none turned."""
 FAR_OFF = 2.0
 """A KL is missed where it is off by more than this factor."""
 
@@ -40,7 +44,9 @@ class SteeredTexts(Config):
     """One feature's set of texts, or the reason why there is none."""
 
     feature: int
-    """Index of the feature in the dictionary."""
+    """Index of the feature in the dictionary; `CLEAN`: of none."""
+    setup: str | None = None
+    """Hash of how texts are written and strengths matched. Texts of another one are not used."""
     texts: tuple[str, ...] = ()
     """Prompt and what was written after it: for each prompt, each strength and each sample, the last fastest."""
     strengths: tuple[float, ...] = ()
@@ -95,6 +101,10 @@ class Steerer:
         self._start = torch.from_numpy(start)
         self._hook_point, self._hook_point_out = sae.hook_point, sae.hook_point_out
         self._prompts = [torch.tensor([self._ids(prompt)]) for prompt in config.prompts]
+        drawn = config.model_dump(mode="json", exclude={"num_sets", "num_trials", "batch_rows"})
+        values = [drawn, seed, None if contexts is None else contexts.tolist()]
+        self.setup = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+        """See `SteeredTexts.setup`; dictionary and model are those of the folder."""
         self._contexts: SteeredContexts | None = None
         self._reconstructions: list[Reconstruction] = []
         if config.match == "clamp":
@@ -102,6 +112,11 @@ class Steerer:
         else:
             assert contexts is not None, "kl needs texts to match strengths on"
             self._contexts = SteeredContexts(lm, sae, contexts, where="steered texts")
+
+    def write_clean(self) -> SteeredTexts:
+        """Returns as many texts as a feature has, written from the same prompts with no feature turned."""
+        (texts,) = self._written([self._sae.cfg.d_sae], None)
+        return SteeredTexts(feature=CLEAN, setup=self.setup, texts=texts)
 
     def write(self, features: Sequence[int]) -> list[SteeredTexts]:
         """Returns the sets of some features, all of whose texts are written at once."""
@@ -123,6 +138,7 @@ class Steerer:
         return [
             SteeredTexts(
                 feature=feature,
+                setup=self.setup,
                 texts=next(of_good) if reason is None else (),
                 strengths=tuple(values),
                 kl=tuple(kl),
@@ -149,8 +165,8 @@ class Steerer:
                 return f"no strength moves the model by {abs(target):g} nats, the nearest by {kl:.3g}"
         return None
 
-    def _written(self, features: Sequence[int], turned: _Turned) -> list[tuple[str, ...]]:
-        """Returns the texts of each feature."""
+    def _written(self, features: Sequence[int], turned: _Turned | None) -> list[tuple[str, ...]]:
+        """Returns the texts of each feature; None: nothing is turned."""
         config = self.config
         each = len(config.kl_targets) * config.num_samples
         by_prompt: list[list[str]] = []
@@ -160,7 +176,7 @@ class Steerer:
                 for feature in features
             ]
             tokens = ids.repeat(len(features) * each, 1)
-            with self._steered(turned):
+            with contextlib.nullcontext() if turned is None else self._steered(turned):
                 written = continuations(
                     self._lm, tokens, torch.from_numpy(np.concatenate(draws)), temperature=config.temperature
                 )
@@ -217,15 +233,21 @@ class Steerer:
 
 
 def steered_texts(
-    steerer: Steerer, features: Sequence[int], *, out: Path, progress: Progress = NO_PROGRESS
+    steerer: Steerer,
+    features: Sequence[int],
+    *,
+    out: Path,
+    with_clean: bool = False,
+    progress: Progress = NO_PROGRESS,
 ) -> dict[int, SteeredTexts]:
     """Returns each feature's set; those that are in the folder are not written again.
 
     Args:
         out: folder of `steered.jsonl`.
+        with_clean: texts written with no feature turned too, under `CLEAN`.
     """
     file = RecordFile(out / STEERED_NAME, SteeredTexts)
-    known = {record.feature for record in file.records}
+    known = {record.feature for record in file.records if record.setup == steerer.setup}
     config = steerer.config
     at_once = max(1, config.batch_rows // (len(config.kl_targets) * config.num_samples))
     left = [feature for feature in features if feature not in known]
@@ -234,5 +256,7 @@ def steered_texts(
             chunk = left[start : start + at_once]
             file.extend(steerer.write(chunk))
             task.advance(len(chunk))
-    wanted = set(features)
-    return {record.feature: record for record in file.records if record.feature in wanted}
+    if with_clean and CLEAN not in known:
+        file.extend([steerer.write_clean()])
+    wanted = {*features, *([CLEAN] if with_clean else [])}
+    return {r.feature: r for r in file.records if r.feature in wanted and r.setup == steerer.setup}

@@ -1,15 +1,17 @@
 """Questions of which one label needs several, each by itself: what one of them shows would give another's answer away."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 from saekit.labelling.asking import LabellingModel, ask_in_rounds
 from saekit.labelling.chat import Answer, ChatRequest
+from saekit.labelling.generated.interventiongain import InterventionReader
 from saekit.labelling.llmconfig import LLMConfig
 from saekit.labelling.records import Label, Score, ScorerName
 from saekit.labelling.scoring.controls import Controls
 from saekit.labelling.store import RecordFile
+from saekit.labelling.textreading import probe_request, why_unread
 from saekit.progress import NO_PROGRESS, Progress
 
 __all__ = ["TrialQuestions", "TrialScorer"]
@@ -19,6 +21,10 @@ class TrialScorer(Protocol):
     """Asks a labelling model about one label in several trials."""
 
     name: ClassVar[ScorerName]
+    needs_reading: ClassVar[bool]
+    """Whether a judge has to say how likely the tokens of a text are that it reads."""
+    prompt: str
+    """Name of its prompt."""
 
     def num_trials(self, feature: int) -> int:
         """Returns how many questions there are about a label of a feature; 0: none can be asked."""
@@ -42,10 +48,6 @@ class _Job:
     label: Label
 
     @property
-    def key(self) -> tuple[int, str, str]:
-        return self.label.feature, self.label.labeler, self.scorer.name
-
-    @property
     def num_trials(self) -> int:
         return self.scorer.num_trials(self.label.feature)
 
@@ -60,12 +62,40 @@ class TrialQuestions:
     judged: Sequence[str]
     """Names of those whose labels are scored, in order."""
     config: LLMConfig
+    setup: str = ""
+    """See `Score.setup`."""
 
-    def requests(self, labels: Sequence[Label]) -> list[ChatRequest]:
-        """Returns the first questions about labels, some of which may be stand-ins, and about controls."""
-        return [
-            job.scorer.request(job.label, trial) for job in self._jobs(labels)[0] for trial in range(job.num_trials)
-        ]
+    def requests(self, labels: Sequence[Label], *, done: Iterable[Score] = ()) -> list[ChatRequest]:
+        """Returns the first questions about labels, some of which may be stand-ins, and about controls.
+
+        Args:
+            done: scores that are not asked for again.
+        """
+        known = {_key(score) for score in done}
+        left = [job for job in self._jobs(labels)[0] if self._key(job) not in known]
+        probes = [probe_request(self.config.model)] if any(scorer.needs_reading for scorer in self.scorers) else []
+        return probes + [job.scorer.request(job.label, trial) for job in left for trial in range(job.num_trials)]
+
+    def answerable(self, model: LabellingModel, progress: Progress = NO_PROGRESS) -> "TrialQuestions":
+        """Returns the questions that the model can answer; where it gives no logprobs of texts that it reads, says so in one line.
+
+        Raises:
+            LabelerError: the model cannot be used, or a cap is reached.
+        """
+        if not any(scorer.needs_reading for scorer in self.scorers):
+            return self
+        reason = why_unread(model)
+        if reason is None:
+            return self
+        progress.say(f"no logprobs of a text that is read, so intervention is asked as a choice ({reason})")
+        written = [s.in_writing() if isinstance(s, InterventionReader) else s for s in self.scorers]
+        return replace(self, scorers=written)
+
+    def is_stale(self, score: Score) -> bool:
+        """Returns whether a score is of the same judge and scorer on other texts."""
+        is_asked = score.judge == self.config.model and score.scorer in {scorer.name for scorer in self.scorers}
+        is_own = score.labeler in self.judged or "control:" in score.labeler
+        return is_asked and is_own and score.setup != self.setup
 
     def score(
         self,
@@ -81,15 +111,31 @@ class TrialQuestions:
         Raises:
             LabelerError: the model cannot be used, or a cap is reached; what was answered is in the ledger.
         """
-        known = {(score.feature, score.labeler, score.scorer) for score in (*scores.records, *controls.records)}
+        self.answerable(model, progress)._score(model, labels, scores, controls, progress)
+
+    def _score(
+        self,
+        model: LabellingModel,
+        labels: Sequence[Label],
+        scores: RecordFile[Score],
+        controls: RecordFile[Score],
+        progress: Progress,
+    ) -> None:
+        known = {_key(score) for score in (*scores.records, *controls.records)}
         jobs, num_own = self._jobs(labels)
-        left = [(job, number >= num_own) for number, job in enumerate(jobs) if job.key not in known]
+        left = [(job, number >= num_own) for number, job in enumerate(jobs) if self._key(job) not in known]
         answers = self._asked(model, [job for job, _ in left], progress)
         with progress.task("scores of generated texts", len(jobs), "labels", done=len(jobs) - len(left)) as task:
             for number, (job, is_control) in enumerate(left):
                 found = [answers[number, trial] for trial in range(job.num_trials)]
-                (controls if is_control else scores).extend([job.scorer.score(job.label, found)])
+                score = job.scorer.score(job.label, found).model_copy(update={"setup": self.setup})
+                (controls if is_control else scores).extend([score])
                 task.advance(1)
+
+    def _key(self, job: _Job) -> tuple[object, ...]:
+        """Returns what a job's score is known by."""
+        feature, labeler = job.label.feature, job.label.labeler
+        return feature, labeler, job.scorer.name, self.config.model, job.scorer.prompt, self.setup
 
     def _jobs(self, labels: Sequence[Label]) -> tuple[list[_Job], int]:
         """Returns what is scored, the controls last, and how many come before them."""
@@ -129,3 +175,7 @@ class TrialQuestions:
 
             ask_in_rounds(model, trials, request=request, take=take, attempts=self.config.attempts)
         return last
+
+
+def _key(score: Score) -> tuple[object, ...]:
+    return score.feature, score.labeler, score.scorer, score.judge, score.prompt_version, score.setup

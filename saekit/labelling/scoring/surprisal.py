@@ -92,16 +92,16 @@ class SurprisalScorer:
         return score_graded(label, pieces, saved, judged).model_copy(update={"gain": gain})
 
 
-def text_logprob(reply: ChatReply) -> float | None:
-    """Returns the log-likelihood of what stands behind `MARK` in a text that was read, in nats.
+def text_logprob(reply: ChatReply, *, mark: str = MARK) -> float | None:
+    """Returns the log-likelihood of what stands behind a mark in a text that was read, in nats.
 
     None where the mark is not in the tokens that came back, nothing stands behind it, or a token there has no number.
     """
     joined = "".join(token.text for token in reply.logprobs)
-    at = joined.rfind(MARK)
+    at = joined.rfind(mark)
     if at < 0:
         return None
-    border, place, total = at + len(MARK), 0, 0.0
+    border, place, total = at + len(mark), 0, 0.0
     is_empty = True
     for token in reply.logprobs:
         place += len(token.text)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from saekit.errors import ConfigError
 from saekit.labelling import Label, LabelConfig, LLMConfig, RuleScoringConfig
@@ -18,23 +19,25 @@ from saekit.labelling.evidence.clamp import Reconstruction
 from saekit.labelling.generated.config import SteeredConfig
 from saekit.labelling.generated.inputtest import InputTester, SentenceReader
 from saekit.labelling.generated.intervention import InterventionJudge
+from saekit.labelling.generated.interventiongain import InterventionReader
 from saekit.labelling.generated.output import OutputJudge
 from saekit.labelling.generated.sets import SetPool
 from saekit.labelling.generated.strength import clamped_strengths
-from saekit.labelling.generated.texts import SteeredTexts, Steerer, steered_texts
+from saekit.labelling.generated.texts import CLEAN, SteeredTexts, Steerer, steered_texts
 from saekit.labelling.generated.trials import TrialQuestions, TrialScorer
 from saekit.labelling.ledger import Ledger
-from saekit.labelling.live import OpenAIChat
 from saekit.labelling.records import Score
 from saekit.labelling.scoring.controls import Controls
 from saekit.labelling.scoring.rule import HeldOut
+from saekit.labelling.scoring.summary import summarise_scores
 from saekit.labelling.store import RecordFile
 from saekit.labelling.tokencode import opening, token_ids
 from saekit.labelling.vocabulary import Vocabulary
 from saekit.models import LanguageModel, find_unembedding, load_model, logits, replace
-from saekit.sae import JumpReLUConfig, JumpReLUSAE, TopKConfig, TopKSAE
+from saekit.sae import JumpReLUConfig, JumpReLUSAE, TopKConfig, TopKSAE, Transcoder, TranscoderConfig
+from tests.saekit.labelling.inprocess import InProcess
 from tests.saekit.labelling.planted import WordTokenizer, World
-from tests.saekit.labelling.stub import StubServer, serving
+from tests.saekit.labelling.stub import Fault
 
 HOOK = "model.layers.2"
 NUM = 6
@@ -185,6 +188,11 @@ def test_published_clamp_is_the_published_one(lm, sae) -> None:
         assert text == " ".join(continued.split())
 
 
+@pytest.fixture(scope="module")
+def held_out(world: World) -> HeldOut:
+    return HeldOut(world.sae, world.test, Vocabulary(WordTokenizer()), config=RuleScoringConfig())
+
+
 # What a label says of feature f in the following is the word `w<f>`, which its texts carry.
 
 
@@ -200,10 +208,9 @@ def _pool(num: int, *, seed: int = 0) -> SetPool:
 
 
 def _score(
-    scorer: TrialScorer, world: World, folder, server: StubServer, labels: list[Label], *, num_controlled: int = 0
+    scorer: TrialScorer, held_out: HeldOut, folder, judge: InProcess, labels: list[Label], *, num_controlled: int = 0
 ) -> tuple[list[Score], list[Score], Ledger]:
-    config = LLMConfig(model="stub", base_url=server.url, concurrency=1, num_controlled=num_controlled, attempts=1)
-    held_out = HeldOut(world.sae, world.test, Vocabulary(WordTokenizer()), config=RuleScoringConfig())
+    config = LLMConfig(model="stub", num_controlled=num_controlled, attempts=1)
     questions = TrialQuestions(
         scorers=[scorer],
         controls=Controls(held_out, seed=0),
@@ -212,8 +219,8 @@ def _score(
         config=config,
     )
     scores, controls = RecordFile(folder / "scores.jsonl", Score), RecordFile(folder / "controls.jsonl", Score)
-    ledger = Ledger(folder / "ledger.sqlite")
-    model = LabellingModel(OpenAIChat(config), ledger, config)
+    ledger = Ledger(":memory:")
+    model = LabellingModel(judge, ledger, config)
     questions.score(model, labels, scores=scores, controls=controls)
     return scores.records, controls.records, ledger
 
@@ -255,13 +262,13 @@ SCORERS = {"output": (OutputJudge, 3), "intervention": (InterventionJudge, 2)}
 
 @pytest.mark.parametrize("flip", [0.0, 0.2, None], ids=["honest", "noisy", "tossing"])
 @pytest.mark.parametrize("name", SCORERS)
-def test_noisy_judge_scores_its_closed_form(world, tmp_path, name: str, flip: float | None) -> None:
+def test_noisy_judge_scores_its_closed_form(held_out, tmp_path, name: str, flip: float | None) -> None:
     make, options = SCORERS[name]
     chance = 1 / options
     flip = 1 - chance if flip is None else flip
     scorer = make(_pool(24), LLMConfig(model="stub"))
-    with serving(WordJudge(flip)) as server:
-        scores, controls, ledger = _score(scorer, world, tmp_path, server, _labels(24), num_controlled=24)
+    judge = InProcess(WordJudge(flip))
+    scores, controls, ledger = _score(scorer, held_out, tmp_path, judge, _labels(24), num_controlled=24)
     assert len(scores) == 24
     right = [verdict for score in scores for verdict in score.right]
     assert _is_binomial(sum(right), len(right), 1 - flip)
@@ -269,7 +276,7 @@ def test_noisy_judge_scores_its_closed_form(world, tmp_path, name: str, flip: fl
         assert (score.scorer, score.judge, score.base_rate, score.reason) == (name, "stub", chance, None)
         assert score.accuracy == np.mean(score.right)
         assert score.low - 1e-9 <= score.accuracy <= score.high + 1e-9
-    assert ledger.num_sent == len(server.requests) == 4 * (len(scores) + len(controls))
+    assert ledger.num_sent == len(judge.requests) == 4 * (len(scores) + len(controls))
     by_control = Counter(score.labeler for score in controls)
     assert by_control == {f"control:{kind}": 24 for kind in ("empty", "random", "shuffled")}
     for kind in by_control:
@@ -326,24 +333,153 @@ def test_all_labels_of_a_feature_are_judged_on_the_same_sets() -> None:
         assert scorer.score(one, answers).pieces == scorer.score(two, answers).pieces
 
 
-def test_two_labels_are_compared_on_the_trials_that_both_were_judged_in(world, tmp_path) -> None:
+def test_two_labels_are_compared_on_the_trials_that_both_were_judged_in(held_out, tmp_path) -> None:
     scorer = OutputJudge(_pool(12), LLMConfig(model="stub"))
     scores = []
     for name, flip in (("a", 0.0), ("b", 0.5)):
         (tmp_path / name).mkdir()
-        with serving(WordJudge(flip)) as server:
-            scores.append(_score(scorer, world, tmp_path / name, server, _labels(12))[0])
+        judge = InProcess(WordJudge(flip))
+        scores.append(_score(scorer, held_out, tmp_path / name, judge, _labels(12))[0])
     (found,) = compare_scores(*scores)
     assert (found.scorer, found.num_features, found.f1_a, found.num_pieces) == ("output", 12, 1.0, 48)
     assert found.difference == pytest.approx(found.f1_b - 1)
     assert (found.only_a, found.only_b) == (48 - sum(sum(score.right) for score in scores[1]), 0)
 
 
-def test_unusable_answers_count_as_wrong_and_have_a_reason(world, tmp_path) -> None:
+def test_unusable_answers_count_as_wrong_and_have_a_reason(held_out, tmp_path) -> None:
     scorer = OutputJudge(_pool(4), LLMConfig(model="stub"))
-    with serving(lambda _, number: '{"set": 9}' if number else "no idea") as server:
-        scores, _, _ = _score(scorer, world, tmp_path, server, _labels(4)[:1])
+    judge = InProcess(lambda _, number: '{"set": 9}' if number else "no idea")
+    scores, _, _ = _score(scorer, held_out, tmp_path, judge, _labels(4)[:1])
     assert [(s.accuracy, s.num_unparsed, s.right, s.reason) for s in scores] == [(None, 4, (), "no usable answer")]
+
+
+# Judges of texts that the model really wrote.
+
+PLAINLY = CONFIG.model_copy(update={"kl_targets": (3.0,), "num_trials": 3})
+
+
+class CountingJudge:
+    """Names the set in which the described token stands most often."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.tokenizer = lm.tokenizer
+
+    def __call__(self, body: dict[str, object], _: int) -> str:
+        described, _, shown = _user(body).partition("\n\n")
+        token = int(described.split("token ")[1])
+        counts = [token_ids(self.tokenizer, text.partition("\n")[2]).count(token) for text in shown.split("\n\n")]
+        return json.dumps({"set": 1 + int(np.argmax(counts))})
+
+
+def _planted_labels() -> list[Label]:
+    """The truth about each feature, and about each twin what is true of the other one."""
+    return [
+        Label(feature=f, labeler="llm:stub", label="planted", promotes=f"token {100 + f % NUM}") for f in range(2 * NUM)
+    ]
+
+
+def _counted(lm: LanguageModel, pool: SetPool, held_out: HeldOut, folder, config: SteeredConfig) -> NDArray:
+    scorer = OutputJudge(pool, LLMConfig(model="stub", steered=config))
+    scores, _, _ = _score(scorer, held_out, folder, InProcess(CountingJudge(lm)), _planted_labels())
+    assert all(score.num_unparsed == 0 for score in scores)
+    return np.array([score.accuracy for score in sorted(scores, key=lambda score: score.feature)])
+
+
+def test_true_labels_win_on_really_steered_texts_and_flipped_twins_do_not(lm, steer, held_out, tmp_path) -> None:
+    written = {record.feature: record for record in steer(PLAINLY).write(range(2 * NUM))}
+    found = _counted(lm, SetPool(written, seed=0), held_out, tmp_path, PLAINLY)
+    # Of 18 trials of a judge that tosses, so many are right once in 10,000 times.
+    assert found[:NUM].mean() > 0.75
+    # What a twin makes unlikely is to be had in others' sets alone.
+    assert found[NUM:].mean() < 0.5
+
+
+def test_a_transcoder_s_texts_are_steered_where_it_writes(lm, contexts, held_out, tmp_path) -> None:
+    weight = find_unembedding(lm).weight.detach().float()
+    rows = torch.nn.functional.normalize(weight[100 : 100 + NUM] - weight.mean(dim=0), dim=1)
+    cfg = TranscoderConfig(d_in=lm.d_model, d_out=lm.d_model, d_sae=2 * NUM, k=4)
+    coder = Transcoder(cfg, hook_point="model.layers.0", source={"target_hook_point": HOOK})
+    with torch.no_grad():
+        coder.W_dec.copy_(torch.cat([rows, -rows]))
+    start = np.ones(2 * NUM, dtype=np.float32)
+    records = Steerer(lm, coder, PLAINLY, contexts=contexts, start=start).write(range(2 * NUM))
+    assert _raised(lm, coder, records[0]) > 1
+    found = _counted(lm, SetPool({r.feature: r for r in records}, seed=0), held_out, tmp_path, PLAINLY)
+    assert found[:NUM].mean() > 0.75
+
+
+class Reading:
+    """Finds a description likelier after texts with its word, and the other way round with probability `flip`."""
+
+    def __init__(self, flip: float = 0.0) -> None:
+        self.flip, self.random = flip, random.Random(1)
+
+    def __call__(self, body: dict[str, object], _: int) -> object:
+        if "prompt" not in body:
+            return WordJudge(self.flip)(body, 0)
+        prompt = str(body["prompt"])
+        text, _, described = prompt.rpartition("\n\nDescription:\n")
+        word = re.search(r"w\d+", described)
+        fits = bool(word) and (bool(re.search(rf"\b{word[0]}\b", text)) ^ (self.random.random() < self.flip))
+        tokens = re.findall(r"\s+|\S+", prompt)
+        numbers = [None, *[-1.0 if fits else -2.0 for _ in tokens[1:]]]
+        logprobs = {"tokens": tokens, "token_logprobs": numbers, "top_logprobs": [None, *({} for _ in tokens[1:])]}
+        usage = {"prompt_tokens": len(tokens), "completion_tokens": 1}
+        return {"choices": [{"text": prompt, "finish_reason": "length", "logprobs": logprobs}], "usage": usage}
+
+
+def _clean_pool(num: int) -> SetPool:
+    """The sets of `_pool`, and clean texts of no feature's word."""
+    pool, plain = _pool(num), SteeredConfig().set_size
+    made = {feature: SteeredTexts(feature=feature, texts=pool.texts(feature)) for feature in range(num)}
+    return SetPool(
+        {**made, CLEAN: SteeredTexts(feature=CLEAN, texts=tuple(f"the of and {n}" for n in range(plain)))}, seed=0
+    )
+
+
+@pytest.mark.parametrize("flip", [0.0, 0.3], ids=["honest", "noisy"])
+def test_noisy_reader_of_labels_gains_its_closed_form(held_out, tmp_path, flip: float) -> None:
+    scorer, judge = InterventionReader(_clean_pool(10), LLMConfig(model="stub")), InProcess(Reading(flip))
+    scores, controls, ledger = _score(scorer, held_out, tmp_path, judge, _labels(10), num_controlled=2)
+    # Each text once for each label, however many features share it, and the one by which it was seen that the judge reads.
+    assert ledger.num_sent == len(judge.requests) == len({str(body["prompt"]) for body in judge.requests})
+    assert sum(str(body["prompt"]).endswith(": w3") for body in judge.requests) >= 2 * SteeredConfig().set_size
+    right = [verdict for score in scores for verdict in score.right]
+    # Likelier after the steered text and not after the clean one.
+    assert _is_binomial(sum(right), len(right), (1 - flip) ** 2)
+    # Nats: one for each token of the label, spaces among them.
+    tokens = len(re.findall(r"\s+|\S+", "x Makes more likely: w1"))
+    mean = float(np.mean([score.gain for score in scores]))
+    assert mean == pytest.approx(tokens * (1 - 2 * flip), abs=1e-9 if flip == 0 else 2.2)
+    assert {(s.scorer, s.prompt_version, s.base_rate) for s in scores} == {
+        ("intervention", "intervention_gain_v1", 0.5)
+    }
+    empty = [score for score in controls if score.labeler in {"control:empty", "control:random"}]
+    assert {(score.gain, score.accuracy) for score in empty} == {(0.0, 0.0)}
+    (summary, *_) = summarise_scores(scores, controls)
+    assert summary["gain"] == pytest.approx(mean)
+    assert compare_scores(scores, scores)[0].num_pieces == len(right)
+
+
+def test_judge_that_reads_nothing_is_given_the_choice(held_out, tmp_path) -> None:
+    judge = InProcess(lambda body, n: Fault(404) if "prompt" in body else WordJudge(0.0)(body, n))
+    scorer = InterventionReader(_clean_pool(6), LLMConfig(model="stub"))
+    scores, _, _ = _score(scorer, held_out, tmp_path, judge, _labels(6))
+    assert {(s.prompt_version, s.accuracy, s.gain, s.reason) for s in scores} == {("intervention_v1", 1.0, None, None)}
+
+
+def test_clean_texts_are_written_once_with_no_feature_turned(lm, sae, steer, tmp_path) -> None:
+    found = steered_texts(steer(), [1], out=tmp_path, with_clean=True)
+    assert len(found[CLEAN].texts) == CONFIG.set_size
+    (again,) = (steered_texts(steer(), [1], out=tmp_path, with_clean=True)[CLEAN],)
+    assert again == found[CLEAN]
+    assert SetPool(found, seed=0).features == [1]
+    still = TopKSAE(sae.cfg, hook_point=HOOK)
+    with torch.no_grad():
+        still.W_dec.zero_()
+    assert steer(sae=still).write_clean().texts == found[CLEAN].texts
+    other = steer(CONFIG.model_copy(update={"num_tokens": 3}))
+    assert steered_texts(other, [1], out=tmp_path)[1].texts != found[1].texts
 
 
 # The input side: features that fire on one token each.
@@ -391,32 +527,32 @@ class Writer:
         return json.dumps(kinds)
 
 
-def test_sentences_of_the_true_label_activate_and_of_others_do_not(lm, reading, world, tmp_path) -> None:
+def test_sentences_of_the_true_label_activate_and_of_others_do_not(lm, reading, held_out, tmp_path) -> None:
     sae, words = reading
     tester = InputTester(SentenceReader(lm, sae), lambda _: 0.0, LLMConfig(model="stub"))
     true = [Label(feature=f, labeler="llm:stub", label=f"word{word}") for f, word in enumerate(words)]
-    with serving(Writer(words)) as server:
-        scores, controls, ledger = _score(tester, world, tmp_path, server, true, num_controlled=3)
+    judge = InProcess(Writer(words))
+    scores, controls, ledger = _score(tester, held_out, tmp_path, judge, true, num_controlled=3)
     assert [(s.accuracy, s.f1, s.auprc, s.recall, s.base_rate) for s in scores] == [(1.0, 1.0, 1.0, 1.0, 0.5)] * 3
     assert {s.labeler for s in controls} == {"control:empty", "control:random", "control:shuffled"}
     assert {(s.accuracy, s.f1, s.auprc, s.reason) for s in controls} == {(0.0, 0.0, 0.5, None)}
-    assert ledger.num_sent == len(server.requests)
+    assert ledger.num_sent == len(judge.requests)
     assert all(len(s.right) == len(s.pieces) == 20 for s in scores)
 
 
-def test_noisy_writer_scores_its_closed_form_and_weak_firings_count_as_none(lm, reading, world, tmp_path) -> None:
+def test_noisy_writer_scores_its_closed_form_and_weak_firings_count_as_none(lm, reading, held_out, tmp_path) -> None:
     sae, words = reading
     labels = [Label(feature=f, labeler="llm:stub", label=f"word{word}") for f, word in enumerate(words)]
     tester = InputTester(SentenceReader(lm, sae), lambda _: 0.0, LLMConfig(model="stub"))
-    with serving(Writer(words, flip=0.3)) as server:
-        scores, _, _ = _score(tester, world, tmp_path, server, labels)
+    judge = InProcess(Writer(words, flip=0.3))
+    scores, _, _ = _score(tester, held_out, tmp_path, judge, labels)
     right = [verdict for score in scores for verdict in score.right]
     assert _is_binomial(sum(right), len(right), 0.7)
     assert all(score.low - 1e-9 <= score.auprc <= score.high + 1e-9 for score in scores)
     (tmp_path / "b").mkdir()
     high = InputTester(SentenceReader(lm, sae), lambda _: 1e6, LLMConfig(model="stub"))
-    with serving(Writer(words)) as server:
-        scores, _, _ = _score(high, world, tmp_path / "b", server, labels)
+    judge = InProcess(Writer(words))
+    scores, _, _ = _score(high, held_out, tmp_path / "b", judge, labels)
     assert {(score.accuracy, score.recall, score.auprc) for score in scores} == {(1.0, 0.0, 0.5)}
 
 
