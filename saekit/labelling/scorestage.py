@@ -166,7 +166,8 @@ class ScoreStage:
         questions = self._questions(config, chosen)
         generated = self._generated(questions)
         if client is None:
-            reads = all(scorer.needs_reading for scorer in (*questions.scorers, *generated.scorers))
+            reads = all(scorer.needs_reading for scorer in questions.scorers)
+            reads = reads and all(scorer.needs_reading for scorer in generated.scorers)
             client = make_client(config, chats=not reads)
         model = LabellingModel(client, ledger, config, progress=self.progress)
         questions = answerable(model, questions, self.progress)

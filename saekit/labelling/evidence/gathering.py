@@ -35,7 +35,7 @@ class EffectsGathering:
     features: list[int]
     progress: Progress
 
-    def effects(self, confidence: NDArray[np.float32]) -> EffectsOf:
+    def effects(self, confidence: NDArray[np.float64]) -> EffectsOf:
         """Returns feature -> its token effects, those by steering first; input and output scores are kept beside them.
 
         Args:
@@ -68,7 +68,7 @@ class EffectsGathering:
             effects.save(path)
         return TokenEffects.open(path)
 
-    def _changed(self, confidence: NDArray[np.float32]) -> list[TokenEffects]:
+    def _changed(self, confidence: NDArray[np.float64]) -> list[TokenEffects]:
         """Returns the effects of turning features up and, where that was done, those of turning them down."""
         asked = self.config.token_change
         if asked is None:
@@ -112,7 +112,7 @@ class EffectsGathering:
             projected.features, input_score=input_scores(self.contexts, tokens, projected), output_score=output
         ).save(path)
 
-    def _clearest(self, confidence: NDArray[np.float32], num: int) -> list[int]:
+    def _clearest(self, confidence: NDArray[np.float64], num: int) -> list[int]:
         """Returns the `num` labelled features whose rules predict training firings best."""
         order = np.argsort(-confidence[self.features], kind="stable")[:num]
         return sorted(self.features[int(place)] for place in order)

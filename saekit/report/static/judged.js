@@ -38,7 +38,7 @@ saekit.judged = (() => {
     const main = MAIN[score.scorer] ?? figures[0];
     const line = (name) => {
       const [key, referenceName] = REFERENCES[name] ?? [];
-      const [low, high] = name === main ? [score.low, score.high] : (INTERVALS[name] ?? []).map((end) => score[end]);
+      const [low, high] = (INTERVALS[name] ?? (name === main ? ["low", "high"] : [])).map((end) => score[end]);
       const reference = key && isNumber(score[key]) ? score[key] : undefined;
       const details = [range(low, high) && `95 %: ${range(low, high)}`, isNumber(reference) && `${referenceName} ${number(reference, 2)}`].filter(Boolean);
       const isShare = score[name] >= 0 && score[name] <= 1;

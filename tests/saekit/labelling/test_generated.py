@@ -42,6 +42,8 @@ from tests.saekit.labelling.stub import Fault
 HOOK = "model.layers.2"
 NUM = 6
 """Planted features; NUM + i is i with the sign of its decoder row flipped."""
+FIRST = 40
+"""Token that the first of them writes: capitals, each of which a text gives back when it is read."""
 CONFIG = SteeredConfig(prompts=("I think", "We"), kl_targets=(1.0,), num_samples=2, num_tokens=8, batch_rows=4)
 STANDARD_ERRORS = 4
 
@@ -57,10 +59,10 @@ def lm(tiny_model_dir) -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def sae(lm: LanguageModel) -> TopKSAE:
-    """Feature i writes the unembedding row of token 100 + i."""
+    """Feature i writes the unembedding row of token FIRST + i."""
     sae = TopKSAE(TopKConfig(d_in=lm.d_model, d_sae=2 * NUM, k=4), hook_point=HOOK, seed=3)
     weight = find_unembedding(lm).weight.detach().float()
-    rows = torch.nn.functional.normalize(weight[100 : 100 + NUM] - weight.mean(dim=0), dim=1)
+    rows = torch.nn.functional.normalize(weight[FIRST : FIRST + NUM] - weight.mean(dim=0), dim=1)
     with torch.no_grad():
         sae.W_dec.copy_(torch.cat([rows, -rows]))
     return sae
@@ -84,7 +86,7 @@ def sets(steer) -> dict[int, SteeredTexts]:
 
 def _raised(lm: LanguageModel, sae: TopKSAE, record: SteeredTexts) -> float:
     """How much likelier the planted token is, by the strength of a record."""
-    token = 100 + record.feature % NUM
+    token = FIRST + record.feature % NUM
     ids = torch.tensor([[0, *range(5, 12)]])
     clean = torch.log_softmax(logits(lm, ids), dim=-1)[0, 1:, token]
     push = record.strengths[0] * sae.W_dec[record.feature].detach()
@@ -96,7 +98,8 @@ def test_features_are_turned_equally_far_and_twins_the_other_way(lm, sae, sets) 
     for record in sets.values():
         assert record.status == "done"
         assert record.kl[0] == pytest.approx(1.0, rel=0.101)
-        assert len(record.texts) == CONFIG.set_size == len(set(record.texts))
+        assert len(record.texts) == CONFIG.set_size
+        assert len(set(record.texts)) > 1
         assert [text.startswith(("I think", "We")) for text in record.texts] == [True] * 4
     for feature in range(NUM):
         assert _raised(lm, sae, sets[feature]) > 1 > -1 > _raised(lm, sae, sets[NUM + feature])
@@ -374,7 +377,8 @@ class CountingJudge:
 def _planted_labels() -> list[Label]:
     """The truth about each feature, and about each twin what is true of the other one."""
     return [
-        Label(feature=f, labeler="llm:stub", label="planted", promotes=f"token {100 + f % NUM}") for f in range(2 * NUM)
+        Label(feature=f, labeler="llm:stub", label="planted", promotes=f"token {FIRST + f % NUM}")
+        for f in range(2 * NUM)
     ]
 
 
@@ -396,7 +400,7 @@ def test_true_labels_win_on_really_steered_texts_and_flipped_twins_do_not(lm, st
 
 def test_a_transcoder_s_texts_are_steered_where_it_writes(lm, contexts, held_out, tmp_path) -> None:
     weight = find_unembedding(lm).weight.detach().float()
-    rows = torch.nn.functional.normalize(weight[100 : 100 + NUM] - weight.mean(dim=0), dim=1)
+    rows = torch.nn.functional.normalize(weight[FIRST : FIRST + NUM] - weight.mean(dim=0), dim=1)
     cfg = TranscoderConfig(d_in=lm.d_model, d_out=lm.d_model, d_sae=2 * NUM, k=4)
     coder = Transcoder(cfg, hook_point="model.layers.0", source={"target_hook_point": HOOK})
     with torch.no_grad():
