@@ -85,7 +85,7 @@ def open_site(browser: Any) -> Iterator[Callable[..., Site]]:
 
     def make(folder: Path, **options: Any) -> Site:
         context = browser.new_context(viewport={"width": 1400, "height": 900}, **options)
-        context.set_default_timeout(15_000)
+        context.set_default_timeout(60_000)
         sites.append(Site(context.new_page(), folder))
         return sites[-1]
 
