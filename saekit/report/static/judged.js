@@ -91,7 +91,7 @@ saekit.judged = (() => {
     const parts = [
       llm.model, `${integer(llm.requests_sent)} requests`, `${integer(llm.input_tokens)} input and ${integer(llm.output_tokens)} output tokens`,
       isNumber(llm.cost) ? `$${number(llm.cost, 3)}` : "no price known", isNumber(llm.cost_per_feature) && `$${number(llm.cost_per_feature, 2)} a feature`,
-      llm.interrupted_requests > 0 && `${integer(llm.interrupted_requests)} requests cut off${isNumber(llm.interrupted_cost_at_most) ? `, at most $${number(llm.interrupted_cost_at_most, 2)}` : ""}`,
+      llm.interrupted_requests > 0 && `${integer(llm.interrupted_requests)} ${llm.interrupted_requests === 1 ? "request" : "requests"} cut off${isNumber(llm.interrupted_cost_at_most) ? `, at most $${number(llm.interrupted_cost_at_most, 2)}` : ""}`,
     ].filter(Boolean);
     return h("p", { class: "small money", text: `Labelling model: ${parts.join(" \u00b7 ")}` });
   }
