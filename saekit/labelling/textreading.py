@@ -85,17 +85,7 @@ def read_reading(body: Mapping[str, JsonValue], request: ChatRequest, sent: Mapp
 
 def probe_request(model: str) -> ChatRequest:
     """Returns a short text to read, by which it is seen whether a model's server reads any."""
-    return ChatRequest(
-        model=model,
-        system="",
-        user="One, two, three, four, five.",
-        schema_name="",
-        schema={},
-        temperature=0.0,
-        max_output_tokens=1,
-        reads=True,
-        purpose="probe:reading",
-    )
+    return ChatRequest.reading(model, "One, two, three, four, five.", purpose="probe:reading")
 
 
 def why_unread(model: LabellingModel) -> str | None:

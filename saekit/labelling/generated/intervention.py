@@ -81,11 +81,7 @@ class InterventionJudge:
             right += [named.get(number) == place for number, place in enumerate(places)]
         is_judged = num_unparsed < len(right)
         low, high = wilson(sum(right), len(right)) if is_judged else (None, None)
-        reason = None
-        if not is_judged:
-            reason = self._pool.problem(label.feature, 2) or next(
-                (a.reason for a in answers if a.reason), "no usable answer"
-            )
+        reason = None if is_judged else self._pool.why_unjudged(label.feature, 2, answers)
         shown = [self._shown(label.feature, trial) for trial in range(len(answers))]
         return Score(
             feature=label.feature,

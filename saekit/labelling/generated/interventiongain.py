@@ -58,18 +58,8 @@ class InterventionReader:
         """See `TrialScorer.request`; a text that could not be read is not read again."""
         text = (*self._pool.texts(label.feature), *self._pool.clean)[trial]
         says = " ".join(described_for_output(label, is_published=False).split())
-        return ChatRequest(
-            model=self._config.model,
-            system="",
-            user=f"{self._template.replace('{text}', text)}\n{says}",
-            schema_name="",
-            schema={},
-            temperature=0.0,
-            max_output_tokens=1,
-            reads=True,
-            purpose=f"score:{self.name}",
-            feature=label.feature,
-        )
+        whole = f"{self._template.replace('{text}', text)}\n{says}"
+        return ChatRequest.reading(self._config.model, whole, purpose=f"score:{self.name}", feature=label.feature)
 
     def is_usable(self, label: Label, answer: Answer) -> bool:
         """See `TrialScorer.is_usable`."""
@@ -84,10 +74,9 @@ class InterventionReader:
         known = [gain for gain in gains if gain is not None]
         right = tuple(gain is not None and gain > 0 for gain in gains) if known else ()
         low, high = wilson(sum(right), num) if known else (None, None)
-        reason = None
-        if not known:
-            problem = self._pool.problem(label.feature, 1)
-            reason = problem or next((a.reason for a in answers if a.reason), "no logprobs of the label")
+        reason = (
+            None if known else self._pool.why_unjudged(label.feature, 1, answers, otherwise="no logprobs of the label")
+        )
         own = self._pool.texts(label.feature) if num else ()
         return Score(
             feature=label.feature,

@@ -89,10 +89,7 @@ class OutputJudge:
         right = tuple(number == self._pool.place(label.feature, trial, num_sets) for trial, number in enumerate(chosen))
         is_judged = any(number is not None for number in chosen)
         low, high = wilson(sum(right), len(right)) if is_judged else (None, None)
-        reason = None
-        if not is_judged:
-            problem = self._pool.problem(label.feature, num_sets)
-            reason = problem or next((a.reason for a in answers if a.reason), "no usable answer")
+        reason = None if is_judged else self._pool.why_unjudged(label.feature, num_sets, answers)
         return Score(
             feature=label.feature,
             labeler=label.labeler,

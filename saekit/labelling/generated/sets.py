@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from saekit.labelling.chat import Answer
 from saekit.labelling.generated.texts import CLEAN, SteeredTexts
 from saekit.labelling.records import Label
 
@@ -47,6 +48,13 @@ class SetPool:
         if len(self._pool) < num_sets:
             return f"steered texts of {len(self._pool)} features, needs {num_sets}"
         return None
+
+    def why_unjudged(
+        self, feature: int, num_sets: int, answers: Sequence[Answer], *, otherwise: str = "no usable answer"
+    ) -> str:
+        """Returns why answers gave no score: the texts' reason, that of the first answer with one, or `otherwise`."""
+        lost = next((answer.reason for answer in answers if answer.reason), otherwise)
+        return self.problem(feature, num_sets) or lost
 
     def texts(self, feature: int) -> tuple[str, ...]:
         """Returns a feature's set."""
