@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -110,6 +111,12 @@ def file_sha256(path: str | Path) -> str:
 
 def software_versions() -> dict[str, str]:
     """Returns the versions that can change a result: Python, platform and the numerical packages."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Read once: it takes 10 ms a package, and nothing that is loaded changes its version."""
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     for package in ("saekit", "torch", "triton", "transformers", "tokenizers", "zarr", "numpy", "accelerate"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

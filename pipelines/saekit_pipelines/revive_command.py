@@ -9,10 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from saekit.progress import Progress
-from saekit_pipelines.console import make_progress
 from saekit_pipelines.guard import guarded
 from saekit_pipelines.named import NamedProgress
-from saekit_pipelines.options import RecipePath, SaeName, with_budget
+from saekit_pipelines.options import RecipePath, SaeName, first_process_progress, with_budget
 
 if TYPE_CHECKING:
     from saekit.labelling import Revival
@@ -53,7 +52,7 @@ def revive(
     """Try features that never fire on sentences made from what they promote, and relabel those that wake up."""
     from saekit_pipelines.stages import Pipeline
 
-    pipeline = Pipeline.load(recipe, with_budget(overrides, budget), progress=make_progress())
+    pipeline = Pipeline.load(recipe, with_budget(overrides, budget), progress=first_process_progress())
     for name in pipeline.names(sae):
         _one(pipeline, name, is_dry=dry_run)
 

@@ -29,7 +29,7 @@ from saekit.training import TrainConfig, Trainer, finish, train_together, traine
 from tests.saekit.training.planted import PlantedSource, PlantedView
 
 BATCH = 64
-STEPS = 14
+STEPS = 10
 SAMPLE_TOKENS = 512
 """The start and the end are measured on a few tokens."""
 D_SAE = 31
@@ -42,7 +42,7 @@ TRAINING = {
     "k_aux": 2,
     "log_every_tokens": BATCH,
     "eval_every_tokens": 4 * BATCH,
-    "checkpoint_every_tokens": 5 * BATCH,
+    "checkpoint_every_tokens": 4 * BATCH,
 }
 SHAPE = {"d_in": 12, "d_sae": D_SAE}
 SAES: dict[str, SAEConfig] = {
@@ -122,7 +122,7 @@ def train_in_turns(out: Path, kind: str, *turns: tuple[object, tuple[int, int]])
         made = make_trainer(kind, layout, rank=place[0], world_size=place[1])
         is_last = number == len(turns) - 1
         if not is_last:
-            made.train.kill_at, made.train.signal = 4 * (number + 1), signal.SIGINT  # type: ignore[union-attr]
+            made.train.kill_at, made.train.signal = 3 * (number + 1), signal.SIGINT  # type: ignore[union-attr]
             # At first, the start reads 9 batches and comes back.
             made.train.armed_after = 0 if number else 9  # type: ignore[union-attr]
         try:
@@ -134,10 +134,10 @@ def train_in_turns(out: Path, kind: str, *turns: tuple[object, tuple[int, int]])
 
 
 def train_until_one_is_killed(out: Path, rank: int) -> None:
-    """The second of two processes is killed in its twelfth step, when the checkpoint of the tenth has been begun."""
+    """The second of two processes is killed in its ninth step, when the checkpoint of the eighth has been begun."""
     made = make_trainer("topk", rank=rank, world_size=2)
     if rank == 1:
-        made.train.kill_at, made.train.armed_after = 11, 12  # type: ignore[union-attr]
+        made.train.kill_at, made.train.armed_after = 8, 9  # type: ignore[union-attr]
     try:
         made.fit(out)
     except ResourceError as error:
@@ -183,7 +183,9 @@ def four(out: Path, rank: int) -> None:
 def forks() -> ForkServerContext:
     """Forks of one process, the same for all tests, that has imported everything and has not run any of it yet."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.saekit.training.fleet", "accelerate", "torch.distributed.checkpoint"])
+    # Optimizers import the last one late.
+    modules = "tests.saekit.training.fleet", "accelerate", "torch.distributed.checkpoint", "torch._dynamo"
+    context.set_forkserver_preload(list(modules))
     return context
 
 

@@ -25,7 +25,7 @@ from tests.saekit.training import ranks
 
 FIGURES = ("loss", "fvu", "auxk", "l0", "dead_fraction", "gradient_norm", "l0_coefficient", "resampled", "fvu_training")
 TOLERANCE = 2e-5
-"""Relative, of figures, and of weights absolute: float32 sums in another order, over 14 steps."""
+"""Relative, of figures, and of weights absolute: float32 sums in another order, over 10 steps."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -137,7 +137,7 @@ def test_a_process_that_is_killed_leaves_a_checkpoint_that_one_process_goes_on_f
     folder = folders["two"] / "killed"
     checkpoint = latest_checkpoint(folder)
     assert checkpoint is not None
-    assert checkpoint.name in {"step_00000005", "step_00000010"}
+    assert checkpoint.name in {"step_00000004", "step_00000008"}
     assert load_process(checkpoint, 1)["source"] == {"position": load_run(checkpoint)["run"]["step"]}
     ranks.make_trainer("topk").fit(folder)
     single = load_sae_folder(folders["one"] / "topk")
