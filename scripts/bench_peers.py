@@ -54,14 +54,18 @@ class WorkerProcess:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.started = self._answer()
+        self.started = self.answer()
 
     def ask(self, what: str) -> dict[str, Any]:
         """Sends one line and returns the answer."""
+        self.tell(what)
+        return self.answer()
+
+    def tell(self, what: str) -> None:
+        """Sends one line; its answer is to be taken by `answer`."""
         assert self.process.stdin is not None
         self.process.stdin.write(what + "\n")
         self.process.stdin.flush()
-        return self._answer()
 
     def close(self) -> None:
         """Lets the process end."""
@@ -69,7 +73,8 @@ class WorkerProcess:
         self.process.stdin.close()
         self.process.wait()
 
-    def _answer(self) -> dict[str, Any]:
+    def answer(self) -> dict[str, Any]:
+        """Waits for the next answer and returns it."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
