@@ -12,7 +12,7 @@ from saekit.errors import ConfigError
 from saekit.evaluation import EvaluationConfig
 from saekit.labelling import LabelConfig, ReviveConfig
 from saekit.sae import AnySAEConfig, SitesConfig, TranscoderConfig
-from saekit.training import TrainConfig, check_low_bit, check_options
+from saekit.training import TrainConfig, check_low_bit, check_options, check_trackers
 from saekit_pipelines.sweep import expand_sweeps
 
 __all__ = ["Recipe", "ReportConfig", "SplitConfig", "TrainRun", "load_recipe"]
@@ -149,6 +149,11 @@ class Recipe(Config):
             )
         return run.target_hook_point
 
+    def training(self, name: str) -> TrainConfig:
+        """Returns how the SAE called `name` is trained; its trackers' run begins with the recipe's name where it has no other."""
+        training = self.train[name].training
+        return training.model_copy(update={"tracker_run": training.tracker_run or self.name})
+
     def check_start(self, name: str) -> None:
         """Checks where the SAE called `name` takes its first weights from.
 
@@ -203,11 +208,13 @@ class Recipe(Config):
             )
 
     def check_packages(self) -> None:
-        """Checks that what the optimizers need is installed.
+        """Checks that what the optimizers and the trackers need is installed.
 
         Raises:
             MissingDependencyError: it is not.
+            ConfigError: there is no such tracker.
         """
+        check_trackers(name for run in self.train.values() for name in run.training.trackers)
         if any(run.training.optimizer == "adamw8bit" for run in self.train.values()):
             check_low_bit()
 

@@ -109,7 +109,7 @@ class Pipeline:
             together: see `train`.
 
         Raises:
-            MissingDependencyError: an optimizer of the recipe needs a package that is not installed; nothing is written.
+            MissingDependencyError: an optimizer or a tracker of the recipe needs a package that is not installed; nothing is written.
         """
         if self._is_finished():
             self.progress.say(f"{self.recipe.name}: finished already, nothing to do")
@@ -163,7 +163,7 @@ class Pipeline:
         if config.start_from is not None:
             sae.load_state_dict(self.sae(config.start_from).state_dict())
         lm = self.lm if config.training.objective is not None else None
-        return Trainer(sae, train, config.training, test=test, lm=lm)
+        return Trainer(sae, train, self.recipe.training(name), test=test, lm=lm)
 
     def label(self, only: str | None = None, *, retry_failed: bool = False) -> None:
         """Labels and scores the features of the trained SAEs; `retry_failed`: those too whose labels failed before."""
@@ -254,7 +254,7 @@ class Pipeline:
 
         Raises:
             ResourceError: the disk cannot hold the cache.
-            MissingDependencyError: an optimizer of the recipe needs a package that is not installed.
+            MissingDependencyError: an optimizer or a tracker of the recipe needs a package that is not installed.
         """
         if only is None:
             self.recipe.check_packages()

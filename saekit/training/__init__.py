@@ -5,6 +5,7 @@ from saekit.training.low_bit import check_low_bit
 from saekit.training.metrics import read_metrics
 from saekit.training.options import check_options
 from saekit.training.together import train_together
+from saekit.training.trackers import check_trackers
 from saekit.training.trainer import Trainer
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Trainer",
     "check_low_bit",
     "check_options",
+    "check_trackers",
     "read_metrics",
     "train_together",
 ]

@@ -141,6 +141,12 @@ class TrainConfig(Config):
     """How the processes of a launch share the work: `data`, each takes a part of every batch; `latents`, each holds a part of the
     features, with their share of gradients and optimizer; `layers`, each trains whole SAEs of its own; or a mesh of the first two,
     `{ data = 2, latents = 4 }`. The SAE is the same in all of them, to the order of sums."""
+    trackers: tuple[str, ...] = ()
+    """Where the rows of `metrics.jsonl` go as well: names of accelerate's trackers, e.g. `["tensorboard", "wandb"]`."""
+    tracker_project: str = Field(default="saekit", min_length=1)
+    """The trackers' project or experiment."""
+    tracker_run: str | None = Field(default=None, min_length=1)
+    """What the run is called before the name of the SAE's folder; None = nothing, in a recipe its name."""
     objective: EndToEndConfig | None = None
     """A loss that goes through the language model; None = reconstruction. Whole token rows are read then, `batch_size` and
     `micro_batch_size` count all of their positions, and the SAE takes the place of the normal training tokens in them."""
@@ -170,8 +176,9 @@ class TrainConfig(Config):
 
     @property
     def identity(self) -> dict[str, object]:
-        """What the trained SAE depends on, as JSON values: everything but the layout."""
-        return {key: value for key, value in self.to_dict().items() if key != "layout"}
+        """What the trained SAE depends on, as JSON values: everything but the layout and who is told the figures."""
+        others = {"layout", "trackers", "tracker_project", "tracker_run"}
+        return {key: value for key, value in self.to_dict().items() if key not in others}
 
     @property
     def num_steps(self) -> int:

@@ -18,6 +18,7 @@ from saekit.training.run import StepFigures, TrainRun
 from saekit.training.shape import shape_of
 from saekit.training.sharded_state import written_state
 from saekit.training.timing import memory_peak, peak_flops, utilisation
+from saekit.training.trackers import RunTrackers
 
 __all__ = ["TrainingLoop"]
 
@@ -36,6 +37,7 @@ class TrainingLoop:
         held_out: Tensor | None,
         progress: Progress,
         state: Mapping[str, Any] | None = None,
+        trackers: RunTrackers | None = None,
     ) -> None:
         """Takes back the state of a checkpoint, where there is one.
 
@@ -46,6 +48,7 @@ class TrainingLoop:
             held_out: raw held-out activations; None = no figures of them.
             progress: is told what the training says.
             state: of the checkpoint to go on from.
+            trackers: are told the rows of figures as well; None = none.
 
         Raises:
             StoreError: it belongs to other data.
@@ -55,6 +58,7 @@ class TrainingLoop:
         self.out = out
         self.held_out = held_out
         self.progress = progress
+        self.trackers = trackers
         self.means = RunningMeans()
         self.log_steps = config.every_steps(config.log_every_tokens, parts=200)
         self.eval_steps = config.every_steps(config.eval_every_tokens, parts=10)
@@ -208,5 +212,9 @@ class TrainingLoop:
         return {"bytes_per_step": sum(sent.values()), "bytes_per_step_by_purpose": sent}
 
     def _write(self, split: str, figures: Mapping[str, object]) -> None:
-        if self.metrics is not None:
-            self.metrics.append({"split": split, "step": self.run.step, "tokens": self.run.tokens, **figures})
+        if self.metrics is None:
+            return
+        row = {"split": split, "step": self.run.step, "tokens": self.run.tokens, **figures}
+        self.metrics.append(row)
+        if self.trackers is not None:
+            self.trackers.log(self.metrics.num_rows, row)

@@ -27,7 +27,12 @@ SPEED_FIELDS = (
 
 
 class MetricsLog:
-    """An append-only `metrics.jsonl`, cut back to a checkpoint's length on resume."""
+    """An append-only `metrics.jsonl`, cut back to a checkpoint's length on resume.
+
+    Attributes:
+        path: of the file.
+        num_rows: rows in it.
+    """
 
     def __init__(self, folder: Path, *, position: int = 0) -> None:
         """Opens the log and drops what lies behind `position` bytes: rows of steps that will be done again.
@@ -39,6 +44,7 @@ class MetricsLog:
         try:
             with self.path.open("ab") as file:
                 file.truncate(position)
+            self.num_rows = self.path.read_bytes().count(b"\n")
         except OSError as error:
             raise ResourceError(f"{str(self.path)!r}: cannot be written: {error.strerror or error}") from error
 
@@ -61,6 +67,7 @@ class MetricsLog:
                 file.write((json.dumps(values, allow_nan=False) + "\n").encode())
                 file.flush()
                 os.fsync(file.fileno())
+                self.num_rows += 1
         except OSError as error:
             raise ResourceError(f"{str(self.path)!r}: cannot be written: {error.strerror or error}") from error
 

@@ -19,6 +19,7 @@ from saekit.training.loop import TrainingLoop
 from saekit.training.memory import free_bytes, training_bytes
 from saekit.training.processes import checkpoint_writer, make_accelerator, watching
 from saekit.training.shared import SharedBatches, Tap
+from saekit.training.trackers import check_single_runs
 from saekit.training.trainer import Trainer
 
 __all__ = ["train_together"]
@@ -40,11 +41,14 @@ def train_together(trainers: Mapping[str | Path, Trainer], *, progress: Progress
 
     Raises:
         NonFiniteError: some of them met NaN or Inf; all others are finished.
+        ConfigError: a tracker takes one run at a time, and several trainings take the same batches.
         ConfigError, ResourceError, KeyboardInterrupt: as `Trainer.fit`; the folders stay resumable.
     """
     accelerator = make_accelerator()
     layers = {Path(folder): trainer for folder, trainer in trainers.items() if trainer.config.layout == "layers"}
     others = {Path(folder): trainer for folder, trainer in trainers.items() if Path(folder) not in layers}
+    for group in (*_groups(layers).values(), *_groups(others).values()):
+        check_single_runs(trainer.config for trainer in group.values())
     failed: dict[Path, str] = {}
     if layers:
         everyone, own = Layout.of(accelerator, "data"), Layout.alone(accelerator.device)
@@ -68,13 +72,18 @@ def train_together(trainers: Mapping[str | Path, Trainer], *, progress: Progress
 
 def _train_groups(trainers: Mapping[Path, Trainer], layout: Layout, progress: Progress) -> dict[Path, str]:
     """Trains SAEs group by group; returns folder -> why, of those that met NaN or Inf."""
+    failed: dict[Path, NonFiniteError] = {}
+    for group in _groups(trainers).values():
+        _Group(group, layout, progress).train(failed)
+    return {folder: str(error) for folder, error in failed.items()}
+
+
+def _groups(trainers: Mapping[Path, Trainer]) -> dict[object, dict[Path, Trainer]]:
+    """Returns the trainings of each order of batches."""
     groups: dict[object, dict[Path, Trainer]] = {}
     for folder, trainer in trainers.items():
         groups.setdefault(_order_of(trainer), {})[folder] = trainer
-    failed: dict[Path, NonFiniteError] = {}
-    for group in groups.values():
-        _Group(group, layout, progress).train(failed)
-    return {folder: str(error) for folder, error in failed.items()}
+    return groups
 
 
 def _order_of(trainer: Trainer) -> object:

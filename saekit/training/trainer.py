@@ -39,6 +39,7 @@ from saekit.training.sharded import gather_sae, shard_sae
 from saekit.training.sharded_state import sliced_state
 from saekit.training.start import SAMPLE_TOKENS, fit_start, normalization_of, read_sample
 from saekit.training.state import keep_newest, latest_checkpoint, load_process, load_run
+from saekit.training.trackers import check_trackers, open_trackers
 
 __all__ = ["Trainer"]
 
@@ -78,7 +79,7 @@ class Trainer:
             ConfigError: widths differ, an SAE whose sparsity comes from a penalty has no target L0, an option means nothing to
                 this kind of SAE, or an objective that goes through the model lacks the model or cannot have these data.
             StoreError: the store was made with another model.
-            MissingDependencyError: the optimizer needs a package that is not installed.
+            MissingDependencyError: the optimizer or a tracker needs a package that is not installed.
         """
         self.sae = sae
         self.config = config
@@ -96,6 +97,7 @@ class Trainer:
         check_options(sae.cfg, config)
         if config.optimizer == "adamw8bit":
             check_low_bit()
+        check_trackers(config.trackers)
         self._lm = lm
         if config.objective is not None:
             check_end_to_end(train, config.objective, lm)
@@ -109,7 +111,8 @@ class Trainer:
             The SAE that was passed in, with its final weights, on the CPU.
 
         Raises:
-            ConfigError: the folder holds another run, or the batch cannot be shared evenly by the processes.
+            ConfigError: the folder holds another run, the batch cannot be shared evenly by the processes, or a tracker cannot be
+                started.
             NonFiniteError: NaN or Inf in the data, the loss or the gradients; the folder stays resumable.
             ResourceError: the folder cannot be written.
             KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
@@ -170,11 +173,15 @@ class Trainer:
             return None
         # Taken once for all processes of a run: the others write nothing but their parts of a checkpoint.
         stack.enter_context(locked(out) if layout.is_main_process else contextlib.nullcontext())
+        values = {"sae": self.sae.cfg.to_dict(), "training": self.config.identity}
+        trackers = open_trackers(out, self.config, layout, stack, values=values, progress=progress)
         state = self._checkpoint(out, layout)
         with self.locating():
             run = self._start(source, layout, state["run"].get("normalization") if state else None)
         held_out = None if self._test is None else read_evenly(self._test, self.config.eval_tokens)
-        return TrainingLoop(run, out, writer=writer, held_out=held_out, progress=progress, state=state)
+        return TrainingLoop(
+            run, out, writer=writer, held_out=held_out, progress=progress, state=state, trackers=trackers
+        )
 
     def finish(self, loop: TrainingLoop) -> None:
         """Writes the SAE of raw activations after the last step, and marks the folder as complete."""
@@ -188,6 +195,8 @@ class Trainer:
             sae.save(out)
             keep_newest(out, 1)
             finish_stage(out, {"tokens": run.tokens, "steps": run.step, **facts})
+            if loop.trackers is not None:
+                loop.trackers.close()
             self._say_fvu_by_site(sae, facts, loop.progress)
             self._say_if_l0_is_missed(facts.get("l0"), loop.progress)
         layout.wait_for_everyone()
