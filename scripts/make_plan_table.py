@@ -1,4 +1,4 @@
-"""Writes the tables of docs/plan.md: predicted beside measured, from benchmarks/training_cpu.md, and predictions for H200s.
+"""Writes the tables of docs/plan.md: predicted beside measured, from the pages of benchmarks/, and predictions for H200s.
 
     .venv/bin/python -m scripts.make_plan_table
 
@@ -19,6 +19,7 @@ from saekit.training.shape import SAEShape, shape_of
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "plan.md"
 MEASURED = ROOT / "benchmarks" / "training_cpu.md"
+SCALING = ROOT / "benchmarks" / "scaling_cpu.md"
 ROWS = ("encoder matmul alone", "saekit, compiled", "saekit, torch operators")
 SHAPE = re.compile(r"### N ([\d,]+), D ([\d,]+), F ([\d,]+), k ([\d,]+)")
 # Shapes of the field's models, at batches that eight and 64 devices can share: (name, d_in, d_sae, k).
@@ -39,6 +40,22 @@ class Comparison(NamedTuple):
     def ratio(self) -> float:
         """Measured in multiples of predicted."""
         return self.measured_ms / self.predicted_ms
+
+
+class ScalingRow(NamedTuple):
+    """A layout on one machine."""
+
+    shape: str
+    layout: str
+    processes: int
+    sent_mb: float
+    model_mb: float
+    predicted_ms: float
+    measured_ms: float
+
+
+FIGURES = ("sent, MB", "model, MB", "predicted, ms", "step, ms")
+"""Columns of the benchmark's page, in the order of the row's last fields."""
 
 
 def comparisons() -> Iterator[Comparison]:
@@ -76,6 +93,37 @@ def _comparison_table() -> str:
     return "\n".join(lines)
 
 
+def scaling_rows() -> Iterator[ScalingRow]:
+    """Yields the layouts of the benchmark over several processes, with what it predicted from rates of the same minutes."""
+    for section in re.split(r"(?=^### )", SCALING.read_text(encoding="utf-8"), flags=re.MULTILINE):
+        if found := SHAPE.match(section):
+            header, *rows = (line for line in section.splitlines() if line.startswith("| "))
+            names = [cell.strip() for cell in header.strip("|").split("|")]
+            for row in rows:
+                cells = dict(zip(names, (cell.strip() for cell in row.strip("|").split("|")), strict=False))
+                if "predicted, ms" not in cells:
+                    break
+                yield ScalingRow(
+                    found.group()[4:],
+                    cells["layout"],
+                    int(cells["processes"]),
+                    *(float(cells[name].split("(")[0].replace(",", "") or 0) for name in FIGURES),
+                )
+
+
+def _scaling_table() -> str:
+    lines = [
+        "| shape | layout | processes | sent, MB | model, MB | predicted, ms | measured, ms | measured / predicted |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {row.shape} | {row.layout} | {row.processes} | {row.sent_mb:,.1f} | {row.model_mb:,.1f} | {row.predicted_ms:,.0f} |"
+        f" {row.measured_ms:,.0f} | {row.measured_ms / row.predicted_ms:.2f} |"
+        for row in scaling_rows()
+    ]
+    return "\n".join(lines)
+
+
 def _prediction_table() -> str:
     lines = [
         "| predicted, not measured | H200s | store in memory, tokens/s | bound by | store on disk, tokens/s | bound by |",
@@ -96,7 +144,11 @@ def _prediction_table() -> str:
 def page_text() -> str:
     """Returns the page with its tables made anew."""
     text = PAGE.read_text(encoding="utf-8")
-    for name, table in (("measured", _comparison_table()), ("h200", _prediction_table())):
+    for name, table in (
+        ("measured", _comparison_table()),
+        ("scaling", _scaling_table()),
+        ("h200", _prediction_table()),
+    ):
         begin, end = f"<!-- {name}: scripts/make_plan_table.py -->\n", f"\n<!-- end {name} -->"
         before, rest = text.split(begin)
         text = before + begin + table + end + rest.split(end)[1]

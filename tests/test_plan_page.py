@@ -1,6 +1,7 @@
 """docs/plan.md: its tables are what the model and the benchmark say now, and the model is as near as the page says."""
 
-from scripts.make_plan_table import PAGE, ROWS, comparisons, page_text
+from scripts.bench_scaling_cases import CASES
+from scripts.make_plan_table import PAGE, ROWS, comparisons, page_text, scaling_rows
 
 
 def test_tables_are_up_to_date() -> None:
@@ -17,3 +18,12 @@ def test_predictions_are_within_the_factors_that_the_page_states() -> None:
     assert len(rows) == 18
     for row in rows:
         assert 1 / 1.4 <= row.ratio <= most[row.what], row
+
+
+def test_layouts_over_processes_send_what_the_formulas_say_and_take_what_the_page_says() -> None:
+    assert "Steps are within a factor of two of what is predicted" in PAGE.read_text(encoding="utf-8")
+    rows = list(scaling_rows())
+    assert [(row.layout, row.processes) for row in rows] == [(case.layout, case.processes) for case in CASES.values()]
+    for row in rows:
+        assert abs(row.sent_mb - row.model_mb) <= 0.1, row
+        assert 0.5 <= row.measured_ms / row.predicted_ms <= 2, row
