@@ -185,12 +185,12 @@ def _memory_table(planned: "RecipePlan") -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("memory of a process", no_wrap=True)
     parts = list(dict.fromkeys(p for stage in planned.train for p, size in stage.plan.memory.parts.items() if size))
-    for column in (*parts, "on the device", "it has", "reader, host"):
+    for column in (*parts, "on the device", "it has", "reader, host", "checkpoint, host", "SAE given, host"):
         table.add_column(column, justify="right", no_wrap=True)
     for stage in planned.train:
         memory = stage.plan.memory
         sizes = [memory.parts.get(part, 0) for part in parts]
-        whole = [memory.device, int(planned.hardware.memory_gb * 1e9), memory.reader]
+        whole = [memory.device, int(planned.hardware.memory_gb * 1e9), memory.reader, memory.staged, memory.given]
         table.add_row(escape(stage.name), *map(size_text, [*sizes, *whole]))
     return table
 
@@ -227,7 +227,13 @@ def _stage_json(stage: "TrainStage") -> dict[str, object]:
         "num_parameters": plan.shape.num_trained + plan.shape.num_held,
         "num_processes": plan.step.num_processes,
         "latents": plan.step.latents,
-        "memory_bytes": {**plan.memory.parts, "device": plan.memory.device, "reader": plan.memory.reader},
+        "memory_bytes": {
+            **plan.memory.parts,
+            "device": plan.memory.device,
+            "reader": plan.memory.reader,
+            "staged": plan.memory.staged,
+            "given": plan.memory.given,
+        },
         "fits": plan.fits,
         "why": plan.why,
         "tokens_per_second": plan.step.tokens_per_second,

@@ -7,12 +7,23 @@ import torch
 from saekit.sae.base import SAE
 from saekit.sae.batch import num_samples
 from saekit.training.config import TrainConfig
+from saekit.training.shape import SAEShape
 
-__all__ = ["FLOAT_BYTES", "OPTIMIZER_BYTES", "free_bytes", "memory_parts", "tokens_at_a_time", "training_bytes"]
+__all__ = [
+    "FLOAT_BYTES",
+    "OPTIMIZER_BYTES",
+    "free_bytes",
+    "memory_parts",
+    "staged_bytes",
+    "tokens_at_a_time",
+    "training_bytes",
+]
 
 FLOAT_BYTES = 4
 OPTIMIZER_BYTES = {"adam": 8, "adamw8bit": 2, "muon": 4, "signum": 8}
 """State of an optimizer for each trained number; block scales and Muon's vectors are left out as small."""
+COUNTER_BYTES = 8
+"""Of a feature's tokens of silence."""
 TOKEN_ARRAYS = 8
 """Arrays as wide as an activation that a step holds at a time: raw, normalised, encoder's input, error and their gradients."""
 
@@ -42,6 +53,24 @@ def memory_parts(
         "gradients": FLOAT_BYTES * num_trained,
         "activations": tokens * TOKEN_ARRAYS * row_width * FLOAT_BYTES,
     }
+
+
+def staged_bytes(shape: SAEShape, config: TrainConfig, *, num_processes: int, latents: int) -> int:
+    """Returns the bytes of a checkpoint that a process copies before it writes them: its rows of every array with rows.
+
+    Weights, moments, averages and counters of silent features; each process takes an equal part of what it shares with others.
+
+    Args:
+        shape: of the whole SAE.
+        config: optimizer and average.
+        num_processes: all of them.
+        latents: those of them that share the features.
+    """
+    numbers = FLOAT_BYTES + OPTIMIZER_BYTES[config.optimizer] + (FLOAT_BYTES if config.ema_decay is not None else 0)
+    features = -(-shape.d_sae // latents)
+    held = -(-shape.num_held // latents)
+    state = numbers * shape.share(latents) + FLOAT_BYTES * held + COUNTER_BYTES * features
+    return -(-state * latents // num_processes)
 
 
 def training_bytes(sae: SAE, config: TrainConfig, *, num_processes: int = 1, parts: int = 1) -> int:

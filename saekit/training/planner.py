@@ -8,7 +8,7 @@ from saekit.sae.base import SAEConfig
 from saekit.training.config import TrainConfig
 from saekit.training.costs import READER_BYTES, LanguageModelCost, StepCost, StoreSize, step_cost
 from saekit.training.hardware import Hardware
-from saekit.training.memory import FLOAT_BYTES, memory_parts, tokens_at_a_time
+from saekit.training.memory import FLOAT_BYTES, memory_parts, staged_bytes, tokens_at_a_time
 from saekit.training.options import latents_problem
 from saekit.training.shape import SAEShape, shape_of
 from saekit.training.start import SAMPLE_TOKENS
@@ -34,6 +34,10 @@ class Memory:
     """On the device beside the weights while the first sample is measured, before there are gradients and moments."""
     reader: int
     """In the host's memory: windows of the store and two batches."""
+    staged: int
+    """In the host's memory while a checkpoint is written beside the steps: a copy of this process's part of it."""
+    given: int
+    """In the host's memory: the whole SAE as it is passed in, on every process, and a second one until the first step."""
 
     @property
     def device(self) -> int:
@@ -94,7 +98,13 @@ def memory_of(
     # The sample in float32, and centred in float64; every process measures all of it.
     sample = (FLOAT_BYTES + 8) * max(SAMPLE_TOKENS, config.batch_size) * shape.batch_width
     held = min(int(READER_BYTES), store.num_tokens * store.token_bytes) if lm is None else 0
-    return Memory(parts=parts, start=sample, reader=held + 2 * batch)
+    return Memory(
+        parts=parts,
+        start=sample,
+        reader=held + 2 * batch,
+        staged=staged_bytes(shape, config, num_processes=num_processes, latents=latents),
+        given=2 * FLOAT_BYTES * (shape.num_trained + shape.num_held),
+    )
 
 
 def plan_training(

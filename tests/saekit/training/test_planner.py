@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, get_args
 
 import pytest
@@ -12,12 +13,17 @@ from saekit.activations import ActivationStore
 from saekit.errors import ConfigError
 from saekit.sae import AnySAEConfig, SAEConfig, TopKConfig, build_sae
 from saekit.training import TrainConfig, Trainer
+from saekit.training.arrays import stage_tensors
 from saekit.training.build import build_objective
 from saekit.training.costs import LanguageModelCost, StoreSize, mean_active, step_cost
 from saekit.training.hardware import find_hardware
-from saekit.training.memory import training_bytes
+from saekit.training.layout import Layout
+from saekit.training.memory import staged_bytes, training_bytes
 from saekit.training.planner import TrainingPlan, memory_of, plan_training
+from saekit.training.run import TrainRun
 from saekit.training.shape import shape_of
+from saekit.training.sharded_state import written_state
+from saekit.training.start import estimate_normalization
 from saekit.training.state import latest_checkpoint, load_run
 
 # Odd widths, so that no two of them can stand for each other.
@@ -88,6 +94,28 @@ def test_optimizer_and_average_are_as_large_as_in_a_checkpoint(
     assert memory.parts["weights"] == sum(t.numel() * t.element_size() for t in weights)
 
 
+@pytest.mark.parametrize("layout", [(1, 1), (3, 1), (1, 2), (2, 2)], ids=lambda layout: f"{layout[0]}x{layout[1]}")
+@pytest.mark.parametrize(("kind", "average"), [("jumprelu", 0.9), ("topk", None)])
+def test_copy_of_a_checkpoint_is_as_large_as_what_is_staged(
+    planted: ModuleType, kind: str, average: float | None, layout: tuple[int, int]
+) -> None:
+    data, latents = layout
+    settings = config(num_tokens=512, batch_size=64, ema_decay=average)
+    cfg = tiny(kind, d_sae=48)
+    place = Layout.alone()
+    place.latents.size, place.data.size = latents, data
+    part = build_sae(cfg.model_copy(update={"d_sae": 48 // latents}))
+    source = planted.PlantedSource(d_in=5, batch_size=64)
+    normalization = estimate_normalization(source.batch(0))
+    run = TrainRun(part, source, settings, normalization=normalization)
+    run.train_step()
+    _, rows = stage_tensors(written_state(run.state_dict(), place, 48), rank=0, world_size=data * latents)
+    # The normalisation's mean is no part of what grows with the SAE; biases and other short arrays are cut in whole rows.
+    staged = sum(part.tensor.nbytes for name, part in rows.items() if not name.startswith("normalization"))
+    size = staged_bytes(shape_of(cfg), settings, num_processes=data * latents, latents=latents)
+    assert size == pytest.approx(staged, abs=16 * 5)
+
+
 def test_memory_says_what_training_itself_says() -> None:
     cfg, settings = tiny("topk"), config(batch_size=64)
     parts = memory_of(shape_of(cfg), settings, find_hardware("cpu"), store=SMALL).parts
@@ -104,6 +132,8 @@ def test_memory_of_a_step_by_hand() -> None:
     assert memory.parts["pre-activations"] == 256 * 2**20
     assert memory.device == sum(memory.parts.values())
     assert memory.reader == 1000 * 2 * 2304 + 2 * 8192 * 2304 * 4
+    assert memory.staged == 12 * numbers + 8 * 65_536
+    assert memory.given == 8 * numbers
     small = planned(gpu="rtx4090", micro_batch_size=512, ema_decay=0.9).memory
     assert small.parts["activations"] == 8 * 512 * 2304 * 4
     assert small.parts["average"] == 4 * numbers
