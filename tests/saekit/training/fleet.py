@@ -1,6 +1,9 @@
 """Trainings that are stopped, killed and gone on with, in processes of their own."""
 
+import contextlib
+import ctypes
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -8,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from saekit.errors import ResourceError
 from saekit.sae import TopKConfig, build_sae
-from saekit.training import TrainConfig, Trainer
+from saekit.training import TrainConfig, Trainer, processes
 from saekit.training import trainer as trainer_module
 from tests.saekit.training.planted import PlantedSource
 from tests.saekit.training.ranks import join
@@ -23,6 +27,7 @@ CONFIG = TrainConfig(
     checkpoint_every_tokens=240,
     log_every_tokens=1200,
 )
+MAY_NOT_MOUNT = 77
 CFG = TopKConfig(d_in=16, d_sae=32, k=2)
 
 
@@ -67,9 +72,11 @@ def run_rank(out: str, rank: int, world_size: int, port: int, stop_after: int | 
     os._exit(0)
 
 
-def run_until_killed(out: str, started: str) -> None:
-    """A training whose parent kills it; says when its steps begin."""
+def run_until_killed(out: str, started: str, rank: int, world_size: int, port: int) -> None:
+    """One process of a training whose parent kills some or all of them; says when its steps begin."""
     torch.set_num_threads(1)
+    if world_size > 1:
+        join(rank, world_size, port)
     step = trainer_module.TrainRun.train_step
 
     def slow(self: trainer_module.TrainRun, *, stop_asked: bool = False) -> object:
@@ -79,9 +86,60 @@ def run_until_killed(out: str, started: str) -> None:
 
     trainer_module.TrainRun.train_step = slow  # type: ignore[method-assign, assignment]  # in this process alone
     trainer_module.SAMPLE_TOKENS = 1200
-    source = PlantedSource(batch_size=120)
-    Trainer(build_sae(CFG), source, CONFIG).fit(Path(out))
+    processes.ANSWER_SECONDS = 0.2
+    source = PlantedSource(batch_size=120, rank=rank, world_size=world_size)
+    try:
+        Trainer(build_sae(CFG), source, CONFIG).fit(Path(out))
+    except (ResourceError, RuntimeError):
+        # Another one was lost.
+        os._exit(1)
     os._exit(0)
+
+
+def run_on_a_full_disk(told: str) -> None:
+    """A training whose disk fills up in its fifth step, and that is gone on with when there is room again."""
+    disk = Path(told) / "disk"
+    disk.mkdir()
+    if not _mount(disk, num_bytes=2**20):
+        os._exit(MAY_NOT_MOUNT)
+    torch.set_num_threads(1)
+    trainer_module.SAMPLE_TOKENS = 1200
+    out, ballast = disk / "out", disk / "ballast"
+    step = trainer_module.TrainRun.train_step
+
+    def filling(self: trainer_module.TrainRun, *, stop_asked: bool = False) -> object:
+        if self.step == 4:
+            # The checkpoint of this step has been begun.
+            while not (out / "checkpoints" / "step_00000004").exists():
+                time.sleep(0.001)
+            with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        return step(self, stop_asked=stop_asked)
+
+    trainer_module.TrainRun.train_step = filling  # type: ignore[method-assign, assignment]  # in this process alone
+    try:
+        Trainer(build_sae(CFG), PlantedSource(batch_size=120), CONFIG).fit(out)
+    except ResourceError as error:
+        names = sorted(path.name for path in (out / "checkpoints").iterdir())
+        (Path(told) / "said").write_text("\n".join([str(error), *names]))
+    ballast.unlink()
+    trainer_module.TrainRun.train_step = step  # type: ignore[method-assign]  # as it was
+    Trainer(build_sae(CFG), PlantedSource(batch_size=120), CONFIG).fit(out)
+    shutil.copy(out / "sae.safetensors", told)
+    os._exit(0)
+
+
+def _mount(folder: Path, *, num_bytes: int) -> bool:
+    """Gives this process a disk of its own; False where it may not have one."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_mounts, new_users, private = 0x20000, 0x10000000, 0x4000 | 0x40000
+    if libc.unshare(new_mounts | (new_users if os.geteuid() else 0)):
+        return False
+    options = f"size={num_bytes}".encode()
+    if libc.mount(None, b"/", None, private, None):
+        return False
+    return not libc.mount(b"none", os.fsencode(folder), b"tmpfs", 0, options)
 
 
 def run_once_killed(out: str, marker: str) -> int:
