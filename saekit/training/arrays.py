@@ -29,7 +29,9 @@ class Rows(NamedTuple):
     """Whether the state has the array's transpose."""
 
 
-def stage_tensors(state: Mapping[str, object], *, rank: int, world_size: int) -> tuple[dict[str, Any], dict[str, Rows]]:
+def stage_tensors(
+    state: Mapping[str, object], *, rank: int, world_size: int, buffers: dict[str, Tensor] | None = None
+) -> tuple[dict[str, Any], dict[str, Rows]]:
     """Copies into the host's memory what this process is to write of a state, and waits for the copies alone.
 
     A tensor stands for one that every process holds: each writes an equal part of its rows. `Rows` stand for an array that
@@ -39,11 +41,13 @@ def stage_tensors(state: Mapping[str, object], *, rank: int, world_size: int) ->
         state: nested dicts and lists of tensors, `Rows` and plain values.
         rank: of this process.
         world_size: number of processes.
+        buffers: memory of earlier copies by name, used again where it fits, and added to; None = new memory each time.
 
     Returns:
         The state with names in place of arrays, and this process's rows of them; tensors without rows stay where they are.
     """
     rows: dict[str, Rows] = {}
+    kept: dict[str, Tensor] = {} if buffers is None else buffers
 
     def take(name: str, value: Tensor | Rows) -> object:
         if isinstance(value, Tensor):
@@ -52,10 +56,10 @@ def stage_tensors(state: Mapping[str, object], *, rank: int, world_size: int) ->
             is_transposed = value.ndim == 2 and not value.is_contiguous()
             memory = value.detach().T if is_transposed else value.detach()
             start, stop = (number * len(memory) // world_size for number in (rank, rank + 1))
-            rows[name] = Rows(_copied(memory[start:stop]), start, len(memory))
+            rows[name] = Rows(_copied(memory[start:stop], name, kept), start, len(memory))
         else:
             is_transposed = value.is_transposed
-            rows[name] = value._replace(tensor=_copied(value.tensor.detach()))
+            rows[name] = value._replace(tensor=_copied(value.tensor.detach(), name, kept))
         return {NAME_KEY: name, TRANSPOSED_KEY: is_transposed}
 
     named = _mapped(dict(state), take, "")
@@ -76,9 +80,11 @@ def restore_tensors(named: dict[str, Any], arrays: Mapping[str, Tensor]) -> dict
     return restored
 
 
-def _copied(rows: Tensor) -> Tensor:
+def _copied(rows: Tensor, name: str, kept: dict[str, Tensor]) -> Tensor:
     """Returns a copy in the host's memory; one of a GPU's rows is under way when this returns."""
-    copy = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda)
+    copy = kept.get(name)
+    if copy is None or copy.shape != rows.shape or copy.dtype != rows.dtype:
+        copy = kept[name] = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda)
     return copy.copy_(rows, non_blocking=True)
 
 

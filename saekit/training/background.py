@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
@@ -59,6 +60,9 @@ class CheckpointWriter:
         """Takes this process's place among those that write one checkpoint."""
         self._rank, self._world_size = rank, world_size
         self._group: dist.ProcessGroup | None = None
+        # New memory takes several times as long as the copy itself: the system hands it out page by page, and zeroes it.
+        self._buffers: dict[Path, dict[str, Tensor]] = {}
+        self._last: dict[Path, Future[None]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saekit-checkpoint")
 
     def write(
@@ -72,6 +76,8 @@ class CheckpointWriter:
     ) -> Future[None]:
         """Copies what this process writes, and begins to write; all processes call this for the same steps.
 
+        The checkpoint before of the same folder is to be done: its memory is used again, and is held until the writer ends.
+
         Args:
             out: folder of the SAE.
             step: of the training.
@@ -82,15 +88,20 @@ class CheckpointWriter:
         Returns:
             Done when the checkpoint of all processes is in place; it holds a `ResourceError` where it is not.
         """
+        assert out not in self._last or self._last[out].done(), "the last checkpoint of this folder is not written yet"
         if self._world_size > 1 and self._group is None:
             world = dist.group.WORLD
             assert world is not None
             self._group = side_group(world, "checkpoints", PATIENCE)
-        named, arrays = stage_tensors(state, rank=self._rank, world_size=self._world_size)
+        named, arrays = stage_tensors(
+            state, rank=self._rank, world_size=self._world_size, buffers=self._buffers.setdefault(out, {})
+        )
         files: dict[str, Mapping[str, object]] = {process_name(self._rank): dict(own)}
         if self._rank == 0:
             files[RUN_NAME] = {"run": named, **shared}
-        return self._thread.submit(self._write, _Snapshot(out=out, step=step, files=files, arrays=arrays))
+        written = self._thread.submit(self._write, _Snapshot(out=out, step=step, files=files, arrays=arrays))
+        self._last[out] = written
+        return written
 
     def __enter__(self) -> Self:
         return self
@@ -100,6 +111,7 @@ class CheckpointWriter:
     ) -> None:
         """Waits for what is being written."""
         self._thread.shutdown(wait=True)
+        self._buffers.clear()
 
     def _write(self, snapshot: _Snapshot) -> None:
         folder = staging_folder(snapshot.out, snapshot.step)

@@ -35,7 +35,7 @@ class Memory:
     reader: int
     """In the host's memory: windows of the store and two batches."""
     staged: int
-    """In the host's memory while a checkpoint is written beside the steps: a copy of this process's part of it."""
+    """In the host's memory from the first checkpoint on: the copy of this process's part that is written beside the steps."""
     given: int
     """In the host's memory: the whole SAE as it is passed in, on every process, and a second one until the first step."""
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,7 @@ from saekit.sae import JumpReLUConfig, SAEConfig, TopKConfig, build_sae
 from saekit.training import TrainConfig, Trainer, read_metrics
 from saekit.training import background as background_module
 from saekit.training import loop as loop_module
+from saekit.training.arrays import stage_tensors
 from saekit.training.metrics import SPEED_FIELDS
 from saekit.training.state import load_run, publish_checkpoint
 
@@ -211,6 +213,36 @@ def test_broken_checkpoint_names_the_file_and_the_remedy(
     with pytest.raises(FormatError, match=rf"{shown}: cannot be read: .*; remove '.*step_00000026' to go on") as caught:
         train(planted, TOPK, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_copies_of_a_state_use_the_memory_of_those_before_and_none_of_the_states() -> None:
+    state = {"whole": torch.arange(12.0).reshape(6, 2), "counter": torch.tensor(3)}
+    buffers: dict[str, torch.Tensor] = {}
+    _, first = stage_tensors(state, rank=1, world_size=2, buffers=buffers)
+    place = first["whole"].tensor.data_ptr()
+    state["whole"].add_(1)
+    assert first["whole"].tensor.tolist() == [[6, 7], [8, 9], [10, 11]]
+    _, second = stage_tensors(state, rank=1, world_size=2, buffers=buffers)
+    assert second["whole"].tensor.tolist() == [[7, 8], [9, 10], [11, 12]]
+    assert second["whole"].tensor.data_ptr() == place
+    # Another share of the rows, as after a change of processes, does not fit.
+    _, third = stage_tensors(state, rank=0, world_size=1, buffers=buffers)
+    assert third["whole"].tensor.shape == (6, 2)
+    assert set(buffers) == {"whole"}
+
+
+def test_memory_of_a_copy_is_not_taken_before_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = threading.Event()
+    monkeypatch.setattr(background_module, "write_rows", lambda *_: begun.wait(10) and [])
+    monkeypatch.setattr(background_module, "finish_arrays", lambda *_: None)
+    state = {"whole": torch.zeros(2, 2)}
+    with background_module.CheckpointWriter() as writer:
+        first = writer.write(tmp_path, 1, state=state, shared={}, own={})
+        with pytest.raises(AssertionError, match="checkpoint of this folder is not written yet"):
+            writer.write(tmp_path, 2, state=state, shared={}, own={})
+        begun.set()
+        first.result()
+        writer.write(tmp_path, 2, state=state, shared={}, own={}).result()
 
 
 def test_other_config_does_not_take_over_a_stopped_run(
