@@ -1,10 +1,7 @@
 """A run that is killed, interrupted or fails goes on bit for bit where its last checkpoint is."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +19,8 @@ from saekit.training import loop as loop_module
 from saekit.training.arrays import stage_tensors
 from saekit.training.metrics import SPEED_FIELDS
 from saekit.training.state import load_run, publish_checkpoint
+from tests.saekit.training import planted as planted_module
+from tests.saekit.training.ranks import forks
 
 TOPK = TopKConfig(d_in=16, d_sae=32, k=2)
 JUMPRELU = JumpReLUConfig(d_in=16, d_sae=32, target_l0=2)
@@ -71,37 +70,20 @@ def uninterrupted(
     return request.param, weights, rows
 
 
-SCRIPT = """
-import importlib.util, sys, json, torch
-torch.set_num_threads(1)
-from pathlib import Path
-sys.path[:0] = [{here!r}]
-import planted
-spec = importlib.util.spec_from_file_location("test_resume", {here!r} + "/test_resume.py")
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-module.train(planted, getattr(module, {name!r}), Path({out!r}), stop_at={stop_at}, number={number})
-"""
-
-
-def run_in_process(cfg: SAEConfig, out: Path, *, stop_at: int, number: int) -> subprocess.CompletedProcess[str]:
-    name = "TOPK" if cfg is TOPK else "JUMPRELU"
-    script = SCRIPT.format(
-        here=str(Path(__file__).parent), name=name, out=str(out), stop_at=stop_at, number=int(number)
-    )
-    root = Path(__file__).parents[3]
-    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"}
-    return subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False, timeout=120
-    )
+def run_killed(cfg: SAEConfig, out: Path, stop_at: int) -> None:
+    """A training in a process of its own, which kills itself."""
+    torch.set_num_threads(1)
+    train(planted_module, cfg, out, stop_at=stop_at, number=signal.SIGKILL)
 
 
 def test_killed_run_goes_on_bit_for_bit(
     planted: ModuleType, uninterrupted: tuple[SAEConfig, bytes, list[dict[str, object]]], tmp_path: Path
 ) -> None:
     cfg, weights, rows = uninterrupted
-    found = run_in_process(cfg, tmp_path, stop_at=47, number=signal.SIGKILL)
-    assert found.returncode == -signal.SIGKILL, found.stderr
+    process = forks().Process(target=run_killed, args=(cfg, tmp_path, 47))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "sae.safetensors").exists()
     # The one of step 39 was begun once this one was in place.
     assert (tmp_path / "checkpoints" / "step_00000026").is_dir()
