@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # scripts/launch_slurm.sh train RECIPE.toml [KEY=VALUE]... [--sae NAME]
 #
-# A job of Slurm that trains data-parallel, one process a GPU, on all nodes that it was given; from the repository's folder:
+# A job of Slurm that trains in the layout of the recipe, one process a GPU, on all nodes that it was given; from the repository's folder:
 #
 #   sbatch --nodes 2 --gpus-per-node 8 scripts/launch_slurm.sh train pipelines/recipes/llama3_8b_resid15_batchtopk.toml
 #

@@ -76,13 +76,16 @@ def init_thresholds(sae: JumpReLUSAE | ReLUSAE | GatedSAE, x: Tensor, density: f
 
     All features then start equally active and the selected entries are few from the first step; a common small start value
     would make half of all entries active and leave Adam's bounded steps thousands of steps from the target.
+
+    A quantile lies half-way between two of the pre-activations. On one of them, a token that training then sees would be active or
+    not by the rounding of a product, which depends on how many features a process holds.
     """
     keep = max(1, min(len(x) - 1, round(len(x) * density)))
     encoder_input = sae.encoder_input(x)
     for start in range(0, sae.d_sae, FEATURES_AT_A_TIME):
         rows = slice(start, start + FEATURES_AT_A_TIME)
         z = encoder_input @ sae.W_enc[:, rows] + sae.b_enc[rows]
-        quantiles = z.kthvalue(len(x) - keep, dim=0).values
+        quantiles = z.topk(keep + 1, dim=0).values[-2:].mean(dim=0)
         if isinstance(sae, JumpReLUSAE):
             sae.threshold[rows] = quantiles.clamp_min(1e-3)
         else:

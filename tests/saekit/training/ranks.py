@@ -29,7 +29,8 @@ from saekit.training import TrainConfig, Trainer, finish, train_together, traine
 from tests.saekit.training.planted import PlantedSource, PlantedView
 
 BATCH = 64
-STEPS = 10
+STEPS = 9
+"""The last batch is one of the short ones."""
 SAMPLE_TOKENS = 512
 """The start and the end are measured on a few tokens."""
 D_SAE = 31
@@ -81,6 +82,8 @@ OPTIONS: dict[str, dict[str, object]] = {
 EVERYWHERE = tuple(kind for kind in SAES if kind not in {"crosscoder", "mlsae", "resampled"})
 """Kinds whose features can be spread over processes."""
 MESH = ("topk", "batchtopk", "jumprelu", "matryoshka_batchtopk", "skip")
+DATA4 = ("batchtopk", "gated")
+LATENTS4 = ("topk", "batchtopk", "gated", "transcoder")
 
 
 class Tokens(PlantedSource):
@@ -134,7 +137,7 @@ def train_in_turns(out: Path, kind: str, *turns: tuple[object, tuple[int, int]])
 
 
 def train_until_one_is_killed(out: Path, rank: int) -> None:
-    """The second of two processes is killed in its ninth step, when the checkpoint of the eighth has been begun."""
+    """The second of two processes is killed in its ninth and last step, when the checkpoint of the eighth has been begun."""
     made = make_trainer("topk", rank=rank, world_size=2)
     if rank == 1:
         made.train.kill_at, made.train.armed_after = 8, 9  # type: ignore[union-attr]
@@ -175,7 +178,8 @@ def two(out: Path, rank: int) -> None:
 def four(out: Path, rank: int) -> None:
     """All that four processes do."""
     train(out / "mesh", {"data": 2, "latents": 2}, MESH, (rank // 2, 2))
-    train(out / "latents4", "latents", ("topk", "batchtopk"), (0, 1))
+    train(out / "data4", "data", DATA4, (rank, 4))
+    train(out / "latents4", "latents", LATENTS4, (0, 1))
     mesh = {"data": 2, "latents": 2}, (rank // 2, 2)
     train_in_turns(out / "turns" / "matryoshka_topk", "matryoshka_topk", mesh, ("latents", (0, 1)), mesh)
 

@@ -74,3 +74,16 @@ def test_calibration_does_not_reach_far(l0: float, expected: float) -> None:
     init_thresholds(sae, x, 20.0 / sae.d_sae)
     sae.scale_thresholds(0.5 if expected > 1 else 2.0)
     assert calibration_factor(sae, x.split(512), l0) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("cfg", [JumpReLUConfig, ReLUConfig, GatedConfig], ids=lambda cfg: cfg.__name__)
+def test_thresholds_start_between_pre_activations_at_the_density_asked_for(cfg: type[JumpReLUConfig]) -> None:
+    """On one of them, the rounding of a product would decide whether its token is active."""
+    sae = build_sae(cfg(d_in=6, d_sae=9, target_l0=2.0), seed=1)
+    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) + 0.5
+    init_thresholds(sae, x, density=0.1)  # type: ignore[arg-type]  # one of the three
+    z = sae.encoder_input(x) @ sae.W_enc + sae.b_enc
+    threshold = sae.threshold if isinstance(sae, JumpReLUSAE) else torch.zeros(9)
+    distance = z - threshold
+    assert ((distance > 0).sum(0) == 20).all()
+    assert distance.abs().min() > 1e-5
