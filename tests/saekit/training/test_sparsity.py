@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from saekit.sae import JumpReLUConfig, JumpReLUSAE
+from saekit.sae import GatedConfig, JumpReLUConfig, JumpReLUSAE, ReLUConfig, build_sae
 from saekit.training import SparsityConfig
 from saekit.training.sparsity import L0Control, calibration_factor, init_thresholds, wanted_l0
 
