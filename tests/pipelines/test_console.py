@@ -3,11 +3,17 @@
 import io
 from types import SimpleNamespace
 
+import pytest
 from rich.console import Console
 from saekit_pipelines import console
+from saekit_pipelines.cli import app
+from saekit_pipelines.stages import Pipeline
+from typer.testing import CliRunner
 
+from saekit.errors import ConfigError
 from saekit.labelling import LabellingModel, Ledger, LLMConfig
 from saekit.labelling.live import OpenAIChat
+from saekit.progress import NO_PROGRESS
 from tests.saekit.labelling.stub import Fault, serving
 from tests.saekit.labelling.test_ledger import request
 
@@ -47,3 +53,21 @@ def test_a_bar_stays_on_one_line_of_a_narrow_terminal() -> None:
             1, **{"requests/s": 3.2, "in flight": "32", "tokens": "1,234,567", "cost": "$1.0000 of about $3.0000"}
         )
     assert max(frame.count("\n") for frame in out.getvalue().split("\x1b[2K")) <= 2
+
+
+@pytest.mark.parametrize(("rank", "is_silent"), [("0", False), ("3", True)])
+def test_only_the_first_process_of_a_launch_draws_bars(
+    monkeypatch: pytest.MonkeyPatch, rank: str, is_silent: bool
+) -> None:
+    commands = ("run", "cache", "train", "label", "revive", "evaluate", "report")
+    seen: list[bool] = []
+
+    def load(path: object, overrides: object, *, progress: object) -> object:
+        seen.append(progress is NO_PROGRESS)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(Pipeline, "load", load)
+    monkeypatch.setenv("RANK", rank)
+    for command in commands:
+        assert CliRunner().invoke(app, [command, "recipe.toml"]).exit_code == 2
+    assert seen == [is_silent] * len(commands)
