@@ -7,7 +7,7 @@ from pathlib import Path
 
 from saekit.activations.config import CacheConfig
 from saekit.activations.plan import CacheSize, cache_size, free_bytes
-from saekit.activations.stored import ITEM_BYTES
+from saekit.activations.codec import token_bytes
 from saekit.errors import ConfigError, ModelError
 from saekit.manifest import read_manifest
 from saekit.models.outline import ModelOutline, outline_model
@@ -147,13 +147,13 @@ def plan_recipe(
     for name, run in recipe.train.items():
         cfg = _sized(recipe, name, outline.widths)
         points = _hook_points(recipe, name)
-        token_bytes = sum(outline.widths[point] for point in points) * ITEM_BYTES[recipe.cache.dtype]
+        stored = sum(token_bytes(recipe.cache.dtype, outline.widths[point]) for point in points)
         kept = int(cache.size.num_tokens * (1 - recipe.split.test_fraction))
         plan = plan_training(
             cfg,
             run.training,
             hardware,
-            store=StoreSize(num_tokens=kept, token_bytes=token_bytes),
+            store=StoreSize(num_tokens=kept, token_bytes=stored),
             num_nodes=num_nodes,
             lm=None if run.training.objective is None else lm,
         )

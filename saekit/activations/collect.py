@@ -1,5 +1,6 @@
 """Texts through a model into a cache: token rows, then one forward a batch, then shards, then statistics."""
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from saekit.activations.capture import BatchCapture, CapturedBatch
+from saekit.activations.codec import AnyArray
 from saekit.activations.config import CacheConfig
 from saekit.activations.layout import (
     INDEX_NAME,
@@ -31,10 +33,11 @@ from saekit.activations.reader import ShardReader
 from saekit.activations.rows import TokenTable, read_token_table, write_token_table
 from saekit.activations.statistics import Statistics, compute_statistics, tell_massive, write_statistics
 from saekit.activations.store import ActivationStore, cache_identity
-from saekit.activations.stored import AnyArray, numpy_dtype, read_arrays, write_arrays
+from saekit.activations.stored import read_arrays, write_arrays
 from saekit.activations.verify import reopen_stage, verify_store
 from saekit.activations.writer import Shard, ShardWriter, remove_leftovers, staged
-from saekit.errors import ResourceError, StoreError
+from saekit.activations.writers import Writers, join_writers
+from saekit.errors import ResourceError, SaekitError, StoreError
 from saekit.manifest import begin_stage, file_sha256, finish_stage, locked, read_manifest
 from saekit.models.hooks import resolve
 from saekit.models.load import LanguageModel, load_model
@@ -51,7 +54,8 @@ def cache_activations(
     """Returns the finished cache in `out`, after doing what is missing of it.
 
     A run that was stopped goes on at its first missing shard, and ends with the same bytes as one that was not. A finished
-    cache is only checked for missing and truncated files, which are made anew.
+    cache is only checked for missing and truncated files, which are made anew. Where torchrun or `accelerate launch` has
+    started several processes, each writes its own shards, and the bytes are those that one would write.
 
     Args:
         lm: the model of `config.model`, if it is loaded already.
@@ -62,13 +66,24 @@ def cache_activations(
         DataError: the text cannot be read or is empty.
         NonFiniteError: NaN or Inf in the activations; says where.
         StoreError: a value that the stored dtype cannot hold; says where.
-        ResourceError: the disk is full or not writable; what is finished stays.
+        ResourceError: the disk is full or not writable, or another of the processes has ended; what is finished stays.
     """
     out = Path(out)
     lm = load_model(config.model) if lm is None else lm
     for hook_point in config.hook_points:
         resolve(lm, hook_point)
     check_context_len(config.tokens.context_len, lm)
+    writers = join_writers()
+    progress = progress if writers.is_first else NO_PROGRESS
+    if not writers.first(lambda: _claim(config, out, lm, progress)):
+        with contextlib.ExitStack() as stack:
+            writers.first(lambda: stack.enter_context(locked(out)))
+            _Collector(config, out, lm, progress, writers).run()
+    return ActivationStore.open(out, config.hook_points[0])
+
+
+def _claim(config: CacheConfig, out: Path, lm: LanguageModel, progress: Progress) -> bool:
+    """Returns whether the folder holds the finished cache already; claims it where not."""
     if read_manifest(out) is None:
         progress.say(plan_cache(config, out, lm=lm).summary())
     inputs = {
@@ -76,35 +91,40 @@ def cache_activations(
         "text": text_fingerprint(config.text),
         "tokenizer": lm.tokenizer_fingerprint,
     }
-    if begin_stage(out, "cache", config, inputs) == "complete":
-        problems = verify_store(out, checksums=False)
-        if not problems:
-            return ActivationStore.open(out, config.hook_points[0])
+    if begin_stage(out, "cache", config, inputs) != "complete":
+        return False
+    problems = verify_store(out, checksums=False)
+    if problems:
         progress.say(f"{problems[0]}{f' (and {len(problems) - 1} more)' if len(problems) > 1 else ''}: made anew")
         reopen_stage(out)
-    with locked(out):
-        _Collector(config, out, lm, progress).run()
-    return ActivationStore.open(out, config.hook_points[0])
+    return not problems
 
 
 class _Collector:
     """One run of the cache stage."""
 
-    def __init__(self, config: CacheConfig, out: Path, lm: LanguageModel, progress: Progress) -> None:
+    def __init__(self, config: CacheConfig, out: Path, lm: LanguageModel, progress: Progress, writers: Writers) -> None:
         manifest = read_manifest(out)
         assert manifest is not None, "begin_stage has written it"
         self.config = config
         self.out = out
         self.lm = lm
         self.progress = progress
+        self.writers = writers
         self.cache = cache_identity(manifest)
 
     def run(self) -> None:
         """Does every missing part, then declares the cache finished."""
-        remove_leftovers(self.out, *(hook_folder(self.out, name) for name in self.config.hook_points))
-        table = self._token_table()
+        self.writers.first(self._prepare)
+        table = read_token_table(self.out, cache=self.cache)
+        assert table is not None, "the first process has written it"
         spans = shard_spans(table.num_rows, self.config.shard_rows)
-        self._capture_shards(table, spans)
+        failed: SaekitError | None = None
+        try:
+            self._capture_shards(table, spans)
+        except SaekitError as error:
+            failed = error
+        self.writers.check(failed)
         counts: dict[str, object] = {
             "rows": table.num_rows,
             "tokens": table.tokens.size,
@@ -114,20 +134,21 @@ class _Collector:
         content = {"tokens": file_sha256(self.out / TOKENS_RECORD_NAME)}
         hooks: dict[str, object] = {}
         for hook_point in self.config.hook_points:
-            statistics = _finish_hook_point(self, hook_point, table, spans)
-            content[hook_point] = file_sha256(hook_folder(self.out, hook_point) / INDEX_NAME)
+            statistics, digest = _finish_hook_point(self, hook_point, table, spans)
+            content[hook_point] = digest
             hooks[hook_point] = {
                 "normal": statistics.num_normal,
                 "padding": statistics.num_padding,
                 "special": statistics.num_special,
                 "massive": statistics.num_massive,
             }
-        finish_stage(self.out, counts | {"tokens_by_kind": hooks, "sha256": content})
+        self.writers.first(lambda: finish_stage(self.out, counts | {"tokens_by_kind": hooks, "sha256": content}))
 
-    def _token_table(self) -> TokenTable:
-        table = read_token_table(self.out, cache=self.cache)
-        if table is not None:
-            return table
+    def _prepare(self) -> None:
+        """Removes what a stopped run left, and writes the token rows where they are not there."""
+        remove_leftovers(self.out, *(hook_folder(self.out, name) for name in self.config.hook_points))
+        if read_token_table(self.out, cache=self.cache) is not None:
+            return
         counts = TokenCounts()
         context_len = self.config.tokens.context_len
         table = write_token_table(
@@ -149,21 +170,24 @@ class _Collector:
                 f"the text ends after {table.tokens.size:,} of the {self.config.num_tokens:,} tokens asked for:"
                 f" all of it is cached but {counts.dropped_tokens:,} tokens that do not fill a row"
             )
-        return table
 
     def _capture_shards(self, table: TokenTable, spans: list[ShardSpan]) -> None:
-        missing = {
-            span.index: [h for h in self.config.hook_points if self._shard_record(h, span) is None] for span in spans
-        }
+        missing = self.writers.first(
+            lambda: {
+                span.index: names
+                for span in spans
+                if (names := [name for name in self.config.hook_points if self._shard_record(name, span) is None])
+            }
+        )
+        own = self.writers.share([span for span in spans if span.index in missing])
         row_tokens = table.context_len
-        done = sum(span.num_rows for span in spans if not missing[span.index]) * row_tokens
+        done = sum(span.num_rows for span in spans if span.index not in missing) * row_tokens
+        total = done + sum(span.num_rows for span in own) * row_tokens
         with (
-            self.progress.task("cache", table.tokens.size, "tokens", done=done) as task,
+            self.progress.task("cache", total, "tokens", done=done) as task,
             ShardWriter(len(self.config.hook_points)) as writer,
         ):
-            for span in spans:
-                if not missing[span.index]:
-                    continue
+            for span in own:
                 buffers: dict[str, _Buffer] = {}
                 rows = np.arange(span.first_row, span.first_row + span.num_rows)
                 capture = BatchCapture(self.lm, missing[span.index], self.config.dtype, shard=span.index)
@@ -177,8 +201,9 @@ class _Collector:
         place = slice(int(batch.rows[0]) - span.first_row, int(batch.rows[-1]) - span.first_row + 1)
         for name, stored in batch.stored.items():
             if name not in buffers:
-                shape = (span.num_rows, context_len, stored.shape[-1])
-                buffers[name] = _Buffer(shape, self.config.dtype)
+                buffers[name] = _Buffer(
+                    (span.num_rows, context_len, stored.shape[-1]), batch.widths[name], stored.dtype
+                )
             buffers[name].activations[place] = stored
             buffers[name].norm[place] = batch.norm[name]
 
@@ -205,8 +230,9 @@ class _Collector:
 class _Buffer:
     """One shard of one hook point while it fills."""
 
-    def __init__(self, shape: tuple[int, int, int], dtype: str) -> None:
-        self.activations: AnyArray = np.empty(shape, numpy_dtype(dtype))
+    def __init__(self, shape: tuple[int, int, int], d_in: int, dtype: np.dtype[np.generic]) -> None:
+        self.d_in = d_in
+        self.activations: AnyArray = np.empty(shape, dtype)
         self.norm = np.empty(shape[:2], np.float32)
 
     def shard(self, run: _Collector, hook_point: str, span: ShardSpan) -> Shard:
@@ -216,13 +242,17 @@ class _Buffer:
             hook_point=hook_point,
             span=span,
             dtype=run.config.dtype,
+            compression=run.config.compression,
+            d_in=self.d_in,
             activations=self.activations,
             norm=self.norm,
         )
 
 
-def _finish_hook_point(run: _Collector, hook_point: str, table: TokenTable, spans: list[ShardSpan]) -> Statistics:
-    """Tells massive tokens, writes the statistics, and writes the index of the hook point."""
+def _finish_hook_point(
+    run: _Collector, hook_point: str, table: TokenTable, spans: list[ShardSpan]
+) -> tuple[Statistics, str]:
+    """Tells massive tokens, writes statistics and index of the hook point, and returns the statistics and the index's sha256."""
     folder = hook_folder(run.out, hook_point)
     records = [run._shard_record(hook_point, span) for span in spans]
     shards = [record for record in records if record is not None]
@@ -237,21 +267,27 @@ def _finish_hook_point(run: _Collector, hook_point: str, table: TokenTable, span
         values: npt.NDArray[np.float32] = reader.rows(rows).to(torch.float32).numpy()
         return values
 
-    statistics = compute_statistics(read_rows, kinds, norms, massive_threshold=threshold, progress=run.progress)
-    _tell(run.progress, hook_point, statistics)
-    with staged(folder / KINDS_NAME) as temporary:
-        write_arrays(temporary, {"kind": kinds, "norm": norms})
-    write_statistics(folder / STATISTICS_NAME, statistics)
-    index = HookIndex(
-        cache=run.cache,
-        hook_point=hook_point,
-        d_in=reader.d_in,
-        dtype=run.config.dtype,
-        shards=tuple(shards),
-        files=record_files(folder, KINDS_NAME, STATISTICS_NAME),
+    statistics = compute_statistics(
+        read_rows, kinds, norms, massive_threshold=threshold, progress=run.progress, writers=run.writers
     )
-    write_record(folder / INDEX_NAME, index)
-    return statistics
+    _tell(run.progress, hook_point, statistics)
+
+    def write() -> str:
+        with staged(folder / KINDS_NAME) as temporary:
+            write_arrays(temporary, {"kind": kinds, "norm": norms})
+        write_statistics(folder / STATISTICS_NAME, statistics)
+        index = HookIndex(
+            cache=run.cache,
+            hook_point=hook_point,
+            d_in=reader.d_in,
+            dtype=run.config.dtype,
+            shards=tuple(shards),
+            files=record_files(folder, KINDS_NAME, STATISTICS_NAME),
+        )
+        write_record(folder / INDEX_NAME, index)
+        return file_sha256(folder / INDEX_NAME)
+
+    return statistics, run.writers.first(write)
 
 
 def _tell(progress: Progress, hook_point: str, statistics: Statistics) -> None:

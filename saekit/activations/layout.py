@@ -5,26 +5,32 @@
     tokens.json                 PartRecord of the above and of documents.jsonl
     documents.jsonl             one line a document: index, source, title, start, sha256, num_tokens
     hooks/<hook point>/
-        shard-00000.zarr        group: activations [rows, T, D], norm [rows, T] float32
+        shard-00000.zarr        group: activations [rows, T, W] in one shard file, norm [rows, T] float32
         shard-00000.json        ShardRecord: written last, so a shard without it does not exist
         kinds.zarr              group: kind [R, T] uint8 with massive activations told, norm [R, T] float32
         statistics.json         Statistics over normal tokens
         index.json              HookIndex: all of the above with sizes and checksums
 
-R rows of T tokens; a token's flat index is `row * T + position`.
+R rows of T tokens; a token's flat index is `row * T + position`. W is D, or D + 4 bytes of a quantised activation
+(saekit.activations.codec).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+import google_crc32c
+import numpy as np
 from pydantic import Field, ValidationError
 
+from saekit.activations.codec import StoredDtype
+from saekit.activations.shardfile import ChunkShape, Compression
 from saekit.config import Config
 from saekit.errors import StoreError
-from saekit.manifest import file_sha256, write_json
+from saekit.manifest import write_json
 
 __all__ = [
+    "ACTIVATIONS_NAME",
     "DOCUMENTS_NAME",
     "INDEX_NAME",
     "KINDS_NAME",
@@ -41,6 +47,7 @@ __all__ = [
     "read_record",
     "record_files",
     "record_name",
+    "shard_file",
     "shard_name",
     "shard_spans",
     "write_record",
@@ -52,6 +59,9 @@ DOCUMENTS_NAME = "documents.jsonl"
 KINDS_NAME = "kinds.zarr"
 STATISTICS_NAME = "statistics.json"
 INDEX_NAME = "index.json"
+ACTIVATIONS_NAME = "activations"
+
+_BLOCK_BYTES = 2**20
 
 
 class FileRecord(Config):
@@ -59,8 +69,8 @@ class FileRecord(Config):
 
     size_bytes: int
     """Length."""
-    sha256: str
-    """Of its bytes."""
+    crc32c: str
+    """Of its bytes, eight hexadecimal digits."""
 
 
 class PartRecord(Config):
@@ -94,10 +104,12 @@ class ShardRecord(PartRecord):
     """Which rows."""
     d_in: int
     """Width of an activation."""
-    dtype: str
+    dtype: StoredDtype
     """Of the stored activations."""
-    chunk_rows: int
-    """Rows a chunk file holds; the last one is filled up."""
+    compression: Compression
+    """Of their chunks."""
+    chunk: ChunkShape
+    """Rows and positions that a chunk holds."""
 
 
 class HookIndex(PartRecord):
@@ -107,7 +119,7 @@ class HookIndex(PartRecord):
     """Where the activations were taken."""
     d_in: int
     """Width of an activation."""
-    dtype: str
+    dtype: StoredDtype
     """Of the stored activations."""
     shards: tuple[ShardRecord, ...]
     """In order of rows."""
@@ -124,6 +136,11 @@ def hook_folder(cache: Path, hook_point: str) -> Path:
 def shard_name(index: int) -> str:
     """Returns a shard's folder name."""
     return f"shard-{index:05d}.zarr"
+
+
+def shard_file(index: int) -> str:
+    """Returns the path of the file that holds a shard's activations, relative to the hook point's folder."""
+    return f"{shard_name(index)}/{ACTIVATIONS_NAME}/c/0/0/0"
 
 
 def record_name(index: int) -> str:
@@ -147,13 +164,28 @@ def _files_below(path: Path) -> Iterator[Path]:
         yield path
 
 
-def record_files(folder: Path, *names: str) -> dict[str, FileRecord]:
-    """Returns size and checksum of every file at or below `folder / name`."""
-    return {
-        file.relative_to(folder).as_posix(): FileRecord(size_bytes=file.stat().st_size, sha256=file_sha256(file))
-        for name in names
-        for file in _files_below(folder / name)
-    }
+def _file_crc32c(path: Path) -> str:
+    crc, block = 0, np.empty(_BLOCK_BYTES, np.uint8)
+    with path.open("rb", buffering=0) as file:
+        while found := file.readinto(block):
+            crc = google_crc32c.extend(crc, block[:found])
+    return f"{crc:08x}"
+
+
+def record_files(folder: Path, *names: str, known: Mapping[str, str] | None = None) -> dict[str, FileRecord]:
+    """Returns size and checksum of every file at or below `folder / name`.
+
+    Args:
+        known: checksums of files whose bytes need not be read again, by path relative to `folder`.
+    """
+    known = known or {}
+    records = {}
+    for name in names:
+        for file in _files_below(folder / name):
+            relative = file.relative_to(folder).as_posix()
+            crc = known[relative] if relative in known else _file_crc32c(file)
+            records[relative] = FileRecord(size_bytes=file.stat().st_size, crc32c=crc)
+    return records
 
 
 def file_problems(folder: Path, record: PartRecord, *, verify: bool) -> list[str]:
@@ -169,8 +201,8 @@ def file_problems(folder: Path, record: PartRecord, *, verify: bool) -> list[str
             size = path.stat().st_size
             if size != expected.size_bytes:
                 problems.append(f"{name} has {size:,} bytes, needs {expected.size_bytes:,}")
-            elif verify and file_sha256(path) != expected.sha256:
-                problems.append(f"{name} has changed since it was written (sha256 differs)")
+            elif verify and _file_crc32c(path) != expected.crc32c:
+                problems.append(f"{name} has changed since it was written (crc32c differs)")
         except FileNotFoundError:
             problems.append(f"{name} is missing")
         except OSError as error:
@@ -194,4 +226,7 @@ def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord | None:
     except FileNotFoundError:
         return None
     except (ValidationError, OSError) as error:
-        raise StoreError(f"{str(path)!r}: not a record of a cache, needs the file as it was written") from error
+        raise StoreError(
+            f"{str(path)!r}: not a record of a cache, needs the file as this version writes it; caches of earlier versions have"
+            " to be made anew in another folder"
+        ) from error

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from saekit.activations.codec import token_bytes
 from saekit.activations.config import CacheConfig
-from saekit.activations.stored import ITEM_BYTES
 from saekit.errors import ResourceError
 from saekit.models.hooks import capture, resolve
 from saekit.models.load import LanguageModel, load_model
@@ -42,7 +42,7 @@ def cache_size(config: CacheConfig, widths: Mapping[str, int]) -> CacheSize:
     num_rows = math.ceil(config.num_tokens / config.tokens.context_len)
     num_tokens = num_rows * config.tokens.context_len
     a_token = _ROW_BYTES_A_TOKEN + sum(
-        width * ITEM_BYTES[config.dtype] + _HOOK_BYTES_A_TOKEN for width in widths.values()
+        token_bytes(config.dtype, width) + _HOOK_BYTES_A_TOKEN for width in widths.values()
     )
     return CacheSize(num_tokens, num_rows, num_tokens * a_token)
 

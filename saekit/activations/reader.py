@@ -1,4 +1,4 @@
-"""Activations of one hook point by row or by token, over all of its shards."""
+"""Activations of one hook point by row, by token or by chunk, over all of its shards."""
 
 import functools
 from collections.abc import Sequence
@@ -8,14 +8,15 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from saekit.activations.layout import ShardRecord, file_problems, shard_name
-from saekit.activations.stored import AnyArray, Chunks, numpy_dtype, to_torch
+from saekit.activations.codec import CODECS, AnyArray
+from saekit.activations.layout import ShardRecord, shard_file
+from saekit.activations.shardfile import ShardFile, chunk_bounds
 from saekit.errors import StoreError
 
 __all__ = ["ShardReader"]
 
-# Each open shard maps its chunk files; the system allows 65,530 mappings a process by default.
-_OPEN_SHARDS = 512
+# The system allows 1,024 open files a process by default.
+_OPEN_SHARDS = 256
 
 Indices = npt.NDArray[np.int64]
 
@@ -23,7 +24,12 @@ Indices = npt.NDArray[np.int64]
 class ShardReader:
     """Reads shards that together hold rows 0 to R - 1; safe to call from several threads.
 
-    Each shard's files are compared with their checksums when it is first read: a flipped bit must not become a weight.
+    Files are read in chunks, and each chunk is compared with its checksum whenever it is read: a flipped bit must not become a
+    weight. Chunks are numbered through all shards.
+
+    Attributes:
+        codec: of the stored activations.
+        bounds: `[chunks + 1]` flat index at which each chunk begins, and where the last one ends.
     """
 
     def __init__(self, folder: Path, shards: Sequence[ShardRecord], *, context_len: int) -> None:
@@ -35,56 +41,68 @@ class ShardReader:
         """
         self.context_len = context_len
         self.d_in = shards[0].d_in
-        self.dtype = shards[0].dtype
+        self.codec = CODECS[shards[0].dtype]
         self.num_rows = sum(shard.span.num_rows for shard in shards)
         self._folder = folder
         self._shards = shards
-        self._first_rows = np.array([shard.span.first_row for shard in shards], np.int64)
-        self._sound: set[int] = set()
-        self._chunks = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._open)
+        counts = [shard.chunk.num_chunks(shard.span.num_rows, context_len) for shard in shards]
+        self._first_chunks = np.append(0, np.cumsum(counts))
+        parts = [
+            chunk_bounds(shard.span.num_rows, context_len, shard.chunk)[:-1] + shard.span.first_row * context_len
+            for shard in shards
+        ]
+        self.bounds: Indices = np.append(np.concatenate(parts), self.num_rows * context_len)
+        self._open_shard = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._open)
 
     def rows(self, rows: Indices) -> Tensor:
-        """Returns `[n, T, D]` in the stored dtype, for rows in any order."""
-        ascending, order = _ascending(rows, self.num_rows, "row")
-        out = np.empty((len(rows), self.context_len, self.d_in), numpy_dtype(self.dtype))
-        for shard, part in self._parts(ascending):
-            self._chunks(shard).rows(ascending[part] - self._first_rows[shard], out[part])
-        return to_torch(_restored(out, order), self.dtype)
+        """Returns `[n, T, D]` decoded, for rows in any order."""
+        _check_range(rows, self.num_rows, "row")
+        flat = (rows[:, None] * self.context_len + np.arange(self.context_len)).ravel()
+        return self.tokens(flat).reshape(len(rows), self.context_len, self.d_in)
 
     def tokens(self, flat: Indices) -> Tensor:
-        """Returns `[n, D]` in the stored dtype, for flat indices (`row * T + position`) in any order."""
-        ascending, order = _ascending(flat, self.num_rows * self.context_len, "token")
-        out = np.empty((len(flat), self.d_in), numpy_dtype(self.dtype))
-        for shard, part in self._parts(ascending // self.context_len):
-            first = self._first_rows[shard] * self.context_len
-            self._chunks(shard).tokens(ascending[part] - first, out[part])
-        return to_torch(_restored(out, order), self.dtype)
+        """Returns `[n, D]` decoded, for flat indices (`row * T + position`) in any order."""
+        _check_range(flat, self.num_rows * self.context_len, "token")
+        ascending, order = _ascending(flat)
+        chunks = np.searchsorted(self.bounds, ascending, side="right") - 1
+        out = np.empty((len(flat), self.codec.width(self.d_in)), self.codec.array)
+        starts = np.flatnonzero(np.diff(chunks, prepend=-1))
+        for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(chunks)], strict=True):
+            chunk = int(chunks[start])
+            first, count = int(self.bounds[chunk]), int(self.bounds[chunk + 1] - self.bounds[chunk])
+            if stop - start == count and np.array_equal(ascending[start:stop], np.arange(first, first + count)):
+                self.chunk(chunk, out[start:stop])
+                continue
+            whole = np.empty((count, out.shape[1]), out.dtype)
+            self.chunk(chunk, whole)
+            out[start:stop] = whole[ascending[start:stop] - first]
+        return self.codec.decode(self.codec.to_tensor(_restored(out, order)))
 
-    def _parts(self, rows: Indices) -> list[tuple[int, slice]]:
-        """Returns (shard, place in `rows`) for ascending rows."""
-        bounds = np.append(np.searchsorted(rows, self._first_rows), len(rows))
-        used = np.flatnonzero(np.diff(bounds)).tolist()
-        return [(shard, slice(int(bounds[shard]), int(bounds[shard + 1]))) for shard in used]
+    def chunk(self, chunk: int, out: AnyArray) -> None:
+        """Reads all tokens of a chunk into `out` `[n, width]`, in the stored form."""
+        shard = int(np.searchsorted(self._first_chunks, chunk, side="right")) - 1
+        self._open_shard(shard).read_chunk(chunk - int(self._first_chunks[shard]), out.reshape(-1).view(np.uint8))
 
-    def _open(self, shard: int) -> Chunks:
+    def _open(self, shard: int) -> ShardFile:
         record = self._shards[shard]
-        if shard not in self._sound:
-            if problems := file_problems(self._folder, record, verify=True):
-                raise StoreError(
-                    f"{str(self._folder)!r}: shard {record.span.index}: {problems[0]}; run 'saekit verify --repair' on the "
-                    "cache, then the cache command again to make it anew"
-                )
-            # Kept apart from the open maps, of which old ones are let go.
-            self._sound.add(shard)
-        path = self._folder / shard_name(record.span.index) / "activations"
-        return Chunks(path, chunk_shape=(record.chunk_rows, self.context_len, self.d_in), dtype=self.dtype)
+        rows, positions = record.chunk
+        return ShardFile(
+            self._folder / shard_file(record.span.index),
+            num_chunks=record.chunk.num_chunks(record.span.num_rows, self.context_len),
+            chunk_bytes=rows * positions * self.codec.width(self.d_in) * self.codec.array.itemsize,
+            item_bytes=self.codec.array.itemsize,
+            compression=record.compression,
+        )
 
 
-def _ascending(wanted: Indices, size: int, what: str) -> tuple[Indices, Indices | None]:
-    """Returns the wanted places in ascending order, and where they stood; None where they are ascending already."""
+def _check_range(wanted: Indices, size: int, what: str) -> None:
     if len(wanted) and (wanted.min() < 0 or wanted.max() >= size):
         bad = int(wanted.min()) if wanted.min() < 0 else int(wanted.max())
         raise StoreError(f"{what} {bad}: outside the cache, needs 0 to {size - 1}")
+
+
+def _ascending(wanted: Indices) -> tuple[Indices, Indices | None]:
+    """Returns the wanted places in ascending order, and where they stood; None where they are ascending already."""
     if np.all(wanted[1:] >= wanted[:-1]):
         return wanted, None
     order = np.argsort(wanted, kind="stable")

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from saekit.activations.codec import AnyArray, Codec, token_bytes
 from saekit.activations.layout import (
     DOCUMENTS_NAME,
     INDEX_NAME,
@@ -23,7 +24,7 @@ from saekit.activations.layout import (
 from saekit.activations.reader import ShardReader
 from saekit.activations.rows import NORMAL, TokenTable, read_token_table
 from saekit.activations.statistics import Statistics, read_statistics
-from saekit.activations.stored import ITEM_BYTES, read_arrays
+from saekit.activations.stored import read_arrays
 from saekit.activations.view import StoreView, split_documents
 from saekit.config import config_sha256
 from saekit.errors import StoreError
@@ -212,7 +213,7 @@ class ActivationStore:
         return split_documents(self, test_fraction=test_fraction, seed=seed)
 
     def read_rows(self, rows: npt.NDArray[np.int64] | Sequence[int]) -> Tensor:
-        """Returns `[n, T, D]` activations of rows, in any order, in the stored dtype.
+        """Returns `[n, T, D]` activations of rows, in any order; in the stored dtype, float32 where it is quantised.
 
         Raises:
             StoreError: a row outside the cache, or a file that cannot be read.
@@ -220,7 +221,7 @@ class ActivationStore:
         return self._reader.rows(np.asarray(rows, np.int64))
 
     def read_tokens(self, flat: npt.NDArray[np.int64] | Sequence[int]) -> Tensor:
-        """Returns `[n, D]` activations of tokens (`row * T + position`), in any order, in the stored dtype.
+        """Returns `[n, D]` activations of tokens (`row * T + position`), in any order; in the stored dtype, float32 where it is quantised.
 
         Raises:
             StoreError: a token outside the cache, or a file that cannot be read.
@@ -234,9 +235,32 @@ class ActivationStore:
         )
 
     @property
+    def parts(self) -> "tuple[ActivationStore, ...]":
+        """The stores whose activations lie side by side in one of this store's; itself, where there is one hook point."""
+        return (self,)
+
+    @property
+    def codec(self) -> Codec:
+        """How activations are stored."""
+        return self._reader.codec
+
+    @property
+    def chunk_bounds(self) -> npt.NDArray[np.int64]:
+        """`[chunks + 1]` flat index at which each chunk of the files begins; the same for all hook points of a cache."""
+        return self._reader.bounds
+
+    def read_chunk(self, chunk: int, out: AnyArray) -> None:
+        """Reads all tokens of a chunk into `out` `[n, width]` as they are stored.
+
+        Raises:
+            StoreError: a file that cannot be read, or has changed since it was written.
+        """
+        self._reader.chunk(chunk, out)
+
+    @property
     def token_bytes(self) -> int:
-        """Bytes of one stored activation."""
-        return self.d_in * ITEM_BYTES[self.dtype]
+        """Bytes of one stored activation, decompressed."""
+        return sum(token_bytes(store.dtype, store.d_in) for store in self.parts)
 
     def __repr__(self) -> str:
         return f"ActivationStore({str(self.path)!r}, {self.hook_point!r}, num_tokens={self.num_tokens:,}, d_in={self.d_in})"

@@ -13,8 +13,19 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from saekit.activations.layout import ShardRecord, ShardSpan, record_files, record_name, shard_name, write_record
-from saekit.activations.stored import AnyArray, chunk_rows, write_arrays
+from saekit.activations.codec import AnyArray, StoredDtype
+from saekit.activations.layout import (
+    ACTIVATIONS_NAME,
+    ShardRecord,
+    ShardSpan,
+    record_files,
+    record_name,
+    shard_file,
+    shard_name,
+    write_record,
+)
+from saekit.activations.shardfile import Compression, chunk_shape, write_shard_file
+from saekit.activations.stored import write_arrays
 from saekit.errors import ResourceError
 
 __all__ = ["Shard", "ShardWriter", "remove_leftovers", "staged", "write_shard"]
@@ -92,10 +103,14 @@ class Shard:
     """Where the activations were taken."""
     span: ShardSpan
     """Which rows."""
-    dtype: str
+    dtype: StoredDtype
     """Of the activations."""
+    compression: Compression
+    """Of their chunks."""
+    d_in: int
+    """Width of an activation."""
     activations: AnyArray
-    """`[rows, T, D]` in the stored form."""
+    """`[rows, T, width]` in the stored form."""
     norm: npt.NDArray[np.float32]
     """`[rows, T]`."""
 
@@ -107,17 +122,26 @@ def write_shard(shard: Shard) -> ShardRecord:
         ResourceError: the disk is full, or the folder cannot be written.
     """
     name = shard_name(shard.span.index)
+    shape = chunk_shape(shard.activations.shape[1])
     with staged(shard.folder / name) as temporary:
-        arrays: dict[str, AnyArray] = {"activations": shard.activations, "norm": shard.norm}
-        write_arrays(temporary, arrays, plain={"activations": shard.dtype})
+        write_arrays(temporary, {"norm": shard.norm})
+        crc = write_shard_file(
+            temporary,
+            ACTIVATIONS_NAME,
+            shard.activations,
+            shape=shape,
+            compression=shard.compression,
+            dtype=shard.dtype,
+        )
     record = ShardRecord(
         cache=shard.cache,
         hook_point=shard.hook_point,
         span=shard.span,
-        d_in=shard.activations.shape[-1],
+        d_in=shard.d_in,
         dtype=shard.dtype,
-        chunk_rows=chunk_rows(shard.activations.shape, shard.activations.itemsize),
-        files=record_files(shard.folder, name),
+        compression=shard.compression,
+        chunk=shape,
+        files=record_files(shard.folder, name, known={shard_file(shard.span.index): crc}),
     )
     write_record(shard.folder / record_name(shard.span.index), record)
     return record

@@ -236,6 +236,7 @@ class Trainer:
                 seed=self.config.seed,
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
+                device=accelerator.device,
             )
         )
 
