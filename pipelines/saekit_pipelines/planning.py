@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from saekit.activations.codec import token_bytes
 from saekit.activations.config import CacheConfig
 from saekit.activations.plan import CacheSize, cache_size, free_bytes
-from saekit.activations.codec import token_bytes
 from saekit.errors import ConfigError, ModelError
 from saekit.manifest import read_manifest
 from saekit.models.outline import ModelOutline, outline_model

@@ -1,5 +1,6 @@
 """Windows of a store in memory: the chunks of some lanes, each read once and left as it is stored."""
 
+import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -64,7 +65,7 @@ class WindowReader:
                         array[start:end] = kept[place]
 
         edges = np.linspace(0, len(chunks), self._threads + 1).astype(int).tolist()
-        list(self._pool.map(read_some, [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]))
+        list(self._pool.map(read_some, [slice(a, b) for a, b in itertools.pairwise(edges)]))
         at = np.searchsorted(chunks, window.unfinished).tolist()
         self._kept = {
             int(chunks[place]): [array[starts[place] : ends[place]].copy() for array in arrays] for place in at

@@ -1,8 +1,8 @@
 """A causal language model of the hub's family, ready to be read: loaded, frozen, in eval mode, with its identity."""
 
-import os
 import contextlib
 import importlib.util
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator

@@ -88,7 +88,7 @@ def memory_of(
     batch = FLOAT_BYTES * (config.batch_size // num_processes) * shape.batch_width
     # The sample in float32, and centred in float64.
     sample = (FLOAT_BYTES + 8) * max(SAMPLE_TOKENS, config.batch_size) // num_processes * shape.batch_width
-    held = min(int(READER_BYTES), store.num_tokens * store.token_bytes) if lm is None else 0
+    held = min(int(READER_BYTES), store.num_tokens * store.token_bytes) // num_processes if lm is None else 0
     return Memory(parts=parts, start=sample, reader=held + 2 * batch)
 
 

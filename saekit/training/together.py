@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from saekit.activations.mixing import measure_mixing
 from saekit.activations.shuffle import ShuffledBatches
 from saekit.activations.view import StoreView
 from saekit.errors import NonFiniteError
@@ -93,6 +94,8 @@ class _Group:
             return None
         batches = first.open_source(self.accelerator, stack)
         assert isinstance(batches, ShuffledBatches)
+        if self.accelerator.is_main_process:
+            self.progress.say(str(measure_mixing(batches, num_batches=4)))
         return SharedBatches(batches)
 
     def _say_memory(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from saekit.activations.joined import JoinedStore, PairedStore
+from saekit.activations.mixing import measure_mixing
 from saekit.activations.shuffle import ShuffledBatches
 from saekit.activations.source import ActivationSource
 from saekit.activations.view import StoreView
@@ -148,11 +149,14 @@ class Trainer:
             ConfigError: see `fit`.
             NonFiniteError: see `fit`.
         """
+        own = source is None
         if source is None:
             source = self.open_source(accelerator, stack)
         if self._claim(out, accelerator) == "complete":
             progress.say(f"{out}: already trained")
             return None
+        if own and isinstance(source, ShuffledBatches) and accelerator.is_main_process:
+            progress.say(str(measure_mixing(source, num_batches=4)))
         # Taken once for all processes of a run: the others write nothing but their parts of a checkpoint.
         stack.enter_context(locked(out) if accelerator.is_main_process else contextlib.nullcontext())
         with self.locating():
