@@ -63,5 +63,5 @@ def expected_documents(sizes: npt.NDArray[np.int64], num_drawn: int) -> float:
 
 
 def _log_factorial(numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    logs: npt.NDArray[np.float64] = torch.lgamma(torch.from_numpy(numbers + 1.0)).numpy()
+    logs: npt.NDArray[np.float64] = torch.lgamma(torch.as_tensor(numbers, dtype=torch.float64) + 1).numpy()
     return logs

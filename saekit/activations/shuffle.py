@@ -170,11 +170,11 @@ class ShuffledBatches:
             "order": ORDER_VERSION,
             "seed": self._order.seed,
             "global_batch_size": self.global_batch_size,
-            "window_batches": self._order.window_batches,
-            "lanes": self._order.num_lanes,
             "store": self.view.store.sha256,
             "hook_point": self.view.store.hook_point,
             "tokens": self.view.fingerprint,
+            "window_batches": self._order.window_batches,
+            "lanes": self._order.num_lanes,
         }
 
     def _advance(self) -> None:
