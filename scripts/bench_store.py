@@ -112,14 +112,24 @@ def speeds(x: torch.Tensor, repeats: int, folder: Path) -> Iterator[str]:
         records: list[ShardRecord] = []
         taken: tuple[Times, Times] = (writes, reads) if repeat else ({}, {})
         timed(taken[0], "numpy.memmap", lambda at=place: write_memmap(at / "raw", rows))
-        timed(taken[0], "saekit", lambda at=place, to=records: to.extend(write_store(at / "store", rows, codec, "none", d_in)))
+        timed(
+            taken[0],
+            "saekit",
+            lambda at=place, to=records: to.extend(write_store(at / "store", rows, codec, "none", d_in)),
+        )
         raw = np.memmap(place / "raw", dtype=flat.dtype, mode="r", shape=flat.shape)
         reader = ShardReader(place / "store", records, context_len=CONTEXT_LEN)
         chunk_tokens = records[0].chunk.positions
         timed(taken[1], "numpy.memmap, in order", lambda file=raw: np.copyto(out, file))
-        timed(taken[1], "saekit, chunks in random order, checked", lambda r=reader, s=repeat: shuffled_chunks(r, out, s))
+        timed(
+            taken[1], "saekit, chunks in random order, checked", lambda r=reader, s=repeat: shuffled_chunks(r, out, s)
+        )
         assert np.array_equal(out, flat)
-        timed(taken[1], "zarr, the same chunks", lambda at=place, s=repeat: shuffled_zarr(at / "store", out, chunk_tokens, s))
+        timed(
+            taken[1],
+            "zarr, the same chunks",
+            lambda at=place, s=repeat, c=chunk_tokens: shuffled_zarr(at / "store", out, c, s),
+        )
         assert np.array_equal(out, flat)
         shutil.rmtree(place)
     for title, times in (("write", writes), ("read", reads)):
@@ -137,7 +147,11 @@ def speeds(x: torch.Tensor, repeats: int, folder: Path) -> Iterator[str]:
 
 def compressions(x: torch.Tensor, folder: Path) -> Iterator[str]:
     """Yields the table of size and rates of each codec and compression."""
-    yield from ("", "| codec | compression | bytes, x bfloat16 | write GB/s of bfloat16 | read |", "|---|---|---:|---:|---:|")
+    yield from (
+        "",
+        "| codec | compression | bytes, x bfloat16 | write GB/s of bfloat16 | read |",
+        "|---|---|---:|---:|---:|",
+    )
     plain = x.numel() * 2
     for name in ("bfloat16", "float16", "int8", "float8_e4m3"):
         codec = CODECS[name]
@@ -147,7 +161,11 @@ def compressions(x: torch.Tensor, folder: Path) -> Iterator[str]:
             place = folder / f"{name}-{compression}"
             place.mkdir()
             records: list[ShardRecord] = []
-            timed(times, "write", lambda a=(place, rows, codec, compression), to=records: to.extend(write_store(*a, x.shape[1])))
+            timed(
+                times,
+                "write",
+                lambda a=(place, rows, codec, compression), to=records: to.extend(write_store(*a, x.shape[1])),
+            )
             reader = ShardReader(place, records, context_len=CONTEXT_LEN)
             out = np.empty((len(x), rows.shape[2]), rows.dtype)
             timed(times, "read", lambda r=reader, o=out: shuffled_chunks(r, o, 0))
@@ -187,7 +205,11 @@ def losses(x: torch.Tensor, folder: Path) -> Iterator[str]:
         off = (found - x).double().square()
         share = off[normal].sum() / (x[normal].double() - mean).square().sum()
         outlier = off[normal, largest].sum() / (x[normal, largest].double() - mean[largest]).square().sum()
-        massive = (off[~normal].sum() / x[~normal].double().square().sum()).sqrt() if bool((~normal).any()) else torch.tensor(0.0)
+        massive = (
+            (off[~normal].sum() / x[~normal].double().square().sum()).sqrt()
+            if bool((~normal).any())
+            else torch.tensor(0.0)
+        )
         yield f"| {name} | {float(share):.2e} | {float(outlier):.2e} | {float(massive):.2e} | {fvu(found):.5f} |"
 
 

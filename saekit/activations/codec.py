@@ -68,7 +68,7 @@ class Codec:
         if not self.is_quantised:
             return stored
         codes = stored[..., :-_SCALE_BYTES].view(torch.int8)
-        scale = stored[..., -_SCALE_BYTES:].contiguous().view(torch.float32)
+        scale = stored[..., -_SCALE_BYTES:].clone(memory_format=torch.contiguous_format).view(torch.float32)
         if self.name == "int8":
             return codes.to(torch.float32).mul_(scale)
         # Sign, exponent and mantissa land in the places of a float16, whose exponents are 8 less; ten times as fast on a CPU as the

@@ -18,7 +18,7 @@ MakeConfig = Callable[..., CacheConfig]
 Tree = Callable[[Path], dict[str, bytes]]
 HOOK_POINTS = ["model.layers.1", "model.layers.0:input"]
 
-# Writes caches one after another; in the last one the process with rank 1 is killed in its second shard.
+# Writes caches one after another; in the last one the process with rank 1 is killed before its first shard.
 SCRIPT = """
 import json, os, signal, sys
 import torch
@@ -31,7 +31,7 @@ submit, calls = collect.ShardWriter.submit, []
 
 def kill(self, shards):
     calls.append(1)
-    if os.environ["RANK"] == "1" and len(calls) == 2:
+    if os.environ["RANK"] == "1" and len(calls) == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     submit(self, shards)
 
@@ -69,16 +69,14 @@ def test_store_written_by_several_processes_is_that_of_one(
             "OMP_NUM_THREADS": "1",
         }
         running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    for rank, process in enumerate(running):
-        try:
-            _, errors = process.communicate(timeout=240)
-        finally:
+    try:
+        ended = [process.communicate(timeout=240)[1] for process in running]
+    finally:
+        for process in running:
             process.kill()
-        if rank == 1:
-            assert process.returncode == -signal.SIGKILL, errors
-        else:
-            assert process.returncode == 1, errors
-            assert "another of its processes has ended" in errors
+    for rank, (process, errors) in enumerate(zip(running, ended, strict=True)):
+        assert process.returncode == (-signal.SIGKILL if rank == 1 else 1), errors
+        assert rank == 1 or "another of its processes has ended" in errors
     assert tree_of(tmp_path / "a") == tree_of(cached)
     assert manifest_sha256(tmp_path / "a") == manifest_sha256(cached)
     left = {path.name for path in (tmp_path / "b").rglob("shard-*.json")}
