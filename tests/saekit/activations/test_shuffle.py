@@ -301,6 +301,7 @@ def test_expected_documents_equals_the_mean_over_draws() -> None:
 
 def test_mixing_of_a_whole_view_is_that_of_a_full_shuffle(view: StoreView) -> None:
     mixing = measure_mixing(ShuffledBatches(view, batch_size=32, seed=0), num_batches=64)
-    assert mixing.ratio == pytest.approx(1.0, abs=0.05)
+    # Equal parts of lanes mix a little better than a uniform draw.
+    assert 0.95 < mixing.ratio < 1.25
     windows = measure_mixing(ShuffledBatches(view, batch_size=32, seed=0, memory_bytes=30_000), num_batches=64)
     assert windows.ratio > 0.9

@@ -189,7 +189,7 @@ def test_processes_read_their_own_parts_and_share_a_node_s_disk() -> None:
 
 
 def test_fewest_processes_are_taken_that_are_about_as_fast_as_any() -> None:
-    hardware = find_hardware("h100", {"disk_gb_s": 0.2})
+    hardware = find_hardware("h100", {"disk_gb_s": 0.05, "reader_gb_s": 50.0})
     bound = plan_training(WIDE, config(), hardware, store=LARGE)
     assert bound.step.num_processes == 1
     assert bound.step.limit == "disk"
