@@ -287,8 +287,8 @@ class BatchTopKObjective(Objective):
         # A plain mean at first, so that the threshold's start does not matter; then a running one that follows the weights.
         fewest, most = THRESHOLD_MEMORY_STEPS
         memory = min(most, max(fewest, THRESHOLD_MEMORY_FRACTION * self.config.num_steps))
-        weight = max(1.0 / float(self.num_seen), 1.0 / memory)
-        self.sae.threshold.lerp_(self.smallest_kept.to(self.sae.threshold), weight)
+        weight = (1.0 / self.num_seen.double()).clamp(min=1.0 / memory)
+        self.sae.threshold.lerp_(self.smallest_kept.to(self.sae.threshold), weight.to(self.sae.threshold))
 
     def _note_smallest(self, kept: Tensor) -> None:
         own = kept.detach().double().min() if kept.numel() else kept.new_zeros((), dtype=torch.float64)

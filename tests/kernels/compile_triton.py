@@ -172,8 +172,22 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
         "registers": registers,
         "stack_bytes": stack,
         "shared_bytes": compiled.metadata.shared,
+        "narrow_products": narrow_products(compiled.asm["ttir"]),
         **instructions,
     }
+
+
+def narrow_products(ttir: str) -> list[str]:
+    """Products of two numbers of 32 bits that are both known at run time only, a row number times a stride say.
+
+    They wrap from 2^31 on. Products with a constant, a program's number times its block, are less than the padded number of rows
+    or columns and may be of 32 bits.
+    """
+    constants = set(re.findall(r"(%[\w-]+) = arith\.constant", ttir))
+    splats = re.findall(r"(%[\w-]+) = tt\.splat (%[\w-]+)", ttir)
+    constants |= {made for made, value in splats if value in constants}
+    found = re.findall(r"arith\.muli (%[\w-]+), (%[\w-]+) : (?:tensor<[\dx]*xi32>|i32)", ttir)
+    return [f"{one} * {other}" for one, other in found if not {one, other} & constants]
 
 
 def _run(tool: str, *arguments: str) -> str:

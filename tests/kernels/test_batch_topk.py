@@ -143,7 +143,9 @@ def test_gradients_pass_finite_differences(make_problem: Any) -> None:
 
 
 def test_codes_are_bit_equal_twice(fast_backend: str, device: str, two_threads: None) -> None:
-    x, W, b = randn(40, 16).to(device), randn(200, 16).to(device), torch.zeros(200, device=device)
+    # Several blocks of each; one program at a time is interpreted.
+    num_tokens = 10 if fast_backend == "triton" and device == "cpu" else 40
+    x, W, b = randn(num_tokens, 16).to(device), randn(200, 16).to(device), torch.zeros(200, device=device)
     first, second = (sk.encode_batch_topk(x, W.T, b, 4, backend=fast_backend) for _ in range(2))  # type: ignore[arg-type]
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 

@@ -67,3 +67,24 @@ def test_products_of_8_and_16_bit_operands_use_the_matrix_units(compiled: Any) -
 def test_no_kernel_adds_atomically(compiled: Any) -> None:
     _, results = compiled
     assert not {name: r for name, r in results.items() if r["atomics"]}
+
+
+def test_offsets_of_rows_and_entries_are_of_64_bits(compiled: Any) -> None:
+    """N * k, N * d_in, N * d_sae and d_sae * d_in may each be past 2^31; N, d_in and d_sae may not."""
+    _, results = compiled
+    assert not {name: r for name, r in results.items() if r["narrow_products"]}
+
+
+@pytest.mark.parametrize(("width", "num_found"), [("i32", 1), ("i64", 0)])
+def test_an_offset_that_wraps_is_seen(width: str, num_found: int) -> None:
+    from tests.kernels.compile_triton import narrow_products
+
+    ttir = f"""
+      %c128_i32 = arith.constant 128 : i32
+      %0 = tt.get_program_id x : i32
+      %1 = arith.muli %0, %c128_i32 : i32
+      %2 = tt.splat %F : {width} -> tensor<128x1x{width}>
+      %3 = arith.muli %rows, %2 : tensor<128x1x{width}>
+      %4 = tt.addptr %base, %3 : tensor<128x1x!tt.ptr<f32>>, tensor<128x1x{width}>
+    """
+    assert len(narrow_products(ttir)) == num_found

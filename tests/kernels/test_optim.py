@@ -173,8 +173,10 @@ def test_scale_may_be_a_tensor_and_the_gradient_of_any_layout(backend: str, devi
 
 
 def test_steps_are_bit_equal_twice(fast_backend: str, device: str, two_threads: None) -> None:
-    weight = nn.functional.normalize(drawn((300, 70), 0), dim=1).float().to(device)
-    grads = [drawn((300, 70), seed).float().to(device) for seed in (1, 2)]
+    # Several blocks of each; one program at a time is interpreted.
+    rows = 40 if fast_backend == "triton" and device == "cpu" else 300
+    weight = nn.functional.normalize(drawn((rows, 70), 0), dim=1).float().to(device)
+    grads = [drawn((rows, 70), seed).float().to(device) for seed in (1, 2)]
     first, second = (our_steps(weight, grads, 0.3, fast_backend, is_unit_norm=True) for _ in range(2))
     assert torch.equal(first[0], second[0])
     squares = {float(sk.gradient_square(grads[0], weight, backend=fast_backend)) for _ in range(2)}  # type: ignore[arg-type]

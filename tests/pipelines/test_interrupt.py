@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-SLOWER = ["cache.num_tokens=8192", "train.topk.training.num_tokens=65536", "train.jumprelu.training.num_tokens=65536"]
+SLOWER = ["cache.num_tokens=8192", "train.topk.training.num_tokens=32768", "train.jumprelu.training.num_tokens=32768"]
 
 
 def start(recipe: Path) -> "subprocess.Popen[str]":

