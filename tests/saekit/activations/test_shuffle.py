@@ -304,4 +304,5 @@ def test_mixing_of_a_whole_view_is_that_of_a_full_shuffle(view: StoreView) -> No
     # Equal parts of lanes mix a little better than a uniform draw.
     assert 0.95 < mixing.ratio < 1.25
     windows = measure_mixing(ShuffledBatches(view, batch_size=32, seed=0, memory_bytes=30_000), num_batches=64)
-    assert windows.ratio > 0.9
+    # A window of seven chunks holds pieces of few documents.
+    assert 0.3 < windows.ratio < mixing.ratio
