@@ -10,10 +10,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from saekit.progress import NO_PROGRESS, Progress
-from saekit_pipelines import hub_commands, plan_command
+from saekit_pipelines import hub_commands, plan_command, score_command
 from saekit_pipelines.console import make_progress
 from saekit_pipelines.guard import EXIT_USER_ERROR
 from saekit_pipelines.guard import guarded as _guarded
+from saekit_pipelines.revive_command import revive
 
 if TYPE_CHECKING:
     from saekit.evaluation import EvaluationTable
@@ -128,6 +129,10 @@ def label(
         _print_plan(pipeline.label_estimates(sae))
         return
     pipeline.label(sae, retry_failed=retry_failed)
+
+
+score_command.register(app)
+app.command(epilog="Example:  saekit revive RECIPE.toml --sae topk revive.max_features=50 --budget 1")(revive)
 
 
 @app.command(

@@ -10,7 +10,7 @@ from saekit.activations import CacheConfig
 from saekit.config import Config, apply_overrides, read_toml
 from saekit.errors import ConfigError
 from saekit.evaluation import EvaluationConfig
-from saekit.labelling import LabelConfig
+from saekit.labelling import LabelConfig, ReviveConfig
 from saekit.sae import AnySAEConfig, SitesConfig, TranscoderConfig
 from saekit.training import TrainConfig, check_low_bit, check_options
 from saekit_pipelines.sweep import expand_sweeps
@@ -54,6 +54,15 @@ class ReportConfig(Config):
     """Heading of the site; None = the recipe's name."""
 
 
+class ControlsConfig(Config):
+    """Runs that know nothing, beside the recipe's own."""
+
+    random_weights: bool = False
+    """Whether `saekit run` also caches, trains and labels the same recipe on the model with random weights, in the folder
+    `random_weights` of the run, and puts the scores of both side by side in `random_weights.json`. Labels that score no better than
+    there tell nothing of what the model has learnt. Takes as long as the recipe, and each of both has the labels' caps for itself."""
+
+
 class Recipe(Config):
     """The whole run: text -> activations -> SAEs -> labels -> evaluation -> report."""
 
@@ -69,10 +78,14 @@ class Recipe(Config):
     """Held-out documents."""
     label: LabelConfig = LabelConfig()
     """Who describes the features, from what, and how the labels are scored."""
+    revive: ReviveConfig = ReviveConfig()
+    """Which silent features `saekit revive` tries, and on what."""
     evaluate: EvaluationConfig = EvaluationConfig()
     """Metrics, null rows, intervals."""
     report: ReportConfig = ReportConfig()
     """The feature browser."""
+    controls: ControlsConfig = ControlsConfig()
+    """What the labels' scores are held against beside what each scorer has."""
 
     @property
     def folder(self) -> Path:

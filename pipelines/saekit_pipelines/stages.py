@@ -7,14 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from saekit.activations import (
-    ActivationStore,
-    JoinedStore,
-    PairedStore,
-    StoreView,
-    cache_activations,
-    plan_cache,
-)
+from saekit.activations import ActivationStore, JoinedStore, PairedStore, StoreView, cache_activations, plan_cache
 from saekit.errors import ConfigError, SaekitError
 from saekit.evaluation import Evaluation, EvaluationTable, evaluate, read_evaluation, summary_table
 from saekit.hub import load_sae
@@ -25,7 +18,9 @@ from saekit.progress import NO_PROGRESS, Progress
 from saekit.report import ReportRun, build_report
 from saekit.sae import SAE, build_sae
 from saekit.training import Trainer, train_together
+from saekit_pipelines.fronts import write_fronts
 from saekit_pipelines.named import NamedProgress
+from saekit_pipelines.randomised import randomised_plan, run_randomised
 from saekit_pipelines.recipe import Recipe, load_recipe
 from saekit_pipelines.widths import check_width, sized, taken_from_store
 
@@ -123,6 +118,8 @@ class Pipeline:
         self.cache()
         self.train(together=together)
         self.label()
+        if self.recipe.controls.random_weights:
+            run_randomised(self, together=together)
         self.evaluate()
         index = self.report()
         write_json(self.folder / RUN_NAME, self._record())
@@ -145,7 +142,7 @@ class Pipeline:
             together: whether those that read the same tokens in the same order share one read of the cache; the SAEs are the
                 same, bit for bit.
         """
-        names = self._names(only)
+        names = self.names(only)
         alone = [name for name in names if not together or self.recipe.train[name].start_from is not None]
         shared = [name for name in names if name not in alone]
         if shared:
@@ -169,7 +166,7 @@ class Pipeline:
 
     def label(self, only: str | None = None, *, retry_failed: bool = False) -> None:
         """Labels and scores the features of the trained SAEs; `retry_failed`: those too whose labels failed before."""
-        for name in self._names(only):
+        for name in self.names(only):
             folder = self.stage_folder("label", name)
             train, test = self.views(name)
             with self._timed(f"label {name}", folder):
@@ -193,7 +190,7 @@ class Pipeline:
             ConfigError: the recipe has no labelling model.
         """
         rows = []
-        for name in self._names(only):
+        for name in self.names(only):
             train, test = self.views(name)
             estimate = estimate_labels(
                 self.sae(name),
@@ -208,8 +205,8 @@ class Pipeline:
         return rows
 
     def evaluate(self, only: str | None = None) -> None:
-        """Measures the trained SAEs on the held-out documents."""
-        for name in self._names(only):
+        """Measures the trained SAEs on the held-out documents; of several, writes which of them no other one beats."""
+        for name in self.names(only):
             folder = self.stage_folder("evaluate", name)
             train, test = self.views(name)
             with self._timed(f"evaluate {name}", folder):
@@ -222,6 +219,8 @@ class Pipeline:
                     train=train,
                     progress=NamedProgress(self.progress, name),
                 )
+        evaluated = [name for name in self.recipe.train if self._if_finished("evaluate", name)]
+        write_fronts(self.recipe, {name: self._evaluations(name)[name] for name in evaluated})
 
     def report(self) -> Path:
         """Builds the feature browser from whatever stages are finished and returns its first page."""
@@ -270,6 +269,8 @@ class Pipeline:
             state = "new" if manifest is None else "finished" if manifest.status == "complete" else "resume"
             what = self._describe(stage, name) if state != "finished" else ""
             rows.append((f"{stage} {name}" if name else stage, f"{state}  {what}".rstrip()))
+        if only is None and self.recipe.controls.random_weights:
+            rows += randomised_plan(self)
         return rows
 
     def metric_tables(self, only: str | None = None) -> dict[str, EvaluationTable]:
@@ -281,7 +282,7 @@ class Pipeline:
         return summary_table(self._evaluations(None))
 
     def _evaluations(self, only: str | None) -> dict[str, Evaluation]:
-        return {name: read_evaluation(self.stage_folder("evaluate", name)) for name in self._names(only)}
+        return {name: read_evaluation(self.stage_folder("evaluate", name)) for name in self.names(only)}
 
     def _check_widths(self) -> None:
         for name, run in self.recipe.train.items():
@@ -318,7 +319,8 @@ class Pipeline:
         ]
         return [("cache", None), *per_sae, ("report", None)]
 
-    def _names(self, only: str | None) -> list[str]:
+    def names(self, only: str | None) -> list[str]:
+        """Returns the SAEs of the recipe, or the one called `only`."""
         if only is not None and only not in self.recipe.train:
             raise ConfigError(f"--sae {only!r}: the recipe has {', '.join(self.recipe.train)}")
         return [only] if only is not None else list(self.recipe.train)

@@ -1,5 +1,6 @@
 """How good a dictionary is: reconstruction, model loss, null rows, decoder structure, each with intervals."""
 
+from saekit.evaluation.pareto import ParetoRow, SAEFigures, figures_of, pareto_rows, write_pareto
 from saekit.evaluation.record import (
     Evaluation,
     EvaluationRow,
@@ -20,8 +21,13 @@ __all__ = [
     "FeatureMeasures",
     "Figure",
     "Histogram",
+    "ParetoRow",
+    "SAEFigures",
     "evaluate",
+    "figures_of",
+    "pareto_rows",
     "read_evaluation",
     "sae_fingerprint",
     "summary_table",
+    "write_pareto",
 ]

@@ -19,7 +19,13 @@ from saekit.labelling.ledger import Ledger
 from saekit.labelling.llmconfig import BatchConfig, LLMConfig
 from saekit.labelling.negatives import near_negatives, sibling_features
 from saekit.labelling.records import Label, Score
+from saekit.labelling.revival.config import ReviveConfig
+from saekit.labelling.revival.estimate import RevivalEstimate
+from saekit.labelling.revival.firing import firing_rule
+from saekit.labelling.revival.record import Revival
+from saekit.labelling.revival.revive import estimate_revival, read_revivals, revive_features
 from saekit.labelling.rules import Clause, Rule
+from saekit.labelling.score import estimate_scores, score_labels
 from saekit.labelling.scoring.embedding import Embed, EmbeddingConfig
 from saekit.labelling.scoring.rule import RuleScoringConfig, score_rules
 from saekit.labelling.store import read_controls, read_labels, read_scores
@@ -47,6 +53,9 @@ __all__ = [
     "LabellingModel",
     "Ledger",
     "MatchedPush",
+    "Revival",
+    "RevivalEstimate",
+    "ReviveConfig",
     "Rule",
     "RuleScoringConfig",
     "Score",
@@ -61,6 +70,9 @@ __all__ = [
     "compare_labels",
     "effects_path",
     "estimate_labels",
+    "estimate_revival",
+    "estimate_scores",
+    "firing_rule",
     "input_scores",
     "label_features",
     "match_kl",
@@ -68,7 +80,10 @@ __all__ = [
     "output_scores",
     "read_controls",
     "read_labels",
+    "read_revivals",
     "read_scores",
+    "revive_features",
+    "score_labels",
     "score_rules",
     "sibling_features",
     "steering_contexts",

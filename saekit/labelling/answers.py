@@ -8,10 +8,18 @@ from importlib import resources
 
 from pydantic import JsonValue
 
-__all__ = ["UnusableAnswerError", "parse_object", "plain_text", "prompt_template", "share", "whole_number"]
+__all__ = [
+    "THOUGHTS_END",
+    "UnusableAnswerError",
+    "parse_object",
+    "plain_text",
+    "prompt_template",
+    "share",
+    "whole_number",
+]
 
 _LOOSE_COMMA = re.compile(r",(\s*[}\]])")
-_THOUGHTS_END = "</think>"
+THOUGHTS_END = "</think>"
 
 
 class UnusableAnswerError(Exception):
@@ -32,7 +40,7 @@ def parse_object(text: str, *, needs: str, is_cut: bool = False) -> dict[str, Js
     Raises:
         UnusableAnswerError: there is none.
     """
-    text = text.rpartition(_THOUGHTS_END)[2]
+    text = text.rpartition(THOUGHTS_END)[2]
     for candidate in (text, _LOOSE_COMMA.sub(r"\1", text)):
         found = _first_object(candidate, needs)
         if found is None and is_cut:

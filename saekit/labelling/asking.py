@@ -33,7 +33,7 @@ class LabellingModel:
         self.config = config
         self._client = client
         self._progress = progress
-        self._desk: _Desk | None = None
+        self._num_unanswered = 0
         interrupted = ledger.count_interrupted()
         if interrupted:
             progress.say(
@@ -45,7 +45,7 @@ class LabellingModel:
         self, requests: Sequence[ChatRequest], *, on_answer: Callable[[Answer], None] | None = None
     ) -> list[Answer]:
         """See `Ask.ask`."""
-        desk = _Desk(self.ledger, self.config, self._progress, on_answer)
+        desk = _Desk(self.ledger, self.config, self._progress, on_answer, on_unanswered=self._count_unanswered)
         wanted = {request.key(): request for request in requests}
         left = [request for key, request in wanted.items() if not desk.knows(key, request)]
         if left:
@@ -59,8 +59,14 @@ class LabellingModel:
             _run(all_of_them())
         return [desk.answers[request.key()] for request in requests]
 
+    def _count_unanswered(self) -> None:
+        self._num_unanswered += 1
+
     def figures(self, *, done: int, total: int) -> Callable[[int], dict[str, float | str]]:
-        """Returns what to show beside a bar that starts at `done`: done -> requests/s, tokens, dollars so far and projected."""
+        """Returns what to show beside a bar that starts at `done`: done -> its figures now.
+
+        They are requests/s, requests on their way, those that got no answer and were sent again or given up, tokens, and dollars so far and at the bar's end.
+        """
         ledger, started = self.ledger, time.monotonic()
         sent_before, cost_before = ledger.num_sent, ledger.answered.cost
 
@@ -68,6 +74,8 @@ class LabellingModel:
             rate = (ledger.num_sent - sent_before) / max(time.monotonic() - started, 1e-9)
             values: dict[str, float | str] = {
                 "requests/s": round(rate, 1),
+                "in flight": str(ledger.open.requests),
+                **({"unanswered": str(self._num_unanswered)} if self._num_unanswered else {}),
                 "tokens": f"{ledger.answered.input + ledger.answered.output:,}",
             }
             if self.config.prices is not None:
@@ -84,17 +92,18 @@ def ask_in_rounds(
     model: Ask,
     jobs: Sequence[JobT],
     *,
-    request: Callable[[JobT, int], ChatRequest],
+    request: Callable[[JobT, int], ChatRequest | Sequence[ChatRequest]],
     take: Callable[[JobT, Sequence[Answer], bool], bool],
     attempts: int,
 ) -> None:
     """Asks about many jobs at once, and again about those whose answers cannot be used.
 
     Args:
-        request: (job, attempt) -> the question.
-        take: (job, its answers so far, whether this was the last attempt) -> whether the job is done with; called as answers
-            arrive. Must be true for a request that failed, and after the last attempt.
-        attempts: the most questions about one job.
+        request: (job, attempt) -> the question, or all of several; jobs may share some.
+        take: (job, its answers so far, whether this was the last attempt) -> whether the job is done with; called when all answers
+            of an attempt are there, in the order of their questions. Must be true for a request that failed, and after the last
+            attempt.
+        attempts: the most times that one job is asked about.
 
     Raises:
         SpentError, LabelerError: see `Ask.ask`; jobs whose answers have arrived are taken.
@@ -107,39 +116,65 @@ def _ask_some(
     model: Ask,
     jobs: Sequence[JobT],
     *,
-    request: Callable[[JobT, int], ChatRequest],
+    request: Callable[[JobT, int], ChatRequest | Sequence[ChatRequest]],
     take: Callable[[JobT, Sequence[Answer], bool], bool],
     attempts: int,
 ) -> None:
     so_far: dict[int, list[Answer]] = {index: [] for index in range(len(jobs))}
     for attempt in range(attempts):
+        questions = {index: _several(request(jobs[index], attempt)) for index in so_far}
+        keys_of = {index: [question.key() for question in own] for index, own in questions.items()}
+        waiting = {index: set(keys) for index, keys in keys_of.items()}
         indices_of: dict[str, list[int]] = {}
-        requests = []
-        for index in so_far:
-            question = request(jobs[index], attempt)
-            indices_of.setdefault(question.key(), []).append(index)
-            requests.append(question)
+        for index, keys in waiting.items():
+            for key in keys:
+                indices_of.setdefault(key, []).append(index)
+        arrived: dict[str, Answer] = {}
 
-        def on_answer(answer: Answer, attempt: int = attempt, indices_of: dict[str, list[int]] = indices_of) -> None:
-            for index in indices_of[answer.request.key()]:
-                so_far[index].append(answer)
+        def on_answer(
+            answer: Answer,
+            *,
+            attempt: int = attempt,
+            keys_of: dict[int, list[str]] = keys_of,
+            waiting: dict[int, set[str]] = waiting,
+            indices_of: dict[str, list[int]] = indices_of,
+            arrived: dict[str, Answer] = arrived,
+        ) -> None:
+            key = answer.request.key()
+            arrived[key] = answer
+            for index in indices_of[key]:
+                waiting[index].discard(key)
+                if waiting[index]:
+                    continue
+                so_far[index] += [arrived[own] for own in keys_of[index]]
                 if take(jobs[index], so_far[index], attempt == attempts - 1):
                     del so_far[index]
 
-        model.ask(requests, on_answer=on_answer)
+        model.ask([question for own in questions.values() for question in own], on_answer=on_answer)
+
+
+def _several(questions: ChatRequest | Sequence[ChatRequest]) -> list[ChatRequest]:
+    return [questions] if isinstance(questions, ChatRequest) else list(questions)
 
 
 class _Desk:
     """Where a client reports to during one `ask`."""
 
     def __init__(
-        self, ledger: Ledger, config: LLMConfig, progress: Progress, on_answer: Callable[[Answer], None] | None
+        self,
+        ledger: Ledger,
+        config: LLMConfig,
+        progress: Progress,
+        on_answer: Callable[[Answer], None] | None,
+        *,
+        on_unanswered: Callable[[], None],
     ) -> None:
         self.answers: dict[str, Answer] = {}
         self.ledger = ledger
         self.config = config
         self._progress = progress
         self._on_answer = on_answer
+        self._on_unanswered = on_unanswered
         self._input_factor = 1.0
 
     def knows(self, key: str, request: ChatRequest) -> bool:
@@ -160,6 +195,7 @@ class _Desk:
 
     def unanswered(self, request: ChatRequest, tokens: tuple[int, int] | None) -> None:
         """See `Desk.unanswered`."""
+        self._on_unanswered()
         self.ledger.drop(request.key(), tokens, cost=None if tokens is None else self.config.cost(*tokens))
 
     def answered(self, request: ChatRequest, reply: ChatReply) -> None:

@@ -57,8 +57,11 @@ class OpenAIBatch:
 
     async def answer(self, requests: Sequence[ChatRequest], desk: Desk) -> None:
         """See `ChatClient.answer`; batches that a former run left open are waited for first."""
+        for request in requests:
+            if request.reads:
+                desk.failed(request, f"{self._client.where}: batches of chats give no logprobs of a text that is read")
         now = self._dialect.format
-        lines = {r.key(): _Line(r, now, self._dialect.options(r, now)) for r in requests}
+        lines = {r.key(): _Line(r, now, self._dialect.options(r, now)) for r in requests if not r.reads}
         running = await self._reopened(desk)
         underway = {key for tag in running for key in desk.ledger.keys_in(tag)}
         pending = [line for key, line in lines.items() if key not in underway]
@@ -204,15 +207,17 @@ class OpenAIBatch:
 
     def _taken(self, key: str, entry: Mapping[str, JsonValue], line: _Line | None, desk: Desk) -> list[_Line]:
         """Reports one result; returns the line if it has to be asked again."""
-        reply, complaint = _read(entry, most_input=line.request.most_tokens()[0] if line is not None else 0)
+        asked = None if line is None else line.request
+        reply, complaint = _read(entry, asked)
         if line is None:
             # Of a former run that asked for more: paid, so kept.
             if reply is not None:
                 desk.ledger.record(key, reply)
             return []
         if reply is not None:
-            if notice := self._dialect.accepted(line.format):
-                desk.say(f"{self._client.where}: {notice}")
+            for notice in (self._dialect.accepted(line.format), self._dialect.missing_logprobs(line.request, reply)):
+                if notice:
+                    desk.say(f"{self._client.where}: {notice}")
             desk.answered(line.request, reply)
             return []
         adapted = self._dialect.adapted(complaint, line.format, sent=line.sent)
@@ -276,13 +281,14 @@ def _json_lines(data: bytes) -> Iterable[Mapping[str, JsonValue]]:
             yield entry
 
 
-def _read(entry: Mapping[str, JsonValue], *, most_input: int) -> tuple[ChatReply | None, Complaint]:
+def _read(entry: Mapping[str, JsonValue], asked: ChatRequest | None) -> tuple[ChatReply | None, Complaint]:
     """Returns the answer in a line of results, or the complaint in its place."""
     response, error = entry.get("response"), entry.get("error")
     body = response.get("body") if isinstance(response, dict) else None
     status = whole_number(response.get("status_code")) if isinstance(response, dict) else None
     if status == 200 and isinstance(body, dict):
-        reply = read_completion(body, most_input=most_input)
+        most_input, choices = (0, ()) if asked is None else (asked.most_tokens()[0], asked.choices)
+        reply = read_completion(body, most_input=most_input, choices=choices)
         if reply is not None:
             return reply, Complaint(status=200, message="")
     inner = body.get("error") if isinstance(body, dict) else error

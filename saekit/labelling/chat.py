@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from pydantic import JsonValue
 
 from saekit.errors import LabelerError
+from saekit.labelling.logprobs import TokenLogprob
 
 if TYPE_CHECKING:
     from saekit.labelling.ledger import Ledger
@@ -34,23 +35,34 @@ class ChatRequest:
     max_output_tokens: int
     attempt: int = 0
     """Asked again for want of a usable answer, or one sample of several: another key in the ledger."""
+    seed: int | None = None
+    """Of the sampling, for servers that take one; None: theirs."""
     purpose: str = ""
     """Kind of question, for the ledger's sums: `explain:raw`, `judge`, ...; not part of the key."""
     feature: int = -1
     """Which feature is asked about, for its cost; not part of the key."""
+    choices: tuple[str, ...] = ()
+    """Short answers whose probabilities are wanted at every token, where the server gives logprobs."""
+    reads: bool = False
+    """Nothing is to be written: the model reads `user`, and the answer is how likely it found each token of it."""
     usual_answer: str = ""
     """An answer of the usual length, for estimates; not part of the key."""
 
     def key(self) -> str:
         """Returns the sha256 of everything that the answer depends on."""
-        values = {
+        values: dict[str, object] = {
             "model": self.model,
             "messages": [self.system, self.user],
             "schema": [self.schema_name, dict(self.schema)],
             "temperature": self.temperature,
             "max_output_tokens": self.max_output_tokens,
             "attempt": self.attempt,
+            # Left out where there is none, so that keys of ledgers from before there were seeds stay what they are.
+            **({} if self.seed is None else {"seed": self.seed}),
         }
+        # Only where they say something, so that keys of other questions are what they were.
+        values |= {"choices": list(self.choices)} if self.choices else {}
+        values |= {"reads": True} if self.reads else {}
         return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def most_tokens(self) -> tuple[int, int]:
@@ -75,6 +87,8 @@ class ChatReply:
     """The server sent no usage, so the tokens are guessed from lengths."""
     refusal: str = ""
     """Why the model would not answer, in its words."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Tokens of the answer, or of what was read; none where they were not wanted or the server gives none."""
     cost: float | None = None
     """In dollars, at the prices of the day it was paid; None without prices."""
 

@@ -14,6 +14,7 @@ from saekit.errors import ConfigError, LabelerError, MissingDependencyError
 from saekit.labelling.chat import ChatReply, ChatRequest
 from saekit.labelling.dialect import Complaint, charged_tokens, read_completion
 from saekit.labelling.llmconfig import LLMConfig
+from saekit.labelling.textreading import READS_NOTHING, read_reading
 from saekit.labelling.vectors import read_embeddings
 
 if TYPE_CHECKING:
@@ -44,11 +45,13 @@ class RefusedError(Exception):
 
     Attributes:
         sent: the options of a question that was refused.
+        charged: tokens that it took all the same; None: nobody knows.
     """
 
-    def __init__(self, complaint: Complaint) -> None:
+    def __init__(self, complaint: Complaint, *, charged: tuple[int, int] | None = (0, 0)) -> None:
         super().__init__(str(complaint))
         self.complaint = complaint
+        self.charged = charged
         self.sent: Mapping[str, object] = {}
 
 
@@ -133,14 +136,26 @@ class OpenAIClient:
                 # Which options are sent is learnt from the server, so they go past the package's own signature.
                 extra_body=dict(options),
             )
-        try:
-            body: JsonValue = json.loads(raw.content)
-        except ValueError as error:
-            raise EmptyError(f"body is no JSON: {error}", None) from error
-        reply = read_completion(body, most_input=request.most_tokens()[0]) if isinstance(body, dict) else None
+        body = _body(raw.content)
+        reply = read_completion(body, most_input=request.most_tokens()[0], choices=request.choices)
         if reply is None:
-            charged = charged_tokens(body) if isinstance(body, dict) else None
-            raise EmptyError(f"no completion in {str(body)[:80]!r}", charged)
+            raise EmptyError(f"no completion in {str(body)[:80]!r}", charged_tokens(body))
+        return reply, raw.headers
+
+    async def read(self, request: ChatRequest, options: Mapping[str, object]) -> tuple[ChatReply, Mapping[str, str]]:
+        """Returns how likely the tokens of a text are, and the response's headers.
+
+        Raises:
+            RefusedError, LostError, EmptyError, UnreachableError: there is no answer, or none with logprobs.
+        """
+        async with self._calling() as client:
+            raw = await client.completions.with_raw_response.create(
+                model=request.model, prompt=request.user, extra_body=dict(options)
+            )
+        body = _body(raw.content)
+        reply = read_reading(body, request, options)
+        if reply is None:
+            raise RefusedError(READS_NOTHING, charged=charged_tokens(body))
         return reply, raw.headers
 
     async def embed(self, request: ChatRequest) -> tuple[ChatReply, Mapping[str, str]]:
@@ -154,13 +169,8 @@ class OpenAIClient:
             raw = await client.embeddings.with_raw_response.create(
                 model=request.model, input=texts, encoding_format="float"
             )
-        try:
-            body: JsonValue = json.loads(raw.content)
-        except ValueError as error:
-            raise EmptyError(f"body is no JSON: {error}", None) from error
-        reply = (
-            read_embeddings(body, len(texts), most_input=request.most_tokens()[0]) if isinstance(body, dict) else None
-        )
+        body = _body(raw.content)
+        reply = read_embeddings(body, len(texts), most_input=request.most_tokens()[0])
         if reply is None:
             raise EmptyError(f"no {len(texts)} vectors in {str(body)[:80]!r}", None)
         return reply, raw.headers
@@ -255,3 +265,12 @@ class OpenAIClient:
             if type(error.__cause__).__name__ in {"ConnectError", "ConnectTimeout"}:
                 raise UnreachableError(str(error)) from error
             raise LostError(f"connection lost ({error.__cause__ or error})") from error
+
+
+def _body(content: bytes) -> dict[str, JsonValue]:
+    """Returns the object of a success; empty where the body is another JSON value."""
+    try:
+        body: JsonValue = json.loads(content)
+    except ValueError as error:
+        raise EmptyError(f"body is no JSON: {error}", None) from error
+    return body if isinstance(body, dict) else {}

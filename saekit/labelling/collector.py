@@ -11,7 +11,7 @@ from safetensors.numpy import save
 from saekit.activations import StoreView
 from saekit.config import Config
 from saekit.errors import StoreError
-from saekit.labelling.reservoir import Events, Reservoir, hash_events
+from saekit.labelling.reservoir import Events, Reservoir, Slots, hash_events, rank_largest
 from saekit.manifest import atomic_write
 
 __all__ = ["ContextCollector", "ContextConfig"]
@@ -21,6 +21,8 @@ BINS_PER_OCTAVE = 4 / 3
 """16 bins of a factor 2 ** 0.75 span a factor of 4,096 below the top edge."""
 
 
+CHUNK = 4096
+"""Features whose slots are laid out at a time."""
 NUM_PLACES = 16
 """Equal parts of a row in which firings are counted."""
 _UNITS = 2.0**28
@@ -65,9 +67,10 @@ class ContextCollector:
     ) -> None:
         self.config = config
         self.rows_done = 0
+        self.scale = scale
         self.num_features = num_features
         self.context_len = view.store.context_len
-        self.documents = np.asarray(view.store.documents()).reshape(-1)
+        self.documents = np.asarray(view.store.documents(), dtype=np.int32).reshape(-1)
         octaves = np.arange(-NUM_BINS, 1) / BINS_PER_OCTAVE
         self.edges = (scale * 2.0**octaves).astype(np.float32)
         self.firing_count = np.zeros(num_features, dtype=np.int64)
@@ -77,10 +80,8 @@ class ContextCollector:
         self.histogram = np.zeros((num_features, NUM_BINS), dtype=np.int32)
         self.position_count = np.zeros((num_features, NUM_PLACES), dtype=np.int32)
         width = config.window
-        self.top = Reservoir(num_features, config.num_top, width=width, scale=scale, dtype=np.float32)
-        self.sample = Reservoir(
-            num_features * NUM_BINS, config.num_per_stratum, width=width, scale=scale, dtype=np.uint64
-        )
+        self.top = Reservoir(num_features, config.num_top, width=width, dtype=np.uint32)
+        self.sample = Reservoir(num_features * NUM_BINS, config.num_per_stratum, width=width, dtype=np.uint64)
         self.is_code_row = is_code_row
         self.code_tokens: list[NDArray[np.int64]] = []
         self.code_parts: list[tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]] = []
@@ -96,19 +97,17 @@ class ContextCollector:
         starts = np.flatnonzero(np.diff(events.features, prepend=-1))
         present = events.features[starts]
         self.firing_count[present] += np.diff(starts, append=len(events))
-        units = np.rint(events.acts.astype(np.float64) * (_UNITS / self.top.scale)).astype(np.int64)
+        units = np.rint(events.acts.astype(np.float64) * (_UNITS / self.scale)).astype(np.int64)
         self.sum_act[present] += np.add.reduceat(units, starts)
         self.max_act[present] = np.maximum(self.max_act[present], np.maximum.reduceat(events.acts, starts))
         stratum = np.clip(np.searchsorted(self.edges, events.acts, side="right") - 1, 0, NUM_BINS - 1)
         groups = events.features * NUM_BINS + stratum
-        self.histogram += (
-            np.bincount(groups, minlength=self.histogram.size).reshape(self.histogram.shape).astype(np.int32)
-        )
+        # A pass over the events, not over all features, of which a batch has a part.
+        np.add.at(self.histogram.reshape(-1), groups, np.int32(1))
         place = events.features * NUM_PLACES + (events.flat % self.context_len) * NUM_PLACES // self.context_len
-        self.position_count += (
-            np.bincount(place, minlength=self.position_count.size).reshape(self.position_count.shape).astype(np.int32)
-        )
-        self.top.offer(events, events.features, -events.acts, documents=self.documents[events.flat].astype(np.int64))
+        np.add.at(self.position_count.reshape(-1), place, np.int32(1))
+        documents = self.documents[events.flat]
+        self.top.offer(events, events.features, rank_largest(events.acts), documents=documents)
         self.sample.offer(events, groups, hash_events(events.features, events.flat, seed=self.config.seed))
 
     def _keep_codes(
@@ -187,42 +186,47 @@ class ContextCollector:
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
         """Returns the arrays of a `FeatureContexts`."""
-        sample_shape = (self.num_features, NUM_BINS * self.config.num_per_stratum)
-        flat = self.sample.flat.reshape(sample_shape)
-        # Each feature fills its own few bins: move the used slots to the left and cut the common rest.
-        order = np.argsort(flat < 0, axis=1, kind="stable")
-        order = order[:, : max(1, int((flat >= 0).sum(axis=1).max()))]
-        slot = np.take_along_axis(flat, order, axis=1)
-        windows = self.sample.windows.reshape(*sample_shape, self.config.window)
-        stratum = np.where(slot >= 0, order // self.config.num_per_stratum, -1)
+        num_sampled = max(1, self.sample.most_used(NUM_BINS))
+        found = {
+            **_empty_places("top", self.num_features, self.config.num_top, self.config.window),
+            **_empty_places("sample", self.num_features, num_sampled, self.config.window),
+            "sample_stratum": np.full((self.num_features, num_sampled), -1, dtype=np.int32),
+        }
+        # Some features at a time: with all of them the slots as an array would be most of the pass's memory.
+        for start in range(0, self.num_features, CHUNK):
+            stop = min(start + CHUNK, self.num_features)
+            self._place(found, "top", start, self.top.slots(start, stop))
+            slots = self.sample.slots(start * NUM_BINS, stop * NUM_BINS).joined(NUM_BINS)
+            # Each feature fills its own few bins: move the used slots to the left and cut the common rest.
+            order = np.argsort(slots.flat < 0, axis=1, kind="stable")[:, :num_sampled]
+            slots = slots.take(order)
+            self._place(found, "sample", start, slots)
+            found["sample_stratum"][start:stop] = np.where(slots.flat >= 0, order // self.config.num_per_stratum, -1)
+        mean_units = self.sum_act / np.maximum(self.firing_count, 1)
         return {
-            **self._places("top", self.top.flat, self.top.acts, self.top.windows),
-            **self._places(
-                "sample",
-                slot,
-                np.take_along_axis(self.sample.acts.reshape(sample_shape), order, axis=1),
-                np.take_along_axis(windows, order[:, :, None], axis=1),
-            ),
-            "sample_stratum": stratum.astype(np.int32),
+            **found,
             "firing_count": self.firing_count,
             "max_act": self.max_act,
-            "mean_act": (self.sum_act / np.maximum(self.firing_count, 1) * (self.top.scale / _UNITS)).astype(
-                np.float32
-            ),
+            "mean_act": (mean_units * (self.scale / _UNITS)).astype(np.float32),
             "position_count": self.position_count,
             "histogram": self.histogram,
             "histogram_edges": self.edges,
         }
 
-    def _places(
-        self, name: str, flat: NDArray[np.int64], acts: NDArray[np.float32], windows: NDArray[np.float16]
-    ) -> dict[str, NDArray[np.generic]]:
-        used = flat >= 0
-        largest = np.where(self.max_act > 0, self.max_act, 1)[:, None, None]
-        levels = np.rint(windows.astype(np.float32) * (255 * self.top.scale / largest))
-        return {
-            f"{name}_row": np.where(used, flat // self.context_len, -1).astype(np.int32),
-            f"{name}_position": np.where(used, flat % self.context_len, -1).astype(np.int32),
-            f"{name}_act": np.where(used, acts, 0).astype(np.float32),
-            f"{name}_window": np.where(used[:, :, None], np.clip(levels, 0, 255), 0).astype(np.uint8),
-        }
+    def _place(self, found: dict[str, NDArray[np.generic]], name: str, start: int, slots: Slots) -> None:
+        own = slice(start, start + len(slots.flat))
+        used = slots.flat >= 0
+        largest = np.where(self.max_act[own] > 0, self.max_act[own], 1)[:, None]
+        found[f"{name}_row"][own] = np.where(used, slots.flat // self.context_len, -1)
+        found[f"{name}_position"][own] = np.where(used, slots.flat % self.context_len, -1)
+        found[f"{name}_act"][own] = slots.acts
+        found[f"{name}_window"][own] = np.rint(slots.windows * (slots.tops / largest)[:, :, None])
+
+
+def _empty_places(name: str, num_features: int, size: int, window: int) -> dict[str, NDArray[np.generic]]:
+    return {
+        f"{name}_row": np.empty((num_features, size), dtype=np.int32),
+        f"{name}_position": np.empty((num_features, size), dtype=np.int32),
+        f"{name}_act": np.empty((num_features, size), dtype=np.float32),
+        f"{name}_window": np.empty((num_features, size, window), dtype=np.uint8),
+    }

@@ -170,6 +170,20 @@ class FeatureContexts:
             for slot in used
         ]
 
+    def without(self, is_out: NDArray[np.bool_]) -> "FeatureContexts":
+        """Returns the same without the contexts whose peak is at a place that is out [R, T].
+
+        Counts and largest activations stay those of the whole pass, but a feature that has no context left fires nowhere.
+        """
+        arrays: dict[str, NDArray[np.generic]] = dict(vars(self))
+        for kind in ("top", "sample"):
+            row, position = arrays[f"{kind}_row"].astype(np.int64), arrays[f"{kind}_position"].astype(np.int64)
+            arrays[f"{kind}_row"] = np.where((row >= 0) & ~is_out[row, position], row, -1)
+        made = FeatureContexts(self.path, arrays, self.num_tokens)
+        is_left = (made.top_row >= 0).any(axis=1) | (made.sample_row >= 0).any(axis=1)
+        made.firing_count = np.where(is_left, self.firing_count, 0)
+        return made
+
     def codes(self) -> CodeSample:
         """Reads the sampled rows' activations.
 

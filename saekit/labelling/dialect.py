@@ -2,7 +2,7 @@
 
 import datetime
 import email.utils
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,11 +10,14 @@ from pydantic import JsonValue
 
 from saekit.labelling.answers import whole_number
 from saekit.labelling.chat import BYTES_PER_TOKEN, ChatReply, ChatRequest
+from saekit.labelling.logprobs import of_answer
 from saekit.labelling.pace import duration_seconds
 
-__all__ = ["Complaint", "Dialect", "read_completion", "retry_after"]
+__all__ = ["Complaint", "Dialect", "charged_tokens", "first_choice", "read_completion", "retry_after"]
 
 FORMATS = ("none", "json_object", "json_schema")
+MOST_ALTERNATIVES, FEWER_ALTERNATIVES = 20, 5
+"""Alternatives of each token that OpenAI and vLLM give at most, and that older servers do."""
 Verdict = Literal["rate", "later", "never", "stop"]
 _NO_MONEY = ("insufficient_quota", "billing_hard_limit_reached", "exceeded your current quota")
 _TOO_LONG = ("context_length_exceeded", "context length", "context window", "maximum context", "too many tokens")
@@ -65,12 +68,19 @@ class Dialect:
         self.is_proven = False
         self._token_key = "max_tokens"
         self._sends_temperature = True
+        self._num_alternatives = MOST_ALTERNATIVES
+        self._is_logprobs_told = False
+        self._sends_seed = True
 
     def options(self, request: ChatRequest, answer_format: int) -> dict[str, object]:
         """Returns the options of a request beside model and messages."""
         options: dict[str, object] = {self._token_key: request.max_output_tokens}
         if self._sends_temperature:
             options["temperature"] = request.temperature
+        if request.choices and self._num_alternatives:
+            options |= {"logprobs": True, "top_logprobs": self._num_alternatives}
+        if self._sends_seed and request.seed is not None:
+            options["seed"] = request.seed
         if FORMATS[answer_format] == "json_schema":
             schema = {"name": request.schema_name, "strict": True, "schema": dict(request.schema)}
             options["response_format"] = {"type": "json_schema", "json_schema": schema}
@@ -90,6 +100,13 @@ class Dialect:
         taken = FORMATS[answer_format].replace("none", "plain text")
         return f"the server takes no {FORMATS[-1]}, so answers come as {taken}" if is_news else None
 
+    def missing_logprobs(self, request: ChatRequest, reply: ChatReply) -> str | None:
+        """Returns what to tell the user where logprobs were wanted and did not come, the first time."""
+        if self._is_logprobs_told or reply.logprobs or not request.choices or not reply.text:
+            return None
+        self._is_logprobs_told = True
+        return "no logprobs came with an answer; values are taken as they are written where that is so"
+
     def adapted(self, complaint: Complaint, answer_format: int, *, sent: Mapping[str, object]) -> int | None:
         """Returns the format to go on with after a refusal; None where nothing is left to change.
 
@@ -104,6 +121,14 @@ class Dialect:
         if is_refused and "temperature" in says and "temperature" in sent:
             self._sends_temperature = False
             return answer_format
+        if "logprobs" in says and "logprobs" in sent and (is_refused or complaint.status == 403):
+            # Some give fewer alternatives than OpenAI, some models none.
+            has_less = "top_logprobs" in says and sent["top_logprobs"] == MOST_ALTERNATIVES
+            self._num_alternatives = FEWER_ALTERNATIVES if has_less else 0
+            return answer_format
+        if is_refused and "seed" in says and "seed" in sent:
+            self._sends_seed = False
+            return answer_format
         is_proven = self.is_proven and answer_format == self.format
         speaks_of_it = any(word in says for word in ("response_format", "json", "schema", "format"))
         is_odd = complaint.status >= 500 and not self.is_settled(answer_format)
@@ -112,15 +137,17 @@ class Dialect:
         return None
 
 
-def read_completion(body: Mapping[str, JsonValue], *, most_input: int) -> ChatReply | None:
+def read_completion(
+    body: Mapping[str, JsonValue], *, most_input: int, choices: Collection[str] = ()
+) -> ChatReply | None:
     """Returns what a chat completion says; None where there is no choice in it.
 
     Args:
+        choices: see `ChatRequest.choices`.
         most_input: input tokens to assume where it does not say what was charged.
     """
-    choices = body.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    if not isinstance(choice, dict):
+    choice = first_choice(body)
+    if choice is None:
         return None
     message = choice.get("message")
     message = message if isinstance(message, dict) else {}
@@ -140,7 +167,15 @@ def read_completion(body: Mapping[str, JsonValue], *, most_input: int) -> ChatRe
         cached_tokens=min(cached or 0, input_tokens),
         is_estimated=charged is None,
         refusal=refusal if isinstance(refusal, str) else "",
+        logprobs=of_answer(choice, choices) if choices else (),
     )
+
+
+def first_choice(body: Mapping[str, JsonValue]) -> Mapping[str, JsonValue] | None:
+    """Returns a completion's first choice; None where there is none."""
+    listed = body.get("choices")
+    choice = listed[0] if isinstance(listed, list) and listed else None
+    return choice if isinstance(choice, dict) else None
 
 
 def charged_tokens(body: Mapping[str, JsonValue]) -> tuple[int, int] | None:

@@ -42,7 +42,11 @@ class EmbeddingQuestions:
 
     def groups(self, labels: Sequence[Label], done: Iterable[Score] = ()) -> list[tuple[list[Label], list[Piece]]]:
         """Returns for each feature the labels that have no score yet, controls included, and its pieces."""
-        known = {(score.feature, score.labeler) for score in done if score.scorer == "embedding"}
+        known = {
+            (score.feature, score.labeler)
+            for score in done
+            if score.scorer == "embedding" and score.judge == self.scorer.judge
+        }
         by_feature: defaultdict[int, list[Label]] = defaultdict(list)
         for label in labels:
             if label.status == "done":

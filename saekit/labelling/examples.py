@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from saekit.activations import ActivationStore
 from saekit.labelling.contexts import Context, FeatureContexts
+from saekit.labelling.tokenrows import TokenRows
 from saekit.labelling.vocabulary import Vocabulary
 
 __all__ = ["Example", "ExampleReader"]
@@ -35,7 +35,7 @@ class ExampleReader:
     Never shows a token of another document: in a packed row the neighbour may be held out.
     """
 
-    def __init__(self, store: ActivationStore, vocabulary: Vocabulary) -> None:
+    def __init__(self, store: TokenRows, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
         self.context_len = store.context_len
         self._tokens: NDArray[np.int32] = store.tokens()

@@ -7,7 +7,7 @@ from pydantic import JsonValue
 
 from saekit.labelling.answers import UnusableAnswerError, parse_object, plain_text, prompt_template, share, whole_number
 from saekit.labelling.chat import Answer, ChatReply, ChatRequest
-from saekit.labelling.contexts import FeatureContexts
+from saekit.labelling.contexts import Context, FeatureContexts
 from saekit.labelling.evidence.effects import TokenEffects
 from saekit.labelling.evidence.wording import EffectsOf, EvidenceText
 from saekit.labelling.examples import Example, ExampleReader
@@ -24,6 +24,7 @@ PROMPTS: dict[ExplainerKind, str] = {
 }
 """Prompt file of each kind that asks; its name stands in the labels."""
 AGAIN_PROMPT = "again_v1"
+CONTRAST_PROMPT = "contrast_v1"
 LABEL_CHARACTERS = 120
 MAX_EXAMPLES = 5
 
@@ -77,7 +78,12 @@ class Explainer:
         *,
         kind: ExplainerKind = "raw",
         effects: EffectsOf = lambda _: (),
+        counter: Mapping[int, Sequence[Context]] | None = None,
     ) -> None:
+        """
+        Args:
+            counter: places at which a feature is silent, on the whole row, that are shown for contrast.
+        """
         self.kind = kind
         self.labeler = llm_labeler(config, kind)
         self.purpose = f"explain:{kind}"
@@ -86,7 +92,10 @@ class Explainer:
         self._reader = reader
         self._effects = effects
         self._evidence = EvidenceText(reader, contexts, config)
-        self._system = prompt_template(self.prompts[kind])
+        self._counter = counter if counter is not None and kind in {"input", "raw"} else {}
+        names = [self.prompts[kind], *([CONTRAST_PROMPT] if self._counter else [])]
+        self._prompt_version = "+".join(names)
+        self._system = "".join(prompt_template(name).rstrip("\n") for name in names) + "\n"
         self._again = prompt_template(AGAIN_PROMPT).rstrip()
 
     def has_evidence(self, feature: int) -> bool:
@@ -94,18 +103,23 @@ class Explainer:
         fires = self.kind in {"input", "raw"} and bool(self._contexts.firing_count[feature] > 0)
         return fires or bool(self._effects_shown(feature))
 
-    def request(self, feature: int, *, attempt: int = 0) -> ChatRequest:
-        """Returns the question about a feature that has evidence, the same in every process."""
+    def request(self, feature: int, *, attempt: int = 0, candidate: int = 0) -> ChatRequest:
+        """Returns the question about a feature that has evidence, the same in every process.
+
+        Args:
+            candidate: all but number 0 are sampled.
+        """
         config = self._config
         return ChatRequest(
             model=config.model,
             system=self._system,
-            user="\n".join(self._lines(feature)) + (self._again if attempt else ""),
+            user="\n".join([*self._lines(feature), *self._contrast(feature)]) + (self._again if attempt else ""),
             schema_name="feature_label",
             schema=self.schema,
-            temperature=config.temperature,
+            temperature=config.candidate_temperature if candidate else config.temperature,
             max_output_tokens=config.max_output_tokens * (2 if attempt else 1),
-            attempt=attempt,
+            attempt=attempt + candidate * config.attempts,
+            seed=config.seed + candidate if candidate else None,
             purpose=self.purpose,
             feature=feature,
             usual_answer=self.usual_answer,
@@ -129,11 +143,20 @@ class Explainer:
             lines += [*([""] if lines else []), *self._evidence.tokens(feature, effects)]
         return lines
 
+    def _silent(self, feature: int) -> list[Example]:
+        """Returns the texts for contrast."""
+        return [self._reader.of_context(context, max_act=0.0) for context in self._counter.get(feature, ())]
+
+    def _contrast(self, feature: int) -> list[str]:
+        texts = [self._reader.vocabulary.join(example.tokens) for example in self._silent(feature)]
+        lines = [f"- {' '.join(text.split())}" for text in texts]
+        return ["\nTexts on which the feature is silent:", *lines] if lines else []
+
     def documents_shown(self, feature: int) -> set[int]:
         """Returns the documents that are read for a feature."""
         if self.kind not in {"input", "raw"}:
             return set()
-        return {example.document for example in self._shown(feature)}
+        return {example.document for example in (*self._shown(feature), *self._silent(feature))}
 
     def label(self, feature: int, answers: Sequence[Answer], *, is_last: bool) -> Label | None:
         """Returns the label in the last of the answers about a feature.
@@ -189,7 +212,7 @@ class Explainer:
             confidence=share(values.get("confidence")),
             examples=self._examples(feature, values.get("examples")),
             evidence=self.kind,
-            prompt_version=self.prompts[self.kind],
+            prompt_version=self._prompt_version,
             model=self._config.model,
             input_tokens=sum(reply.input_tokens for reply in replies),
             output_tokens=sum(reply.output_tokens for reply in replies),

@@ -24,7 +24,7 @@ from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae import SAE
 from saekit.sae.batch import batch_width
 
-__all__ = ["CONTEXTS_FOLDER", "estimate_labels", "label_features"]
+__all__ = ["CONTEXTS_FOLDER", "estimate_labels", "label_features", "make_client", "make_embedder"]
 
 CONTEXTS_FOLDER = "contexts"
 
@@ -74,8 +74,8 @@ def label_features(
     if embed is not None and config.embedding is None:
         raise ConfigError("labels: found a callable `embed` and no config.embedding, needs one with the model's name")
     if client is None and "llm" in config.labelers and config.llm is not None:
-        client = _client(config.llm)
-    embedder = None if embed is not None or config.embedding is None else _embedder(config.embedding, config.llm)
+        client = make_client(config.llm)
+    embedder = None if embed is not None or config.embedding is None else make_embedder(config.embedding, config.llm)
     state = begin_stage(out, "label", config.identity(), _inputs(sae, train, test, lm))
     if state == "complete" and not (retry_failed and _failures(out)):
         return out
@@ -205,12 +205,20 @@ def _forget_failures(out: Path) -> None:
     labels.remove(lambda label: (label.feature, label.labeler) in keys)
 
 
-def _client(config: LLMConfig) -> ChatClient:
+def make_client(config: LLMConfig, *, chats: bool = True) -> ChatClient:
+    """Returns what talks to the labelling model that a config describes.
+
+    Args:
+        chats: whether it will be asked questions, and not just given texts to read.
+
+    Raises:
+        ConfigError, MissingDependencyError, ModelError: it cannot be talked to.
+    """
     # Here and not above: the extras that they need are only asked for by those who use them.
     if config.backend == "local":
         from saekit.labelling.local import LocalChat
 
-        return LocalChat(config)
+        return LocalChat(config, chats=chats)
     if config.backend == "batch":
         from saekit.labelling.batch import OpenAIBatch
 
@@ -220,7 +228,8 @@ def _client(config: LLMConfig) -> ChatClient:
     return OpenAIChat(config)
 
 
-def _embedder(config: EmbeddingConfig, llm: LLMConfig | None) -> ChatClient:
+def make_embedder(config: EmbeddingConfig, llm: LLMConfig | None) -> ChatClient:
+    """Returns what asks a server for vectors."""
     from saekit.labelling.live import OpenAIEmbeddings
 
     return OpenAIEmbeddings(server_config(config, llm))

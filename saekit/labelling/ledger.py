@@ -10,6 +10,7 @@ from pathlib import Path
 
 from saekit.errors import ResourceError, StoreError
 from saekit.labelling.chat import ChatReply, ChatRequest
+from saekit.labelling.logprobs import dump_logprobs, load_logprobs
 
 __all__ = ["LEDGER_NAME", "Ledger", "Tokens"]
 
@@ -21,7 +22,8 @@ create table if not exists requests (
     key text primary key, purpose text not null, feature integer not null, state text not null, batch text,
     text text not null default '', refusal text not null default '', finish_reason text not null default '',
     input_tokens integer not null, cached_tokens integer not null default 0, output_tokens integer not null,
-    is_estimated integer not null default 0, cost real, reason text not null default '', at text not null
+    is_estimated integer not null default 0, cost real, reason text not null default '', at text not null,
+    logprobs text not null default ''
 );
 create index if not exists by_state on requests (state);
 create table if not exists batches (tag text primary key, id text, is_open integer not null, at text not null);
@@ -34,7 +36,7 @@ create table if not exists totals (
 insert or ignore into totals (id) values (1);
 """
 _NETWORK = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "9p", "afs", "fuse")
-_REPLY = "text, refusal, finish_reason, input_tokens, cached_tokens, output_tokens, is_estimated, cost"
+_REPLY = "text, refusal, finish_reason, input_tokens, cached_tokens, output_tokens, is_estimated, cost, logprobs"
 
 
 @dataclass(slots=True)
@@ -80,11 +82,18 @@ class Ledger:
             self._db.execute(f"pragma journal_mode = {'delete' if _is_on_network(self._path) else 'wal'}")
             self._db.execute("pragma synchronous = full")
             self._db.executescript(_SCHEMA)
+            self._add_new_columns()
             self._load()
         except sqlite3.OperationalError as error:
             raise ResourceError(f"{str(path)!r}: the ledger of answers cannot be opened: {error}") from error
         except sqlite3.Error as error:
             raise StoreError(f"{str(path)!r}: no ledger of answers ({error}); move it away to pay anew") from error
+
+    def _add_new_columns(self) -> None:
+        """Brings a file of an earlier version up to date."""
+        columns = {row[1] for row in self._db.execute("pragma table_info(requests)")}
+        if "logprobs" not in columns:
+            self._db.execute("alter table requests add column logprobs text not null default ''")
 
     def _load(self) -> None:
         row = self._db.execute("select * from totals").fetchone()
@@ -143,7 +152,7 @@ class Ledger:
         """Writes the answer to a request that was sent; it is on disk when this returns."""
         most = self._most(key)
         self._execute(
-            f"update requests set state = 'answered', at = ?, ({_REPLY}) = (?, ?, ?, ?, ?, ?, ?, ?) where key = ?",
+            f"update requests set state = 'answered', at = ?, ({_REPLY}) = (?, ?, ?, ?, ?, ?, ?, ?, ?) where key = ?",
             (
                 _now(),
                 reply.text,
@@ -154,6 +163,7 @@ class Ledger:
                 reply.output_tokens,
                 int(reply.is_estimated),
                 reply.cost,
+                dump_logprobs(reply.logprobs),
                 key,
             ),
         )
@@ -251,8 +261,8 @@ class Ledger:
         self._execute("pragma synchronous = full")
 
 
-def _reply(row: tuple[str, str, str, int, int, int, int, float | None]) -> ChatReply:
-    text, refusal, finish_reason, input_tokens, cached_tokens, output_tokens, is_estimated, cost = row
+def _reply(row: tuple[str, str, str, int, int, int, int, float | None, str]) -> ChatReply:
+    text, refusal, finish_reason, input_tokens, cached_tokens, output_tokens, is_estimated, cost, logprobs = row
     return ChatReply(
         text=text,
         finish_reason=finish_reason,
@@ -262,6 +272,7 @@ def _reply(row: tuple[str, str, str, int, int, int, int, float | None]) -> ChatR
         is_estimated=bool(is_estimated),
         refusal=refusal,
         cost=cost,
+        logprobs=load_logprobs(logprobs),
     )
 
 

@@ -3,7 +3,6 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from saekit.activations import ActivationStore
 from saekit.labelling.contexts import FeatureContexts
 from saekit.labelling.evidence.effects import TokenEffects
 from saekit.labelling.examples import ExampleReader, feature_examples
@@ -11,6 +10,7 @@ from saekit.labelling.nearby import find_nearby
 from saekit.labelling.records import LEXICAL, Label
 from saekit.labelling.rules import Rule, TokenIndex
 from saekit.labelling.search import Candidate, find_candidates, gather_evidence, rows_needed
+from saekit.labelling.tokenrows import TokenRows
 from saekit.labelling.tokentable import TokenTable
 from saekit.labelling.vocabulary import Vocabulary
 from saekit.labelling.wording import Wording, token_list
@@ -47,7 +47,7 @@ class LexicalLabeler:
     All rules are searched when it is made, for all features together; `label` then words one of them.
     """
 
-    def __init__(self, store: ActivationStore, contexts: FeatureContexts, vocabulary: Vocabulary) -> None:
+    def __init__(self, store: TokenRows, contexts: FeatureContexts, vocabulary: Vocabulary) -> None:
         codes = contexts.codes()
         table = TokenTable(store, rows_needed(contexts, codes, store.context_len), vocabulary)
         self._contexts = contexts

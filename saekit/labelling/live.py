@@ -10,6 +10,7 @@ from saekit.labelling.client import EmptyError, LostError, OpenAIClient, Refused
 from saekit.labelling.dialect import Complaint, Dialect, retry_after
 from saekit.labelling.llmconfig import LLMConfig
 from saekit.labelling.pace import Pace
+from saekit.labelling.textreading import ReadingDialect
 
 __all__ = ["OpenAIChat", "OpenAIEmbeddings"]
 
@@ -27,6 +28,7 @@ class OpenAIChat:
         self._config = config
         self._client = OpenAIClient(config)
         self._dialect = Dialect()
+        self._reading = ReadingDialect()
         self._pace = Pace(config.concurrency, max_hold_seconds=10 * config.max_wait_seconds)
         self._lost_in_a_row = 0
 
@@ -44,7 +46,10 @@ class OpenAIChat:
         await self._client.close()
 
     async def _call(self, request: ChatRequest, options: Mapping[str, object]) -> tuple[ChatReply, Mapping[str, str]]:
-        return await self._client.chat(request, options)
+        return await (self._client.read if request.reads else self._client.chat)(request, options)
+
+    def _dialect_of(self, request: ChatRequest) -> Dialect:
+        return self._reading if request.reads else self._dialect
 
     async def _worker(self, run: "_Run") -> None:
         for request in run.waiting:
@@ -56,7 +61,8 @@ class OpenAIChat:
                 run.ends.append(error)
 
     async def _one(self, request: ChatRequest, run: "_Run") -> None:
-        answer_format = self._dialect.format
+        dialect = self._dialect_of(request)
+        answer_format = dialect.format
         while True:
             try:
                 reply = await self._with_repeats(request, answer_format, run)
@@ -64,28 +70,31 @@ class OpenAIChat:
                 if run.ends:
                     # Cut short in its repeats: neither answered nor failed.
                     return
-                plainer = self._plainer(error, answer_format)
+                plainer = self._plainer(error, dialect, answer_format)
                 if plainer is None:
                     self._give_up(request, error, run.desk)
                     return
                 answer_format = plainer
                 continue
             self._lost_in_a_row = 0
-            if notice := self._dialect.accepted(answer_format):
-                run.desk.say(f"{self._client.where}: {notice}")
+            for notice in (dialect.accepted(answer_format), dialect.missing_logprobs(request, reply)):
+                if notice:
+                    run.desk.say(f"{self._client.where}: {notice}")
             run.desk.answered(request, reply)
             return
 
-    def _plainer(self, error: Exception, answer_format: int) -> int | None:
+    def _plainer(self, error: Exception, dialect: Dialect, answer_format: int) -> int | None:
         if not isinstance(error, RefusedError):
             return None
-        return self._dialect.adapted(error.complaint, answer_format, sent=error.sent)
+        return dialect.adapted(error.complaint, answer_format, sent=error.sent)
 
     def _give_up(self, request: ChatRequest, error: Exception, desk: Desk) -> None:
         """Fails one request, or raises what ends the run."""
         if isinstance(error, UnreachableError):
             raise self._client.unreachable(error) from error
         verdict = error.complaint.verdict if isinstance(error, RefusedError) else "later"
+        if request.reads and isinstance(error, RefusedError) and self._reading.cannot(error.complaint):
+            verdict = "never"
         if isinstance(error, RefusedError) and verdict in {"stop", "rate"}:
             raise self._client.stopped(error.complaint) from error
         desk.failed(request, f"{self._client.where}: {error}")
@@ -110,7 +119,7 @@ class OpenAIChat:
             elif complaint is None or complaint.verdict == "later":
                 failures += 1
                 most = self._config.max_retries
-                is_settled = complaint is None or self._dialect.is_settled(answer_format)
+                is_settled = complaint is None or self._dialect_of(request).is_settled(answer_format)
                 goes_on = failures <= (most if is_settled else min(FIRST_TRIES, most))
             else:
                 goes_on = False
@@ -137,7 +146,7 @@ class OpenAIChat:
             await run.landing.wait()
 
     async def _sent(self, request: ChatRequest, answer_format: int, sent_in: int, run: "_Run") -> ChatReply:
-        options = self._dialect.options(request, answer_format)
+        options = self._dialect_of(request).options(request, answer_format)
         run.num_open += 1
         try:
             reply, headers = await self._call(request, options)
@@ -190,6 +199,6 @@ def _wanted_pause(complaint: Complaint | None) -> float | None:
 
 def _charged(error: Exception) -> tuple[int, int] | None:
     """Returns the tokens that a request without an answer was charged; None where nobody knows."""
-    if isinstance(error, EmptyError):
+    if isinstance(error, EmptyError | RefusedError):
         return error.charged
     return None if isinstance(error, LostError) else (0, 0)

@@ -1,9 +1,10 @@
 """Explains and judges many features at once through one labelling model; each answer is on disk before the next step."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from saekit.labelling.asking import LabellingModel, ask_in_rounds
+from saekit.labelling.candidates import Selection, explain_best
 from saekit.labelling.chat import Answer, ChatRequest
 from saekit.labelling.explain import Explainer, joined_label, llm_labeler
 from saekit.labelling.llmconfig import LLMConfig
@@ -11,10 +12,25 @@ from saekit.labelling.records import LEXICAL, Label, Score
 from saekit.labelling.scoring.controls import NO_LABEL, Controls
 from saekit.labelling.scoring.detection import PieceScorer
 from saekit.labelling.scoring.pieces import Piece
+from saekit.labelling.scoring.scorers import without_reading
 from saekit.labelling.store import RecordFile
+from saekit.labelling.textreading import probe_request
 from saekit.progress import NO_PROGRESS, Progress, Task
 
-__all__ = ["Questions", "ScoreJob", "explain_and_judge", "least_explained", "stand_in"]
+__all__ = [
+    "Questions",
+    "ScoreJob",
+    "answerable",
+    "explain_and_judge",
+    "explain_features",
+    "join_labels",
+    "judge",
+    "least_explained",
+    "stand_in",
+]
+
+FEATURES_AT_ONCE = 500
+"""Features whose candidates are asked for, and chosen among, together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,14 +43,9 @@ class ScoreJob:
     is_control: bool
     """Whether the label is nobody's: a control, or none where the scorer needs none."""
 
-    def request(self, attempt: int = 0) -> ChatRequest:
-        """Returns the question; there must be pieces."""
-        return self.scorer.request(self.label, self.pieces, attempt=attempt)
-
-    @property
-    def key(self) -> tuple[int, str, str]:
-        """What its score is known by."""
-        return self.label.feature, self.label.labeler, self.scorer.name
+    def requests(self, attempt: int = 0) -> list[ChatRequest]:
+        """Returns the questions; there must be pieces."""
+        return self.scorer.requests(self.label, self.pieces, attempt=attempt)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +59,12 @@ class Questions:
     controls: Controls
     features: Sequence[int]
     config: LLMConfig
+    setup: str = ""
+    """See `Score.setup`."""
+    scored: Sequence[str] | None = None
+    """Names of those whose labels are judged; None: those that the config's explainers write."""
+    selection: Selection | None = None
+    """Chooses among several candidates; None: each feature is asked about once."""
 
     @property
     def labelers(self) -> list[str]:
@@ -57,19 +74,48 @@ class Questions:
     @property
     def judged(self) -> list[str]:
         """Names of those whose labels the judge scores."""
+        if self.scored is not None:
+            return list(self.scored)
         return [*self.labelers, *([LEXICAL] if self.config.judge_lexical else [])]
+
+    def key(self, job: ScoreJob) -> tuple[object, ...]:
+        """Returns what a job's score is known by."""
+        return job.label.feature, job.label.labeler, job.scorer.name, self.config.model, self.setup
 
     def requests(self, labels: Sequence[Label] = ()) -> list[ChatRequest]:
         """Returns the first questions of explainers and scorers; `labels` that are not there yet are stood in for."""
-        requests = [e.request(f) for e in self.explainers for f in self.features if e.has_evidence(f)]
         known = {(label.feature, label.labeler) for label in labels}
+        requests: list[ChatRequest] = []
+        for explainer in self.explainers:
+            asked = [feature for feature in self.features if explainer.has_evidence(feature)]
+            requests += [explainer.request(f, candidate=n) for f in asked for n in range(self.config.num_candidates)]
+            left = [feature for feature in asked if (feature, explainer.labeler) not in known]
+            requests += self._selecting(left, explainer.labeler)
         stand_ins = [
             stand_in(feature, labeler)
             for labeler in self.judged
             for feature in self.features
             if (feature, labeler) not in known
         ]
-        return requests + [job.request() for job in self.score_jobs([*labels, *stand_ins]) if job.pieces]
+        return requests + self.judging([*labels, *stand_ins])
+
+    def judging(self, labels: Sequence[Label], *, done: Iterable[Score] = ()) -> list[ChatRequest]:
+        """Returns the first questions of scorers about labels that are there; `done`: scores that are not asked for again."""
+        known = {_key(score) for score in done}
+        left = [job for job in self.score_jobs(labels) if job.pieces and self.key(job) not in known]
+        # Labels of one feature share the texts that are read without any.
+        return list({request.key(): request for job in left for request in job.requests()}.values())
+
+    def _selecting(self, features: Sequence[int], labeler: str) -> list[ChatRequest]:
+        """Returns the questions by which the best of labels that are not there yet would be chosen."""
+        if self.selection is None:
+            return []
+        pieces = {feature: found for feature in features if (found := self.selection.scorer.pieces(feature))}
+        return [
+            self.selection.request(stand_in(feature, labeler), found)
+            for feature, found in pieces.items()
+            for _ in range(self.config.num_candidates)
+        ]
 
     def score_jobs(self, labels: Sequence[Label]) -> list[ScoreJob]:
         """Returns what the scorers are to be asked about labels that are done, about controls, and about features alone."""
@@ -113,18 +159,56 @@ def explain_and_judge(
     Raises:
         LabelerError: the model cannot be used, or a cap is reached; what was answered is in the files.
     """
+    questions = answerable(model, questions, progress)
     for explainer in questions.explainers:
-        _explain(model, questions, explainer, labels, progress)
+        explain_features(model, explainer, questions.features, labels, selection=questions.selection, progress=progress)
     if "concat" in questions.config.explainers:
-        _join(questions, labels)
-    _judge_all(model, questions, labels.records, scores, controls, progress)
+        join_labels(questions.features, questions.config, labels)
+    judge(model, questions, labels.records, scores=scores, controls=controls, progress=progress)
 
 
-def _explain(
-    model: LabellingModel, questions: Questions, explainer: Explainer, labels: RecordFile[Label], progress: Progress
+def answerable(model: LabellingModel, questions: Questions, progress: Progress = NO_PROGRESS) -> Questions:
+    """Returns the questions that the model can answer; where it gives no logprobs of texts that it reads, says so in one line.
+
+    Raises:
+        LabelerError: the model cannot be used, or a cap is reached.
+    """
+    reading = [scorer.name for scorer in questions.scorers if scorer.needs_reading]
+    if not reading:
+        return questions
+    probe = probe_request(questions.config.model)
+    (answer,) = model.ask([probe])
+    if answer.reply is not None:
+        return questions
+    # Another server of the same model may do better.
+    model.ledger.retry(probe.purpose, probe.feature)
+    left = without_reading(questions.scorers)
+    written = [scorer.name for scorer in left if scorer.name in reading]
+    dropped = [name for name in reading if name not in written]
+    parts = [*(f"{name} is left out" for name in dropped), *(f"{name} is asked for in writing" for name in written)]
+    progress.say(f"no logprobs of a text that is read, so {' and '.join(parts)} ({answer.reason})")
+    return replace(questions, scorers=left)
+
+
+def explain_features(
+    model: LabellingModel,
+    explainer: Explainer,
+    features: Sequence[int],
+    labels: RecordFile[Label],
+    *,
+    selection: Selection | None = None,
+    progress: Progress = NO_PROGRESS,
 ) -> None:
+    """Labels the features that an explainer has evidence about; those whose labels are in the file are passed over.
+
+    Args:
+        selection: chooses the best of several; None: one is asked for.
+
+    Raises:
+        LabelerError: the model cannot be used, or a cap is reached; what was answered is in the file.
+    """
     known = {label.feature for label in labels.records if label.labeler == explainer.labeler}
-    asked = [feature for feature in questions.features if explainer.has_evidence(feature)]
+    asked = [feature for feature in features if explainer.has_evidence(feature)]
     left = [feature for feature in asked if feature not in known]
 
     with progress.task(f"explanations ({explainer.kind})", len(asked), "features", done=len(asked) - len(left)) as task:
@@ -137,44 +221,59 @@ def _explain(
                 advance()
             return label is not None
 
+        if selection is not None:
+            for start in range(0, len(left), FEATURES_AT_ONCE):
+                best = explain_best(model, explainer, left[start : start + FEATURES_AT_ONCE], selection)
+                labels.extend(best.values())
+                for _ in best:
+                    advance()
+            return
         ask_in_rounds(
             model,
             left,
             request=lambda feature, attempt: explainer.request(feature, attempt=attempt),
             take=take,
-            attempts=questions.config.attempts,
+            attempts=model.config.attempts,
         )
 
 
-def _join(questions: Questions, labels: RecordFile[Label]) -> None:
-    labeler = llm_labeler(questions.config, "concat")
+def join_labels(features: Sequence[int], config: LLMConfig, labels: RecordFile[Label]) -> None:
+    """Writes the `concat` ensemble of the features that have labels to be joined."""
+    labeler = llm_labeler(config, "concat")
     known = {label.feature for label in labels.records if label.labeler == labeler}
     # In the order of the source.
-    sources = [llm_labeler(questions.config, kind) for kind in ("vocabproj", "input", "tokenchange")]
+    sources = [llm_labeler(config, kind) for kind in ("vocabproj", "input", "tokenchange")]
     parts = {(label.feature, label.labeler): label for label in labels.records}
-    for feature in questions.features:
+    for feature in features:
         own = [parts[feature, source] for source in sources if (feature, source) in parts]
         if feature not in known and own:
-            labels.extend([joined_label(feature, own, questions.config)])
+            labels.extend([joined_label(feature, own, config)])
 
 
-def _judge_all(
+def judge(
     model: LabellingModel,
     questions: Questions,
     labels: Sequence[Label],
+    *,
     scores: RecordFile[Score],
     controls: RecordFile[Score],
-    progress: Progress,
+    progress: Progress = NO_PROGRESS,
 ) -> None:
-    done = {(score.feature, score.labeler, score.scorer) for score in (*scores.records, *controls.records)}
+    """Judges labels that are there; those with a score of the same judge and setup are passed over.
+
+    Raises:
+        LabelerError: the model cannot be used, or a cap is reached; what was answered is in the files.
+    """
+    done = {_key(score) for score in (*scores.records, *controls.records)}
     whole = questions.score_jobs(labels)
-    left = [job for job in whole if job.key not in done]
+    left = [job for job in whole if questions.key(job) not in done]
     with progress.task("judgements", len(whole), "labels", done=len(whole) - len(left)) as task:
         advance = _counted(model, task, done=len(whole) - len(left), total=len(whole))
 
         def take(job: ScoreJob, answers: Sequence[Answer], is_last: bool) -> bool:
             score = job.scorer.score(job.label, job.pieces, answers, is_last=is_last)
             if score is not None:
+                score = score.model_copy(update={"setup": questions.setup})
                 (controls if job.is_control else scores).extend([score])
                 advance()
             return score is not None
@@ -185,10 +284,14 @@ def _judge_all(
         ask_in_rounds(
             model,
             [job for job in left if job.pieces],
-            request=lambda job, attempt: job.request(attempt),
+            request=lambda job, attempt: job.requests(attempt),
             take=take,
             attempts=questions.config.attempts,
         )
+
+
+def _key(score: Score) -> tuple[object, ...]:
+    return score.feature, score.labeler, score.scorer, score.judge, score.setup
 
 
 def _counted(model: LabellingModel, task: Task, *, done: int, total: int) -> Callable[[], None]:

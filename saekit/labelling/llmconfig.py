@@ -10,7 +10,7 @@ from saekit.labelling.prices import Prices, known_prices
 __all__ = ["BatchConfig", "ExplainerKind", "LLMConfig", "LLMScorer"]
 
 ExplainerKind = Literal["input", "vocabproj", "tokenchange", "raw", "concat"]
-LLMScorer = Literal["detection", "fuzzing", "intruder"]
+LLMScorer = Literal["detection", "fuzzing", "simulation", "surprisal", "intruder"]
 
 
 class BatchConfig(Config):
@@ -39,6 +39,18 @@ class LLMConfig(Config):
     explainers: tuple[ExplainerKind, ...] = Field(default=("raw",), min_length=1)
     """What an explanation is made from. `input`: contexts; `vocabproj`, `tokenchange`: tokens on the output side; `raw`: all of
     them in one question; `concat`: the descriptions of the first three, joined."""
+    num_candidates: int = Field(default=1, ge=1)
+    """Labels that each explainer is asked for; the one that `selection_scorer` likes best is kept."""
+    candidate_temperature: float = Field(default=0.8, ge=0)
+    """Of all candidates but the first, which has `temperature`; each has a seed of its own, where the server takes one."""
+    num_counter_examples: int = Field(default=5, ge=0)
+    """With several candidates: texts shown to the explainer on which the most similar features fire and this one is silent."""
+    selection_fraction: float = Field(default=0.2, gt=0.0, lt=1.0)
+    """With several candidates: share of the training documents that explainers do not read, to choose among candidates on."""
+    selection_scorer: Literal["detection", "fuzzing"] = "detection"
+    """What chooses."""
+    num_selection: int = Field(default=10, ge=1)
+    """Texts on which the feature fires that it sees, beside as many on which it does not."""
     style: Literal["saekit", "paper_output_centric"] = "saekit"
     """How evidence is shown and what is asked. `paper_output_centric`: as published by Gur-Arieh et al. 2025 (all top contexts with
     activations from 0 to 10, token lists without signs, one free sentence); see `LabelConfig.preset`."""
@@ -54,7 +66,18 @@ class LLMConfig(Config):
     """Held-out texts on which the feature fires that the judge sees, beside as many on which it does not; 0: no judging."""
     scorers: tuple[LLMScorer, ...] = ("detection",)
     """What the judge is asked: `detection`: in which texts is the feature active; `fuzzing`: is it active on the marked tokens;
-    `intruder`: which of five texts does not belong, without a label."""
+    `simulation`: how strongly is it active on each token; `intruder`: which of five texts does not belong, without a label.
+    `surprisal` asks nothing: the model reads texts after the label and without it, for which a server has to give logprobs of
+    prompts."""
+    near_share: float = Field(default=0.5, ge=0)
+    """Near negatives in `detection` and `fuzzing`, texts on which sibling features fire, for each text on which the feature does;
+    reported apart from the random ones. 0: none."""
+    num_simulated: int = Field(default=5, ge=1)
+    """Held-out texts on which the feature fires whose tokens are simulated, beside as many on which it does not."""
+    simulation_form: Literal["written", "all_at_once"] = "written"
+    """`written`: the judge writes one number for each token, taken as its expectation where logprobs come with it; `all_at_once`: it
+    reads a text with a placeholder after each token, and the expectation is taken there (Bills et al. 2023), for which a server
+    has to give logprobs of prompts."""
     num_controlled: int = Field(default=20, ge=0)
     """Features whose texts each scorer also judges by three labels that know nothing: none, random words, another feature's."""
     judge_lexical: bool = False

@@ -1,7 +1,8 @@
-"""A labelling model in this process: any causal LM with a chat template, through transformers."""
+"""A labelling model in this process: any causal LM through transformers; for questions it needs a chat template."""
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Protocol, cast
 
 import torch
@@ -9,8 +10,11 @@ from torch import Tensor
 
 from saekit.errors import ModelError
 from saekit.labelling.chat import ChatReply, ChatRequest, Desk, SpentError
+from saekit.labelling.dialect import MOST_ALTERNATIVES
 from saekit.labelling.llmconfig import LLMConfig
-from saekit.models import LanguageModel, load_model
+from saekit.labelling.logprobs import TokenLogprob, pooled
+from saekit.labelling.vocabulary import Vocabulary
+from saekit.models import LanguageModel, load_model, logits
 
 __all__ = ["LocalChat"]
 
@@ -34,11 +38,12 @@ class _ChatTokenizer(Protocol):
 class LocalChat:
     """A `ChatClient` that runs a model of transformers; greedy at temperature 0, else sampled with the request's own seed."""
 
-    def __init__(self, config: LLMConfig, *, lm: LanguageModel | None = None) -> None:
+    def __init__(self, config: LLMConfig, *, lm: LanguageModel | None = None, chats: bool = True) -> None:
         """Loads the model.
 
         Args:
             lm: a model that is loaded already; None: the one that `config.model` names.
+            chats: whether it will be asked questions, and not just given texts to read.
 
         Raises:
             ModelError: it cannot be loaded, or has no chat template.
@@ -46,7 +51,7 @@ class LocalChat:
         self._config = config
         self._lm = lm if lm is not None else load_model(config.model)
         self._tokenizer = cast(_ChatTokenizer, self._lm.tokenizer)
-        if not getattr(self._tokenizer, "chat_template", None):
+        if chats and not getattr(self._tokenizer, "chat_template", None):
             raise ModelError(
                 f"labelling model {config.model!r}: no chat template, needs a model that was trained to chat"
             )
@@ -54,10 +59,14 @@ class LocalChat:
     async def answer(self, requests: Sequence[ChatRequest], desk: Desk) -> None:
         """See `ChatClient.answer`."""
         # Of one length together, as padding is computed for nothing; sampled ones alone, as each has a seed of its own.
-        prompts = {request.key(): self._prompt(request) for request in requests}
-        order = sorted(requests, key=lambda request: (len(prompts[request.key()]), request.key()))
+        prompts = {
+            request.key(): self._text(request) if request.reads else self._prompt(request) for request in requests
+        }
+        order = sorted(requests, key=lambda request: (request.reads, len(prompts[request.key()]), request.key()))
         while order:
-            chunk = _sendable(order[: self._config.local_batch if order[0].temperature == 0 else 1], desk)
+            is_alone = order[0].temperature > 0 or order[0].reads
+            together = [request for request in order[: self._config.local_batch] if request.reads == order[0].reads]
+            chunk = _sendable(together[:1] if is_alone else together, desk)
             order = order[len(chunk) :]
             for request, reply in zip(chunk, self._replies(chunk, [prompts[r.key()] for r in chunk]), strict=True):
                 if reply is None:
@@ -79,13 +88,48 @@ class LocalChat:
             if type(error).__name__ != "TemplateError":
                 raise
             text = self._tokenizer.apply_chat_template(joined, tokenize=False, add_generation_prompt=True)
-        ids = self._lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._ids(text, has_specials=False)
+
+    def _text(self, request: ChatRequest) -> list[int]:
+        return self._ids(request.user, has_specials=True)
+
+    def _ids(self, text: str, *, has_specials: bool) -> list[int]:
+        ids = self._lm.tokenizer(text, add_special_tokens=has_specials)["input_ids"]
         return [int(str(token)) for token in ids]
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(self._lm.tokenizer)
+
+    def _logprobs(self, ids: Sequence[int], request: ChatRequest, *, start: int) -> tuple[TokenLogprob, ...]:
+        """Returns how likely the tokens from `start` on are, each after those before it."""
+        known = torch.log_softmax(logits(self._lm, torch.tensor([list(ids)], device=self._lm.device))[0], dim=-1)
+        top = known.topk(min(MOST_ALTERNATIVES, known.shape[1]), dim=-1) if request.choices else None
+        text = self._vocabulary.text
+        found = []
+        for place in range(start, len(ids)):
+            listed = []
+            if top is not None and place:
+                listed = zip(top.indices[place - 1].tolist(), top.values[place - 1].tolist(), strict=True)
+            found.append(
+                TokenLogprob(
+                    text=text(ids[place]),
+                    logprob=round(float(known[place - 1, ids[place]]), 5) if place else None,
+                    choices=pooled(((text(token), value) for token, value in listed), request.choices),
+                )
+            )
+        return tuple(found)
 
     def _replies(self, requests: Sequence[ChatRequest], prompts: Sequence[list[int]]) -> list[ChatReply | None]:
         """Returns an answer for each question; None for one that leaves no room for it."""
         room = self._lm.context_len or 1 << 30
-        fits = [len(p) + r.max_output_tokens <= room for r, p in zip(requests, prompts, strict=True)]
+        fits = [len(p) + r.max_output_tokens * (not r.reads) <= room for r, p in zip(requests, prompts, strict=True)]
+        if requests[0].reads:
+            (request,), (prompt,) = requests, prompts
+            read = self._logprobs(prompt, request, start=0) if fits[0] else ()
+            num = len(prompt)
+            reply = ChatReply(text="", finish_reason="read", input_tokens=num, output_tokens=0, logprobs=read)
+            return [reply if fits[0] else None]
         chosen = [i for i, fit in enumerate(fits) if fit]
         written = self._written([requests[i] for i in chosen], [prompts[i] for i in chosen]) if chosen else []
         replies: list[ChatReply | None] = [None] * len(requests)
@@ -96,6 +140,9 @@ class LocalChat:
                 finish_reason="stop" if is_whole else "length",
                 input_tokens=len(prompts[i]),
                 output_tokens=len(ids),
+                logprobs=self._logprobs([*prompts[i], *ids], requests[i], start=len(prompts[i]))
+                if requests[i].choices
+                else (),
             )
         return replies
 

@@ -10,7 +10,7 @@ __all__ = ["LEXICAL", "Label", "Score", "ScorerName"]
 
 LEXICAL = "lexical"
 """Name of the labeler that needs no language model."""
-ScorerName = Literal["rule", "detection", "fuzzing", "intruder", "embedding"]
+ScorerName = Literal["rule", "detection", "fuzzing", "simulation", "surprisal", "intruder", "embedding"]
 
 
 class Label(Config):
@@ -51,6 +51,12 @@ class Label(Config):
     """Of the answers behind it."""
     cost: float | None = None
     """Of the requests behind it, in dollars at the day's prices; None without prices."""
+    num_candidates: int | None = None
+    """Labels that it is the best of; None where there was one. Tokens and cost are those of all of them and of choosing."""
+    selection_scorer: ScorerName | None = None
+    """What chose it; None where there was nothing to choose on."""
+    selection_score: float | None = None
+    """The scorer's average precision on the documents that are kept for choosing, which no explainer reads and no score uses."""
     status: Literal["done", "failed"] = "done"
     """Every feature asked for ends in exactly one of the two."""
     reason: str | None = None
@@ -66,12 +72,15 @@ class Score(Config):
     """Whose label was scored; for a control what stood in its place."""
     scorer: ScorerName
     """`rule`: the label's token rule against every held-out token; `detection`: an LLM judges held-out pieces of text;
-    `fuzzing`: an LLM judges marks in them; `embedding`: how near label and piece are; `intruder`: an LLM finds the silent piece
+    `fuzzing`: an LLM judges marks in them; `simulation`: an LLM predicts every token's activation; `surprisal`: how much better
+    an LLM expects a piece after the label; `embedding`: how near label and piece are; `intruder`: an LLM finds the silent piece
     among five, without a label."""
     judge: str | None = None
     """Name of the judging or embedding model; None for `rule`."""
     prompt_version: str | None = None
     """Name of the judge's prompt."""
+    setup: str | None = None
+    """Hash of what else the score depends on: held-out documents, drawn texts, seed. Scores of another one are made anew."""
     f1: float | None = None
     """Harmonic mean of precision and recall; None where the feature never fires on the held-out set, or always."""
     auprc: float | None = None
@@ -93,6 +102,30 @@ class Score(Config):
     """`f1` with positives and negatives weighted to `natural_rate`."""
     auprc_natural: float | None = None
     """`auprc` with positives and negatives weighted to `natural_rate`; compare with that."""
+    pearson: float | None = None
+    """`simulation`: correlation of predicted and true activations over all tokens of the pieces together; None where all
+    predictions are the same, as it is not defined there: `r2` says 0 then."""
+    pearson_low: float | None = None
+    """Lower end of its 95 % interval over resampled documents."""
+    pearson_high: float | None = None
+    """Upper end of it."""
+    pearson_natural: float | None = None
+    """`pearson` with active and silent pieces weighted to `natural_rate`."""
+    r2: float | None = None
+    """`simulation`: share of the activations' variance that predictions explain, after a straight line fitted on the other half of
+    the pieces."""
+    gain: float | None = None
+    """`surprisal`: nats per token by which the label makes active pieces likelier, less the same of silent ones."""
+    num_near: int = 0
+    """Near negatives beside the others: pieces in which sibling features fire and this one does not."""
+    specificity_near: float | None = None
+    """Share of them that is judged silent; Wilson's interval in `near_low` and `near_high`."""
+    near_low: float | None = None
+    near_high: float | None = None
+    f1_near: float | None = None
+    """`f1` against near negatives, as many of them as positives."""
+    auprc_near: float | None = None
+    """`auprc` against near negatives, as many of them as positives; compare with 0.5."""
     num_positive: int = 0
     """Tokens (`rule`) or pieces on which the feature fires; for `intruder` groups."""
     num_negative: int = 0

@@ -3,12 +3,16 @@
 An event is one activation above zero: a token (its flat index in the store), a feature and a value.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Events", "Reservoir", "hash_events"]
+__all__ = ["Events", "Reservoir", "Slots", "hash_events", "rank_largest"]
+
+LEAST_PENDING = 2**18
+"""Accepted events that wait to be sorted in, at least; else half as many as are kept."""
 
 
 class Events:
@@ -16,7 +20,7 @@ class Events:
 
     Args:
         features: int64 [E].
-        flat: token indices row * T + position, int64 [E].
+        flat: token indices row * T + position, int64 [E]; a feature has a token at most once.
         acts: float32 [E], all > 0.
         context_len: T.
     """
@@ -24,7 +28,9 @@ class Events:
     def __init__(
         self, features: NDArray[np.int64], flat: NDArray[np.int64], acts: NDArray[np.float32], *, context_len: int
     ) -> None:
-        order = np.lexsort((flat, features))
+        first, span = (int(flat.min()), int(np.ptp(flat)) + 1) if len(flat) else (0, 1)
+        # One key of 64 bits sorts four times as fast as two, measured with half a million events.
+        order = np.argsort(features * span + (flat - first))
         self.features = features[order]
         self.flat = flat[order]
         self.acts = acts[order]
@@ -42,7 +48,6 @@ class Events:
         half = width // 2
         windows = np.zeros((len(chosen), width), dtype=np.float32)
         windows[:, half] = self.acts[chosen]
-        row = self.flat // self.context_len
         for step, reach in ((-1, half), (1, width - 1 - half)):
             active = np.arange(len(chosen))
             for distance in range(1, reach + 1):
@@ -50,10 +55,11 @@ class Events:
                 inside = (neighbour >= 0) & (neighbour < len(self))
                 active, neighbour = active[inside], neighbour[inside]
                 here = chosen[active]
+                there, at = self.flat[neighbour], self.flat[here]
                 near = (
                     (self.features[neighbour] == self.features[here])
-                    & (row[neighbour] == row[here])
-                    & (np.abs(self.flat[neighbour] - self.flat[here]) <= reach)
+                    & (np.abs(there - at) <= reach)
+                    & (there // self.context_len == at // self.context_len)
                 )
                 active, neighbour = active[near], neighbour[near]
                 if not len(active):
@@ -77,130 +83,199 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
+def rank_largest(acts: NDArray[np.float32]) -> NDArray[np.uint32]:
+    """Returns a priority that is the smaller the larger the activation is, for finite ones above zero."""
+    # The bits of positive floats are in the order of the numbers.
+    return np.iinfo(np.uint32).max - acts.view(np.uint32)
+
+
+class Slots(NamedTuple):
+    """What a reservoir keeps, by group, the best first."""
+
+    flat: NDArray[np.int64]
+    """Tokens [G, size], -1 where unused."""
+    acts: NDArray[np.float32]
+    """[G, size], 0 where unused."""
+    windows: NDArray[np.uint8]
+    """[G, size, width], in 255ths of `tops`."""
+    tops: NDArray[np.float32]
+    """Largest activation of each window [G, size], 0 where unused."""
+
+    def joined(self, num_neighbours: int) -> "Slots":
+        """Returns runs of `num_neighbours` groups as one group each."""
+        size = num_neighbours * self.flat.shape[1]
+        windows = self.windows.reshape(-1, size, self.windows.shape[2])
+        return Slots(self.flat.reshape(-1, size), self.acts.reshape(-1, size), windows, self.tops.reshape(-1, size))
+
+    def take(self, order: NDArray[np.int64]) -> "Slots":
+        """Returns, of each group, the slots of `order` [G, n]."""
+        at = (np.arange(len(order))[:, None], order)
+        return Slots(self.flat[at], self.acts[at], self.windows[at], self.tops[at])
+
+
 class Reservoir:
     """For each of G groups the `size` events of smallest priority, ties broken by the token index.
 
-    Attributes:
-        priority: [G, size], ascending; the dtype's largest value where unused.
-        flat: int64 [G, size], -1 where unused.
-        acts: float32 [G, size].
-        windows: float16 [G, size, width], activations divided by `scale`.
+    Only slots in use take memory: some 60 bytes each at a width of 32, half as much again while events wait, and as much again
+    for a moment when they are sorted in.
+
+    Args:
+        num_groups: G.
+        size: events kept of a group.
+        width: positions of a window.
+        dtype: of priorities.
     """
 
-    def __init__(
-        self, num_groups: int, size: int, *, width: int, scale: float, dtype: type[np.float32 | np.uint64]
-    ) -> None:
-        self._worst = np.array(np.inf if dtype is np.float32 else np.iinfo(np.uint64).max, dtype=dtype)
+    def __init__(self, num_groups: int, size: int, *, width: int, dtype: type[np.uint32 | np.uint64]) -> None:
+        self.num_groups = num_groups
         self.size = size
-        self.scale = scale
-        self.priority: NDArray[np.float32 | np.uint64] = np.full((num_groups, size), self._worst, dtype=dtype)
-        self.flat = np.full((num_groups, size), -1, dtype=np.int64)
-        self.documents = np.full((num_groups, size), -1, dtype=np.int64)
-        self.acts = np.zeros((num_groups, size), dtype=np.float32)
-        self.windows = np.zeros((num_groups, size, width), dtype=np.float16)
+        self.width = width
+        self._dtype = dtype
+        # Past it an event cannot be among the best of its group any more.
+        self._threshold: NDArray[np.uint32 | np.uint64] = np.full(num_groups, np.iinfo(dtype).max, dtype=dtype)
+        self._kept = self._columns(0)
+        self._pending: list[dict[str, NDArray[np.generic]]] = []
+        self._num_pending = 0
 
     def offer(
         self,
         events: Events,
         groups: NDArray[np.int64],
-        priority: NDArray[np.float32] | NDArray[np.uint64],
+        priority: NDArray[np.uint32] | NDArray[np.uint64],
         *,
-        documents: NDArray[np.int64] | None = None,
+        documents: NDArray[np.int32] | None = None,
     ) -> None:
         """Takes in a batch; with `documents` [E], at most one event per (group, document) is kept, the best."""
         # The threshold first: once the groups are full, nearly every event stops here.
-        new = np.flatnonzero(priority <= self.priority[groups, -1])
-        self._take(
-            groups[new],
-            priority[new],
-            events.flat[new],
-            events.acts[new],
-            np.full(len(new), -1, dtype=np.int64) if documents is None else documents[new],
-            lambda chosen: (events.windows(new[chosen], self.windows.shape[2]) / self.scale).astype(np.float16),
-            is_by_document=documents is not None,
+        new = np.flatnonzero(priority <= self._threshold[groups])
+        if not len(new):
+            return
+        windows = events.windows(new, self.width)
+        tops = windows.max(axis=1)
+        self._push(
+            {
+                "group": groups[new].astype(np.int32),
+                "priority": priority[new],
+                "flat": events.flat[new],
+                "document": np.full(len(new), -1, dtype=np.int32) if documents is None else documents[new],
+                "acts": events.acts[new],
+                "tops": tops,
+                "windows": np.rint(windows * (np.float32(255) / tops)[:, None]).astype(np.uint8),
+            }
         )
 
     def merge(self, other: "Reservoir") -> None:
         """Takes in what another reservoir of the same form kept of other events; the result is that of one which saw them all."""
-        group, slot = np.nonzero(other.flat >= 0)
-        self._take(
-            group,
-            other.priority[group, slot],
-            other.flat[group, slot],
-            other.acts[group, slot],
-            other.documents[group, slot],
-            lambda chosen: other.windows[group[chosen], slot[chosen]],
-            is_by_document=bool((other.documents[group, slot] >= 0).any()),
-        )
+        self._push(other.state())
 
     def state(self) -> dict[str, NDArray[np.generic]]:
-        """Returns the used slots as flat arrays, see `restore`."""
-        group, slot = np.nonzero(self.flat >= 0)
-        return {
-            "group": group,
-            "slot": slot,
-            **{name: getattr(self, name)[group, slot] for name in _KEPT},
-        }
+        """Returns what is kept as flat arrays, see `restore`."""
+        self._settle()
+        return dict(self._kept)
 
     def restore(self, state: Mapping[str, NDArray[np.generic]]) -> None:
         """Fills an empty reservoir with the `state` of another of the same form."""
-        for name in _KEPT:
-            getattr(self, name)[state["group"], state["slot"]] = state[name]
+        self._push({name: state[name] for name in self._kept})
+        self._settle()
 
-    def _take(
-        self,
-        groups: NDArray[np.int64],
-        priority: NDArray[np.float32] | NDArray[np.uint64] | NDArray[np.float32 | np.uint64],
-        flat_new: NDArray[np.int64],
-        acts_new: NDArray[np.float32],
-        documents_new: NDArray[np.int64],
-        windows_of: Callable[[NDArray[np.int64]], NDArray[np.float16]],
-        *,
-        is_by_document: bool,
-    ) -> None:
-        if not len(groups):
+    def most_used(self, num_neighbours: int) -> int:
+        """Returns the most slots that any run of `num_neighbours` groups uses together."""
+        self._settle()
+        return int(np.bincount(self._kept["group"] // num_neighbours, minlength=1).max())
+
+    def slots(self, start: int = 0, stop: int | None = None) -> Slots:
+        """Returns what is kept of the groups `start` to `stop`."""
+        self._settle()
+        stop = self.num_groups if stop is None else stop
+        first, last = np.searchsorted(self._kept["group"], [start, stop])
+        own = {name: column[first:last] for name, column in self._kept.items()}
+        at = (own["group"] - start, _rank_in_group(own["group"]))
+        shape = (stop - start, self.size)
+        found = Slots(
+            flat=np.full(shape, -1, dtype=np.int64),
+            acts=np.zeros(shape, dtype=np.float32),
+            windows=np.zeros((*shape, self.width), dtype=np.uint8),
+            tops=np.zeros(shape, dtype=np.float32),
+        )
+        for name, array in found._asdict().items():
+            array[at] = own[name]
+        return found
+
+    def _columns(self, num: int) -> dict[str, NDArray[np.generic]]:
+        return {
+            "group": np.empty(num, dtype=np.int32),
+            "priority": np.empty(num, dtype=self._dtype),
+            "flat": np.empty(num, dtype=np.int64),
+            "document": np.empty(num, dtype=np.int32),
+            "acts": np.empty(num, dtype=np.float32),
+            "tops": np.empty(num, dtype=np.float32),
+            "windows": np.empty((num, self.width), dtype=np.uint8),
+        }
+
+    def _push(self, columns: dict[str, NDArray[np.generic]]) -> None:
+        self._pending.append(columns)
+        self._num_pending += len(columns["group"])
+        if self._num_pending > max(LEAST_PENDING, len(self._kept["group"]) // 2):
+            self._settle()
+
+    def _settle(self) -> None:
+        """Sorts in what waits, and drops what is past the size of its group."""
+        if not self._num_pending:
             return
-        touched = np.unique(groups)
-        old_group, old_slot = np.nonzero(self.flat[touched] >= 0)
-        old_group = touched[old_group]
-        group = np.concatenate([old_group, groups])
-        rank_by = np.concatenate([self.priority[old_group, old_slot], priority])
-        flat = np.concatenate([self.flat[old_group, old_slot], flat_new])
-        acts = np.concatenate([self.acts[old_group, old_slot], acts_new])
-        document = np.concatenate([self.documents[old_group, old_slot], documents_new])
-        order = np.lexsort((flat, rank_by, group))
-        if is_by_document:
-            order = order[_first_of_each(group[order], document[order])]
-        slot = _rank_in_group(group[order])
-        order, slot = order[slot < self.size], slot[slot < self.size]
-
-        windows = np.zeros((len(order), self.windows.shape[2]), dtype=np.float16)
-        is_old = order < len(old_group)
-        kept = order[is_old]
-        windows[is_old] = self.windows[old_group[kept], old_slot[kept]]
-        windows[~is_old] = windows_of(order[~is_old] - len(old_group))
-
-        self.flat[touched] = -1
-        self.priority[touched] = self._worst
-        at = (group[order], slot)
-        self.priority[at], self.flat[at], self.documents[at] = rank_by[order], flat[order], document[order]
-        self.acts[at], self.windows[at] = acts[order], windows
+        parts, self._pending, self._num_pending = [dict(self._kept), *self._pending], [], 0
+        group, priority, flat, document = (
+            np.concatenate([part[name] for part in parts]) for name in ("group", "priority", "flat", "document")
+        )
+        chosen = _first_of_each(group, document, priority, flat)
+        chosen = chosen[_order(group[chosen], priority[chosen], flat[chosen])]
+        rank = _rank_in_group(group[chosen])
+        is_last = rank == self.size - 1
+        self._threshold[group[chosen[is_last]]] = priority[chosen[is_last]]
+        chosen = chosen[rank < self.size]
+        # One column after the other, each freed before the next: windows are most of it.
+        for name in self._kept:
+            self._kept[name] = np.concatenate([part.pop(name) for part in parts])[chosen]
 
 
-_KEPT = ("priority", "flat", "documents", "acts", "windows")
+def _order(group: NDArray[np.generic], priority: NDArray[np.generic], flat: NDArray[np.generic]) -> NDArray[np.int64]:
+    """Returns the order by (group, priority, flat)."""
+    if not len(group):
+        return np.empty(0, dtype=np.int64)
+    free = np.uint64(64 - int(group.max()).bit_length())
+    width = np.uint64(priority.dtype.itemsize * 8)
+    short = priority.astype(np.uint64) >> (width - free if width > free else np.uint64(0))
+    key = group.astype(np.uint64) << free if int(group.max()) else np.zeros(len(group), dtype=np.uint64)
+    return _order_by(key | short, (flat, priority))
 
 
-def _rank_in_group(group: NDArray[np.int64]) -> NDArray[np.int64]:
+def _order_by(key: NDArray[np.uint64], ties: tuple[NDArray[np.generic], ...]) -> NDArray[np.int64]:
+    """Returns the order by `key`, and among equals by the last of `ties` first, as `lexsort` has it."""
+    # An unstable sort of one key is several times as fast as a stable one of three, and equal keys are few.
+    order = np.argsort(key)
+    sorted_key = key[order]
+    same = sorted_key[1:] == sorted_key[:-1]
+    tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
+    own = order[tied]
+    order[tied] = own[np.lexsort((*(tie[own] for tie in ties), key[own]))]
+    return order
+
+
+def _rank_in_group(group: NDArray[np.generic]) -> NDArray[np.int64]:
     """Returns each entry's place within its run of equal values, for a sorted array."""
     starts = np.flatnonzero(np.diff(group, prepend=-1))
     lengths = np.diff(starts, append=len(group))
     return np.arange(len(group)) - np.repeat(starts, lengths)
 
 
-def _first_of_each(group: NDArray[np.int64], document: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Returns the places of the first entry of each (group, document), in order."""
-    by_document = np.lexsort((document, group))
-    first = np.ones(len(group), dtype=bool)
-    before, after = by_document[:-1], by_document[1:]
-    first[after] = (group[after] != group[before]) | (document[after] != document[before])
-    return np.flatnonzero(first)
+def _first_of_each(
+    group: NDArray[np.generic], document: NDArray[np.generic], priority: NDArray[np.generic], flat: NDArray[np.generic]
+) -> NDArray[np.int64]:
+    """Returns the places of the best entry of each (group, document), and of all entries without a document."""
+    free, owned = np.flatnonzero(document < 0), np.flatnonzero(document >= 0)
+    if not len(owned):
+        return free
+    key = group[owned].astype(np.uint64) << np.uint64(32) | document[owned].astype(np.uint64)
+    order = _order_by(key, (flat[owned], priority[owned]))
+    best = np.ones(len(order), dtype=bool)
+    best[1:] = key[order[1:]] != key[order[:-1]]
+    return np.concatenate([free, owned[order[best]]])

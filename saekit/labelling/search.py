@@ -208,7 +208,7 @@ def _token_sets(evidence: Evidence, values: NDArray[np.int64], make: ClauseMaker
 
     result: list[Candidate | None] = [None] * len(evidence.total)
     starts = np.flatnonzero(np.diff(owner, prepend=-1))
-    for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(owner)], strict=True):
+    for start, stop in zip(starts.tolist(), np.append(starts, len(owner))[1:].tolist(), strict=True):
         run = fit[start:stop]
         length = int(np.flatnonzero(run >= run.max() - SLACK)[0]) + 1
         chosen = order[start : start + length]

@@ -9,6 +9,7 @@ import numpy as np
 
 from saekit.activations import StoreView
 from saekit.labelling.asking import LabellingModel
+from saekit.labelling.candidates import choose_among
 from saekit.labelling.chat import ChatClient
 from saekit.labelling.contexts import FeatureContexts
 from saekit.labelling.embed import EmbeddingQuestions, server_config
@@ -32,7 +33,7 @@ from saekit.labelling.scoring.controls import Controls
 from saekit.labelling.scoring.embedding import Embed, EmbeddingConfig, EmbeddingScorer
 from saekit.labelling.scoring.pieces import PieceTable
 from saekit.labelling.scoring.rule import HeldOut, score_rules
-from saekit.labelling.scoring.scorers import make_scorers
+from saekit.labelling.scoring.scorers import make_scorers, scoring_setup, siblings_of
 from saekit.labelling.scoring.summary import summarise_scores, summary_lines
 from saekit.labelling.store import RecordFile
 from saekit.labelling.table import LABEL_TABLE_NAME, write_label_table
@@ -265,18 +266,24 @@ class LabelStage:
         config = self.config.llm
         assert config is not None, "checked by LabelConfig"
         firing = {f: float(lexical.confidence[f]) for f in self.features if self.contexts.firing_count[f] > 0}
+        features = least_explained(firing, num=config.max_features)
+        contexts, counter, selection = choose_among(
+            self.sae, self.train, self.contexts, features, vocabulary=self.vocabulary, config=config
+        )
         reader = ExampleReader(self.train.store, self.vocabulary)
         explainer = PaperExplainer if config.style == "paper_output_centric" else Explainer
         return Questions(
             explainers=[
-                explainer(reader, self.contexts, config, kind=kind, effects=effects)
+                explainer(reader, contexts, config, kind=kind, effects=effects, counter=counter)
                 for kind in config.explainers
                 if kind != "concat"
             ],
-            scorers=make_scorers(held_out, config),
+            scorers=make_scorers(held_out, config, siblings=siblings_of(self.sae, features, config)),
             controls=Controls(held_out, seed=config.seed),
-            features=least_explained(firing, num=config.max_features),
+            features=features,
             config=config,
+            setup=scoring_setup(held_out, config),
+            selection=selection,
         )
 
     def _ask(self, questions: Questions, client: ChatClient, ledger: Ledger) -> None:

@@ -40,6 +40,9 @@ _SCHEMA = pa.schema(
         pa.field("feature_cost", pa.float64()),
         pa.field("input_score", pa.float64()),
         pa.field("output_score", pa.float64()),
+        pa.field("num_candidates", pa.int64()),
+        pa.field("selection_scorer", pa.string()),
+        pa.field("selection_score", pa.float64()),
     ],
     metadata={"saekit.labels": SCHEMA_VERSION},
 )

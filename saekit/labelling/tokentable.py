@@ -3,8 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from saekit.activations import ActivationStore
 from saekit.labelling.shapes import SHAPES, TokenTraits
+from saekit.labelling.tokenrows import TokenRows
 from saekit.labelling.vocabulary import Vocabulary
 
 __all__ = ["NEARBY", "TokenTable"]
@@ -25,7 +25,7 @@ class TokenTable:
         segment_start, segment_end: first and last place of the token's document within its row, int64 [L].
     """
 
-    def __init__(self, store: ActivationStore, rows: NDArray[np.int64], vocabulary: Vocabulary) -> None:
+    def __init__(self, store: TokenRows, rows: NDArray[np.int64], vocabulary: Vocabulary) -> None:
         self.rows = np.unique(rows)
         self.context_len = store.context_len
         self.vocabulary = vocabulary

@@ -18,6 +18,7 @@ from torch import nn
 from saekit.config import Config
 from saekit.errors import MissingDependencyError, ModelError, ResourceError
 from saekit.models.identity import model_fingerprint, tokenizer_fingerprint
+from saekit.models.randomised import RandomWeights, randomise_weights
 from saekit.models.tokens import Tokenizer
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ class ModelConfig(Config):
     """`auto` takes CUDA where there is a device and the CPU elsewhere; else a torch device such as `cuda:1`."""
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer; None: the model's own."""
+    random_weights: RandomWeights | None = None
+    """For controls: noise in place of every weight, or of all but the embeddings', with each one's mean and deviation."""
+    random_seed: int = Field(default=0, ge=0)
+    """Of that noise."""
     trust_remote_code: bool = False
     """Whether Python code that comes with the model may be run."""
 
@@ -104,6 +109,8 @@ def load_model(config: ModelConfig | str) -> LanguageModel:
     device = _device(config.device, where)
     source = _source(config, where)
     model = _load_weights(source, config, where).to(device)
+    if config.random_weights is not None:
+        randomise_weights(model, config.random_weights, seed=config.random_seed)
     tokenizer = _load_tokenizer(source, config, where)
     text_config = _text_config(model)
     return LanguageModel(

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saekit.labelling.evidence.effects import EffectKind
-from saekit.labelling.records import Label, Score
+from saekit.labelling.records import Label
+from saekit.report.judged import controls_by_feature, score_figures
 from saekit.report.payload import JSONValue, finite, pack
 from saekit.report.selection import ContextBlock
 from saekit.report.sources import RunSource
@@ -63,6 +64,7 @@ def feature_chunks(
 ) -> Iterator[dict[str, JSONValue]]:
     """Yields the panels' data, features `n * chunk_size ...` in the n-th chunk."""
     labels = _labels_by_feature(run, pieces)
+    controls = controls_by_feature(run)
     measures = None if run.evaluation is None else run.evaluation.features
     for start in range(0, run.d_sae, chunk_size):
         stop = min(start + chunk_size, run.d_sae)
@@ -77,6 +79,7 @@ def feature_chunks(
             "histogram": None if contexts is None else pack(contexts.histogram[start:stop]),
             "effects": {kind: _effects(run, kind, pieces, shown, start, stop) for kind in run.effects},
             "labels": [labels[feature] for feature in range(start, stop)],
+            "controls": [controls[feature] for feature in range(start, stop)],
             "neighbors": None if measures is None else pack(measures.neighbor_indices[start:stop].astype(np.int32)),
             "cosines": None if measures is None else pack(measures.neighbor_cosines[start:stop].astype(np.float32)),
         }
@@ -116,7 +119,7 @@ def _effects(
 def _labels_by_feature(run: RunSource, pieces: Pieces) -> defaultdict[int, list[JSONValue]]:
     scores: defaultdict[tuple[int, str], list[JSONValue]] = defaultdict(list)
     for (feature, labeler, _), score in sorted(run.scores.items()):
-        scores[feature, labeler].append(_score(score))
+        scores[feature, labeler].append(score_figures(score))
     order = {labeler: n for n, labeler in enumerate(run.labelers)}
     result: defaultdict[int, list[JSONValue]] = defaultdict(list)
     for key, label in sorted(run.labels.items(), key=lambda item: (item[0][0], order[item[0][1]])):
@@ -133,15 +136,9 @@ def _label(label: Label, scores: list[JSONValue], pieces: Pieces) -> dict[str, J
     result |= {name: getattr(label, name) for name in texts if getattr(label, name)}
     if label.rule_tokens:
         result["rule"] = pieces.of_tokens(np.asarray(label.rule_tokens)).tolist()
-    if label.confidence is not None:
-        result["confidence"] = finite(label.confidence)
-    return result
-
-
-def _score(score: Score) -> dict[str, JSONValue]:
-    figures = ("f1", "low", "high", "auprc", "precision", "recall", "balanced_accuracy", "base_rate")
-    counts = ("num_positive", "num_negative", "num_unparsed")
-    result: dict[str, JSONValue] = {"scorer": score.scorer}
-    result |= {name: finite(getattr(score, name)) for name in figures}
-    result |= {name: getattr(score, name) for name in counts}
+    for name in ("confidence", "cost", "selection_score"):
+        if getattr(label, name) is not None:
+            result[name] = finite(getattr(label, name))
+    if label.num_candidates is not None:
+        result["num_candidates"] = label.num_candidates
     return result

@@ -10,6 +10,7 @@ from saekit.activations import ActivationStore
 from saekit.evaluation import Evaluation, Figure, Histogram
 from saekit.evaluation.definitions import metric_info
 from saekit.manifest import Manifest
+from saekit.report.judged import describe_judged, describe_outcome
 from saekit.report.payload import JSONValue, finite
 from saekit.report.sources import RunSource
 
@@ -82,6 +83,8 @@ def describe_run(run: RunSource) -> dict[str, JSONValue]:
         "window": None if run.contexts is None else run.contexts.window,
         "labelers": [_labeler(run, labeler) for labeler in run.labelers],
         "controls": _controls(run),
+        "judged": describe_judged(run),
+        "outcome": describe_outcome(run),
         "stages": {stage: describe_manifest(manifest) for stage, manifest in run.manifests.items()},
     }
 

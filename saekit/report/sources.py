@@ -13,7 +13,8 @@ from saekit.evaluation import Evaluation, read_evaluation
 from saekit.labelling.contexts import FeatureContexts
 from saekit.labelling.evidence.effects import EffectKind, TokenEffects, effects_path
 from saekit.labelling.records import Label, Score
-from saekit.labelling.store import read_labels, read_scores
+from saekit.labelling.runreport import LABEL_REPORT_NAME
+from saekit.labelling.store import read_controls, read_labels, read_scores
 from saekit.manifest import Manifest, manifest_sha256, read_manifest
 
 __all__ = ["ReportRun", "RunSource", "read_run", "run_inputs"]
@@ -55,6 +56,10 @@ class RunSource:
     evaluation: Evaluation | None
     manifests: dict[str, Manifest] = field(default_factory=dict)
     """Stage -> manifest of its folder."""
+    controls: list[Score] = field(default_factory=list)
+    """Scores of what stood in labels' places."""
+    outcome: Mapping[str, object] = field(default_factory=dict)
+    """The label stage's own report; empty where it wrote none."""
 
     @property
     def d_sae(self) -> int:
@@ -115,6 +120,8 @@ def read_run(run: ReportRun, *, store_sha256: str) -> RunSource:
         else {(item.feature, item.labeler, item.scorer): item for item in read_scores(run.labels)},
         evaluation=None if run.evaluation is None else read_evaluation(run.evaluation),
         manifests=_read_manifests(run),
+        controls=[] if run.labels is None else read_controls(run.labels),
+        outcome=_read_outcome(run.labels),
     )
     _check_store(source, store_sha256)
     _check_sizes(source)
@@ -131,6 +138,11 @@ def _read_json(path: Path) -> dict[str, object]:
     if not isinstance(value, dict):
         raise FormatError(f"{str(path)!r}: holds a {type(value).__name__}, needs a JSON object")
     return value
+
+
+def _read_outcome(labels: Path | None) -> dict[str, object]:
+    path = None if labels is None else labels / LABEL_REPORT_NAME
+    return _read_json(path) if path is not None and path.is_file() else {}
 
 
 def _read_curves(path: Path) -> list[dict[str, object]]:
@@ -187,6 +199,7 @@ def _check_sizes(source: RunSource) -> None:
                 " give folders of one SAE"
             )
     spoken_of = [feature for feature, _ in source.labels] + [feature for feature, _, _ in source.scores]
+    spoken_of += [score.feature for score in source.controls]
     spoken_of += [int(effects.features.max()) for effects in source.effects.values() if len(effects.features)]
     if spoken_of and max(spoken_of) >= source.d_sae:
         raise FormatError(

@@ -17,11 +17,12 @@ from saekit import __version__
 from saekit.activations import ActivationStore
 from saekit.config import Config
 from saekit.errors import StoreError
+from saekit.evaluation import figures_of, pareto_rows
 from saekit.manifest import MANIFEST_NAME, manifest_sha256, read_manifest
 from saekit.progress import Progress
 from saekit.report.chunks import ContextPieces, feature_chunks, row_chunks
 from saekit.report.overview import describe_manifest, describe_run, describe_store
-from saekit.report.payload import JSONValue, write_payload
+from saekit.report.payload import JSONValue, finite, write_payload
 from saekit.report.selection import ContextBlock, select_contexts, used_rows
 from saekit.report.sources import ReportRun, RunSource, read_run
 from saekit.report.tables import build_index
@@ -29,7 +30,7 @@ from saekit.report.text import Pieces, PieceTable, TokenizerLike
 
 __all__ = ["ReportConfig", "write_site"]
 
-SCRIPTS = ("core.js", "charts.js", "overview.js", "query.js", "table.js", "feature.js", "app.js")
+SCRIPTS = ("core.js", "charts.js", "judged.js", "overview.js", "query.js", "table.js", "feature.js", "app.js")
 STATIC = ("report.css", "theme.js", *SCRIPTS)
 
 
@@ -211,11 +212,39 @@ def _report_payload(title: str, store: Path, files: Sequence[_RunFiles]) -> dict
             for name in dict.fromkeys(shown)
             if name is not None and name in present
         },
+        "pareto": _pareto([run.source for run in files]),
         "runs": [
             describe_run(run.source) | {"slug": run.slug, "store": hook_point}
             for run, hook_point in zip(files, shown, strict=True)
         ],
     }
+
+
+def _pareto(runs: Sequence[RunSource]) -> JSONValue:
+    """Returns name, place, figures and fronts of the evaluated runs."""
+    places = {run.name: _place(run) for run in runs}
+    rows = pareto_rows([figures_of(run.name, places[run.name], run.evaluation) for run in runs if run.evaluation])
+    return [
+        {
+            "name": row.figures.name,
+            "place": row.figures.place,
+            "l0": finite(row.figures.l0),
+            "fvu": finite(row.figures.fvu),
+            "ce_recovered_zero": finite(row.figures.ce_recovered),
+            "fronts": [
+                name
+                for name, is_on in (("fvu", row.is_on_fvu_front), ("ce_recovered_zero", row.is_on_ce_front))
+                if is_on
+            ],
+        }
+        for row in rows
+    ]
+
+
+def _place(run: RunSource) -> str:
+    train = run.manifests.get("train")
+    target = train.config.get("target_hook_point") if train is not None else None
+    return f"{run.hook_point} -> {target}" if target else str(run.hook_point)
 
 
 def _write_pages(folder: Path, title: str) -> None:

@@ -1,7 +1,9 @@
 """Input normalisation of training, and how it is folded into the weights so that a saved SAE takes raw activations."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,14 @@ from saekit.sae.base import SAE
 from saekit.sae.sites import SitesSAE
 from saekit.sae.transcoder import Transcoder
 
-__all__ = ["AnyNormalization", "Normalization", "PairNormalization", "SiteNormalization"]
+__all__ = [
+    "AnyNormalization",
+    "Normalization",
+    "PairNormalization",
+    "SiteNormalization",
+    "normalization_of_state",
+    "normalization_state",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,3 +181,28 @@ class SiteNormalization:
 
 
 AnyNormalization = Normalization | PairNormalization | SiteNormalization
+
+
+def normalization_state(normalization: AnyNormalization) -> dict[str, object]:
+    """Returns a normalisation as tensors and plain values."""
+    if isinstance(normalization, PairNormalization):
+        return {"pair": [normalization_state(each) for each in (normalization.inputs, normalization.targets)]}
+    if isinstance(normalization, SiteNormalization):
+        sites = [normalization_state(site) for site in normalization.sites]
+        return {"sites": sites, "total_variance": normalization.total_variance}
+    return {
+        "mean": normalization.mean,
+        "scale": normalization.scale,
+        "total_variance": normalization.total_variance,
+    }
+
+
+def normalization_of_state(state: Mapping[str, Any]) -> AnyNormalization:
+    """Returns the normalisation that `normalization_state` wrote down."""
+    if "pair" in state:
+        inputs, targets = (Normalization(**each) for each in state["pair"])
+        return PairNormalization(inputs=inputs, targets=targets)
+    if "sites" in state:
+        sites = tuple(Normalization(**site) for site in state["sites"])
+        return SiteNormalization(sites=sites, total_variance=state["total_variance"])
+    return Normalization(**state)

@@ -13,7 +13,7 @@ from saekit.training.hardware import Hardware
 from saekit.training.memory import FLOAT_BYTES, TOKEN_ARRAYS
 from saekit.training.shape import SAEShape
 
-__all__ = ["LanguageModelCost", "Limit", "Part", "StepCost", "StoreSize", "mean_active", "step_cost"]
+__all__ = ["LanguageModelCost", "Limit", "Part", "StepCost", "StoreSize", "mean_active", "step_cost", "step_flops"]
 
 Limit = Literal["compute", "memory", "network", "disk", "reader", "host bus", "launches"]
 
@@ -133,6 +133,17 @@ def mean_active(shape: SAEShape, config: TrainConfig) -> float:
         start, part = sparsity.k_start_factor, sparsity.k_anneal_fraction
         during = (1 + start) / 2
     return min(float(shape.d_sae), shape.active * (part * during + 1 - part))
+
+
+def step_flops(shape: SAEShape, config: TrainConfig) -> float:
+    """Returns the operations that a step of all processes together cannot do without, two for each multiplication.
+
+    The encoder's product with every feature; and with the features that a sample uses: the reconstruction, the gradients of the
+    values and of W_dec (b wide), and of W_enc (a wide).
+    """
+    samples = config.batch_size * shape.samples
+    sparse = mean_active(shape, config) * (3 * shape.width_out + shape.width_in)
+    return 2 * samples * (shape.width_in * shape.d_sae + sparse)
 
 
 def step_cost(

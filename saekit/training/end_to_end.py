@@ -106,16 +106,19 @@ class EndToEndRun(TrainRun):
 
     def state_dict(self) -> dict[str, object]:
         """Returns what is the same on every process, exactly."""
-        return super().state_dict() | {"kl_weight": self.kl_weight}
+        return super().state_dict() | {"kl_weight": self.kl_weight, "later_variances": self._later_variances}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state_dict` returned."""
         super().load_state_dict(state)
         self.kl_weight = state["kl_weight"]
+        if "later_variances" in state:
+            self._later_variances = state["later_variances"].to(self._later_variances)
 
     def add_gradients(self, dead: Tensor, coefficient: float) -> Gradients:
         """See `TrainRun`; the mean over processes of what is added is the gradient of the batch's loss."""
         rows = self.source.next_rows().to(self.accelerator.device)
+        self.timer.mark("read")
         parts = rows.split(self._part_rows)
         raw = [part.hidden[part.is_replaced] for part in parts]
         x = [self.normalization.apply(part) for part in raw]

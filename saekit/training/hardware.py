@@ -12,7 +12,7 @@ from pydantic import Field
 from saekit.config import Config
 from saekit.errors import ConfigError
 
-__all__ = ["Hardware", "find_hardware", "known_hardware"]
+__all__ = ["Hardware", "find_by_device_name", "find_hardware", "known_hardware"]
 
 MEASURED = "cpu"
 """The one device of the table whose rates were measured and not published: they are taken as they are."""
@@ -27,6 +27,8 @@ class Hardware(Config):
     """In words."""
     source: str
     """Where the rates come from."""
+    device_names: tuple[str, ...] = ()
+    """What CUDA calls it."""
     fp32_tflops: float = Field(gt=0)
     """Dense products of float32 without TF32, 10^12 operations a second."""
     bf16_tflops: float = Field(gt=0)
@@ -114,6 +116,14 @@ def find_hardware(name: str, changes: Mapping[str, float | int | None] | None = 
         }
     values |= {key: value for key, value in (changes or {}).items() if value is not None}
     return Hardware.parse(values, where=f"plan: hardware {name!r}")
+
+
+def find_by_device_name(device_name: str) -> Hardware | None:
+    """Returns the device of the table that calls itself so, e.g. `NVIDIA H100 80GB HBM3`; None where it is not there."""
+    for name, row in _table()["devices"].items():
+        if device_name in row.get("device_names", ()):
+            return find_hardware(name)
+    return None
 
 
 @functools.cache

@@ -2,17 +2,21 @@
 
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saekit.progress import Progress
+from saekit.training.background import CheckpointWriter
 from saekit.training.heldout import heldout_figures
 from saekit.training.interrupt import StopRequest
-from saekit.training.metrics import MetricsLog, RunningMeans
+from saekit.training.metrics import PART_FIELDS, MetricsLog, RunningMeans
 from saekit.training.run import StepFigures, TrainRun
-from saekit.training.state import latest_checkpoint, load_checkpoint, publish_checkpoint, write_part
+from saekit.training.shape import shape_of
+from saekit.training.timing import memory_peak, peak_flops, utilisation
 
 __all__ = ["TrainingLoop"]
 
@@ -22,11 +26,27 @@ CHECKPOINT_TOKENS = 50_000_000
 class TrainingLoop:
     """Runs a `TrainRun` to its end, from its newest checkpoint in `out` where there is one."""
 
-    def __init__(self, run: TrainRun, out: Path, *, held_out: Tensor | None, progress: Progress) -> None:
-        """Loads the newest checkpoint.
+    def __init__(
+        self,
+        run: TrainRun,
+        out: Path,
+        *,
+        writer: CheckpointWriter,
+        held_out: Tensor | None,
+        progress: Progress,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Takes back the state of a checkpoint, where there is one.
+
+        Args:
+            run: as it starts.
+            out: folder of the SAE.
+            writer: of checkpoints.
+            held_out: raw held-out activations; None = no figures of them.
+            progress: is told what the training says.
+            state: of the checkpoint to go on from.
 
         Raises:
-            FormatError: the checkpoint is broken.
             StoreError: it belongs to other data.
         """
         config = run.config
@@ -39,8 +59,12 @@ class TrainingLoop:
         self.eval_steps = config.every_steps(config.eval_every_tokens, parts=10)
         self.checkpoint_steps = config.every_steps(config.checkpoint_every_tokens, parts=5, most=CHECKPOINT_TOKENS)
         self.metrics: MetricsLog | None = None
-        self._resume()
+        self._writer = writer
+        self._written: Future[None] | None = None
+        self._resume(state)
         self._since = (time.perf_counter(), run.step)
+        self._peak, self._shape = peak_flops(run.accelerator.device), shape_of(run.sae.cfg)
+        self._shown: dict[str, float] = {}
 
     @property
     def is_done(self) -> bool:
@@ -58,9 +82,12 @@ class TrainingLoop:
         with StopRequest() as stop, self.progress.task("train", total, "tokens", done=run.tokens) as task:
             while not self.is_done:
                 figures = self.advance(stop_asked=stop.is_set)
-                task.advance(config.batch_size, fvu=figures.fvu, l0=figures.l0, dead=figures.dead_fraction)
+                task.advance(
+                    config.batch_size, fvu=figures.fvu, l0=figures.l0, dead=figures.dead_fraction, **self._shown
+                )
                 if figures.stop_asked:
                     self.save()
+                    self.wait()
                     message = (
                         f"interrupted after {run.tokens:,} tokens, checkpoint written; run the same again to go on"
                     )
@@ -69,48 +96,61 @@ class TrainingLoop:
             # Asked in the last step, when no further step hands it round: one process can still answer by itself.
             if stop.is_set and run.accelerator.num_processes == 1:
                 self.save()
+                self.wait()
                 raise KeyboardInterrupt(f"interrupted after {run.tokens:,} tokens, checkpoint written")
 
     def advance(self, *, stop_asked: bool = False) -> StepFigures:
         """Does one step and what is due after it: rows of figures, and a checkpoint unless a process was asked to stop."""
-        figures = self.run.train_step(stop_asked=stop_asked)
+        figures = self.run.train_step(stop_asked=stop_asked or self.has_failed_to_write)
         self._record(figures)
         if self.run.step % self.checkpoint_steps == 0 and not self.is_done and not figures.stop_asked:
             self.save()
         return figures
 
     def save(self) -> None:
-        """Writes a checkpoint of everything, by all processes together."""
-        run, accelerator = self.run, self.run.accelerator
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            assert self.metrics is not None
-            state = {
-                "run": run.state_dict(),
-                "means": self.means.state_dict(),
-                "metrics_position": self.metrics.position,
-            }
-            write_part(self.out, run.step, "run", state)
-        own = {"source": run.source.state_dict(), "rng": torch.get_rng_state()}
-        write_part(self.out, run.step, f"process_{accelerator.process_index}", own)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            publish_checkpoint(self.out, run.step)
-        accelerator.wait_for_everyone()
+        """Begins to write a checkpoint of everything, by all processes together, once the one before is written.
 
-    def _resume(self) -> None:
+        Raises:
+            ResourceError: the one before could not be written.
+        """
+        before = time.perf_counter()
+        self.wait()
+        run = self.run
+        shared = {
+            "means": self.means.state_dict(),
+            "metrics_position": self.metrics.position if self.metrics is not None else 0,
+            "num_processes": run.accelerator.num_processes,
+        }
+        own = {"source": run.source.state_dict(), "rng": torch.get_rng_state()}
+        self._written = self._writer.write(self.out, run.step, state=run.state_dict(), shared=shared, own=own)
+        run.timer.add("checkpoint", time.perf_counter() - before)
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is in place.
+
+        Raises:
+            ResourceError: it could not be written.
+        """
+        if self._written is not None:
+            self._written.result()
+
+    @property
+    def has_failed_to_write(self) -> bool:
+        """Whether a checkpoint is known not to have been written, so that the training had better stop."""
+        return self._written is not None and self._written.done() and self._written.exception() is not None
+
+    def _resume(self, state: Mapping[str, Any] | None) -> None:
         run, accelerator = self.run, self.run.accelerator
         position = 0
-        checkpoint = latest_checkpoint(self.out)
-        if checkpoint is not None:
-            state = load_checkpoint(checkpoint, "run")
+        if state is not None:
             run.load_state_dict(state["run"])
             self.means.load_state_dict(state["means"])
             position = state["metrics_position"]
-            own = load_checkpoint(checkpoint, f"process_{accelerator.process_index}")
-            run.source.load_state_dict(own["source"])
-            torch.set_rng_state(own["rng"])
-            self.progress.say(f"going on after {run.tokens:,} tokens")
+            run.source.load_state_dict(state["source"])
+            torch.set_rng_state(state["rng"])
+            before, now = state.get("num_processes"), accelerator.num_processes
+            others = f", with {now} processes in place of {before}" if before not in {None, now} else ""
+            self.progress.say(f"going on after {run.tokens:,} tokens{others}")
         if accelerator.is_main_process:
             self.metrics = MetricsLog(self.out, position=position)
 
@@ -122,23 +162,37 @@ class TrainingLoop:
             self._write("resample", {"resampled": float(figures.resampled)})
         is_last = run.step == run.config.num_steps
         if run.step % self.log_steps == 0 or is_last:
-            now, (then, step) = time.perf_counter(), self._since
-            speed = (run.step - step) * run.config.batch_size / max(now - then, 1e-9)
-            self._since = (now, run.step)
-            row = {
-                "dead_fraction": figures.dead_fraction,
-                "lr": figures.lr,
-                "l0_coefficient": figures.coefficient,
-                "tokens_per_second": speed,
-            }
-            self._write("train", self.means.take() | row)
+            row = {"dead_fraction": figures.dead_fraction, "lr": figures.lr, "l0_coefficient": figures.coefficient}
+            self._write("train", self.means.take() | row | self._speed())
         if self.held_out is not None and (run.step % self.eval_steps == 0 or is_last):
             before = time.perf_counter()
             with run.average.taken():
                 found = heldout_figures(run.sae, self.held_out, run.normalization)
             self._write("test", found)
+            took = time.perf_counter() - before
+            run.timer.add("evaluation", took)
             # Time spent here is not training time.
-            self._since = (self._since[0] + time.perf_counter() - before, self._since[1])
+            self._since = (self._since[0] + took, self._since[1])
+
+    def _speed(self) -> dict[str, float]:
+        """Returns the figures of `SPEED_FIELDS` since the last row; the parts' are means over steps."""
+        run = self.run
+        now, (then, step) = time.perf_counter(), self._since
+        steps, seconds = run.step - step, max(now - then, 1e-9)
+        self._since = (now, run.step)
+        parts = run.timer.take()
+        row: dict[str, float] = {"tokens_per_second": steps * run.config.batch_size / seconds}
+        row |= {name: parts.get(name.removeprefix("seconds_"), 0.0) / steps for name in PART_FIELDS}
+        row |= {f"seconds_{name}": parts.get(name, 0.0) for name in ("evaluation", "checkpoint")}
+        row["stall_fraction"] = parts.get("read", 0.0) / seconds
+        self._shown = {"stall": row["stall_fraction"]}
+        if self._peak is not None:
+            processes = run.accelerator.num_processes
+            row["mfu"] = utilisation(
+                self._shape, run.config, seconds=seconds / steps, num_processes=processes, peak=self._peak
+            )
+            self._shown["mfu"] = row["mfu"]
+        return row | {"memory_peak_bytes": memory_peak(run.accelerator.device)}
 
     def _write(self, split: str, figures: Mapping[str, object]) -> None:
         if self.metrics is not None:

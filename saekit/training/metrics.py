@@ -9,9 +9,21 @@ from typing import Any
 
 from saekit.errors import ResourceError
 
-__all__ = ["METRICS_NAME", "MetricsLog", "RunningMeans", "read_metrics"]
+__all__ = ["METRICS_NAME", "PART_FIELDS", "SPEED_FIELDS", "MetricsLog", "RunningMeans", "read_metrics"]
 
 METRICS_NAME = "metrics.jsonl"
+PART_FIELDS = ("seconds_read", "seconds_compute", "seconds_reduce", "seconds_update")
+"""A step's parts: waiting for the batch; forward and backward; sums over processes; optimizer and constraints."""
+SPEED_FIELDS = (
+    "tokens_per_second",
+    *PART_FIELDS,
+    "seconds_evaluation",
+    "seconds_checkpoint",
+    "stall_fraction",
+    "mfu",
+    "memory_peak_bytes",
+)
+"""Figures of the machine in a row of training figures, which differ from run to run."""
 
 
 class MetricsLog:

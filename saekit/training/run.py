@@ -13,7 +13,7 @@ from saekit.errors import NonFiniteError
 from saekit.sae.base import SAE
 from saekit.sae.batch import num_samples
 from saekit.sae.crosscoder import Crosscoder
-from saekit.sae.fold import AnyNormalization
+from saekit.sae.fold import AnyNormalization, normalization_state
 from saekit.training.average import WeightAverage
 from saekit.training.build import build_objective
 from saekit.training.config import TrainConfig
@@ -27,6 +27,7 @@ from saekit.training.resample import is_due, resample_features
 from saekit.training.schedule import default_lr, lr_factor
 from saekit.training.schedule_free import ScheduleFreeSignum
 from saekit.training.sparsity import L0Control
+from saekit.training.timing import StepTimer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -102,6 +103,7 @@ class TrainRun:
         self.clip = GradientClip(config.clip_factor)
         self.dead = DeadFeatures(sae.d_sae, default_dead_after(config), accelerator.device)
         self.control = self._build_control()
+        self.timer = StepTimer(accelerator.device)
         self.step = 0
 
     @property
@@ -118,13 +120,16 @@ class TrainRun:
         Raises:
             NonFiniteError: the batch, the loss or a gradient has NaN or Inf; the weights are as before the step.
         """
+        self.timer.begin()
         factor = lr_factor(self.step, self.config)
         set_learning_rates(self.optimizer, factor)
         coefficient = self.control.coefficient if self.control else 0.0
         self.optimizer.zero_grad(set_to_none=True)
         self.objective.progress = self.step / self.config.num_steps
         result, raw, terms = self.add_gradients(self.dead.indices, coefficient)
+        self.timer.mark("compute")
         self._average_gradients()
+        self.timer.mark("reduce")
         norm = self._gradient_norm()
 
         means = torch.stack([result.loss, result.fvu, result.auxiliary, *terms.values()]).double()
@@ -152,6 +157,7 @@ class TrainRun:
             self.control.update(l0, self._wanted_l0())
         dead_fraction = self.dead.num_dead / self.sae.d_sae
         resampled = resample_features(self) if is_due(self.config, self.step) else 0
+        self.timer.mark("update")
         return StepFigures(
             loss=loss,
             fvu=fvu,
@@ -173,7 +179,8 @@ class TrainRun:
             dead: indices of the dead features.
             coefficient: weight of the sparsity penalty.
         """
-        raw = self.source.next_batch().to(self.accelerator.device)
+        raw = self.source.next_batch().to(self.accelerator.device, non_blocking=True)
+        self.timer.mark("read")
         x = self.normalization.apply(raw)
         result = backward_in_parts(self.objective, x, dead, coefficient, part_tokens=self.config.micro_batch_size)
         return Gradients(result, raw, {})
@@ -182,6 +189,7 @@ class TrainRun:
         """Returns what is the same on every process, exactly."""
         return {
             "step": self.step,
+            "normalization": normalization_state(self.normalization),
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "gradient_norm": self.clip.mean,

@@ -16,6 +16,7 @@ from saekit.sae.checkpoint import load_sae_folder
 from saekit.training.interrupt import StopRequest
 from saekit.training.loop import TrainingLoop
 from saekit.training.memory import free_bytes, training_bytes
+from saekit.training.processes import checkpoint_writer, watching
 from saekit.training.shared import SharedBatches, Tap
 from saekit.training.trainer import Trainer, make_accelerator
 
@@ -75,18 +76,22 @@ class _Group:
     def train(self, failed: dict[Path, NonFiniteError]) -> None:
         """Trains all to their end; adds those that met NaN or Inf to `failed`."""
         with contextlib.ExitStack() as stack:
+            writer = stack.enter_context(checkpoint_writer(self.accelerator))
             shared = self._open(stack)
             loops: dict[Path, TrainingLoop] = {}
             self._say_memory()
             for folder, trainer in self.trainers.items():
                 source = None if shared is None else Tap(shared)
                 try:
-                    loop = trainer.begin(folder, self.accelerator, stack, source=source, progress=self.progress)
+                    loop = trainer.begin(
+                        folder, self.accelerator, stack, writer=writer, source=source, progress=self.progress
+                    )
                 except NonFiniteError as error:
                     failed[folder] = error
                 else:
                     loops |= {} if loop is None else {folder: loop}
-            self._run(loops, failed)
+            with watching(self.accelerator, *loops):
+                self._run(loops, failed)
 
     def _open(self, stack: contextlib.ExitStack) -> SharedBatches | None:
         first = next(iter(self.trainers.values()))
@@ -137,6 +142,8 @@ class _Group:
     def _stop(self, loops: Sequence[TrainingLoop]) -> None:
         for loop in loops:
             loop.save()
+        for loop in loops:
+            loop.wait()
         message = f"interrupted, checkpoints of {len(loops)} SAEs written; run the same again to go on"
         self.progress.say(message)
         raise KeyboardInterrupt(message)

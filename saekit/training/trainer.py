@@ -2,9 +2,9 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,10 @@ from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae.base import SAE
 from saekit.sae.batch import batch_width
 from saekit.sae.checkpoint import load_sae_folder
-from saekit.sae.fold import Normalization
+from saekit.sae.fold import AnyNormalization, Normalization, normalization_of_state
 from saekit.sae.sites import SitesSAE
 from saekit.sae.transcoder import Transcoder
+from saekit.training.background import CheckpointWriter
 from saekit.training.build import check_trainable
 from saekit.training.config import TrainConfig
 from saekit.training.end_to_end import EndToEndRun, check_end_to_end
@@ -32,10 +33,11 @@ from saekit.training.heldout import TokenView, read_evenly
 from saekit.training.loop import TrainingLoop
 from saekit.training.low_bit import check_low_bit
 from saekit.training.options import check_options
+from saekit.training.processes import PATIENCE, checkpoint_writer, watching
 from saekit.training.rows import TokenRowBatches
 from saekit.training.run import TrainRun
 from saekit.training.start import SAMPLE_TOKENS, fit_start, normalization_of, read_sample
-from saekit.training.state import keep_newest
+from saekit.training.state import keep_newest, latest_checkpoint, load_process, load_run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -117,9 +119,10 @@ class Trainer:
         accelerator = make_accelerator()
         out = Path(out)
         with contextlib.ExitStack() as stack:
-            loop = self.begin(out, accelerator, stack, progress=progress)
+            writer = stack.enter_context(checkpoint_writer(accelerator))
+            loop = self.begin(out, accelerator, stack, writer=writer, progress=progress)
             if loop is not None:
-                with self.locating():
+                with self.locating(), watching(accelerator, out):
                     loop.go()
                     self.finish(loop)
         return self.take(load_sae_folder(out))
@@ -130,6 +133,7 @@ class Trainer:
         accelerator: "Accelerator",
         stack: contextlib.ExitStack,
         *,
+        writer: CheckpointWriter,
         source: ActivationSource | None = None,
         progress: Progress = NO_PROGRESS,
     ) -> TrainingLoop | None:
@@ -139,6 +143,7 @@ class Trainer:
             out: folder of the SAE.
             accelerator: of the process.
             stack: keeps data and folder open.
+            writer: of checkpoints.
             source: activations of the training tokens in their order; None = one of its own.
             progress: is told what the training says.
 
@@ -147,7 +152,9 @@ class Trainer:
 
         Raises:
             ConfigError: see `fit`.
+            FormatError: the newest checkpoint is broken.
             NonFiniteError: see `fit`.
+            StoreError: it belongs to other data.
         """
         own = source is None
         if source is None:
@@ -159,14 +166,16 @@ class Trainer:
             progress.say(str(measure_mixing(source, num_batches=4)))
         # Taken once for all processes of a run: the others write nothing but their parts of a checkpoint.
         stack.enter_context(locked(out) if accelerator.is_main_process else contextlib.nullcontext())
+        state = self._checkpoint(out, accelerator)
         with self.locating():
-            run = self._start(source, accelerator)
+            run = self._start(source, accelerator, state["run"].get("normalization") if state else None)
         held_out = None if self._test is None else read_evenly(self._test, self.config.eval_tokens)
-        return TrainingLoop(run, out, held_out=held_out, progress=progress)
+        return TrainingLoop(run, out, writer=writer, held_out=held_out, progress=progress, state=state)
 
     def finish(self, loop: TrainingLoop) -> None:
         """Writes the SAE of raw activations after the last step, and marks the folder as complete."""
         run, out, accelerator = loop.run, loop.out, loop.run.accelerator
+        loop.wait()
         facts = finish_weights(run, loop.held_out)
         if accelerator.is_main_process:
             run.sae.hook_point, run.sae.source = self._hook_point(), self._source() | facts
@@ -211,6 +220,18 @@ class Trainer:
         assert state[0] is not None
         return state[0]
 
+    def _checkpoint(self, out: Path, accelerator: "Accelerator") -> dict[str, Any] | None:
+        """Returns the state of the newest checkpoint, with what belongs to this process; None where there is none."""
+        from accelerate.utils import broadcast_object_list
+
+        # One process looks, so that all go on from the same.
+        found = [latest_checkpoint(out) if accelerator.is_main_process else None]
+        broadcast_object_list(found)
+        checkpoint = found[0]
+        return (
+            None if checkpoint is None else load_run(checkpoint) | load_process(checkpoint, accelerator.process_index)
+        )
+
     def open_source(self, accelerator: "Accelerator", stack: contextlib.ExitStack) -> ActivationSource:
         """Returns this process's share of the training tokens, in their order.
 
@@ -244,21 +265,36 @@ class Trainer:
             )
         )
 
-    def _start(self, source: ActivationSource, accelerator: "Accelerator") -> TrainRun:
-        """Measures the data and sets the first weights, the same on every process."""
+    def _start(
+        self, source: ActivationSource, accelerator: "Accelerator", measured: Mapping[str, Any] | None
+    ) -> TrainRun:
+        """Measures the data and sets the first weights, the same on every process.
+
+        Args:
+            source: of this process's tokens.
+            accelerator: of the process.
+            measured: the normalisation of the run that goes on, whose weights need no start; None = to be measured.
+        """
 
         def sum_over_processes(value: Tensor) -> Tensor:
             total: Tensor = accelerator.reduce(value, reduction="sum")
             return total
 
+        sae = copy.deepcopy(self.sae).float().to(accelerator.device)
+        if measured is not None:
+            return self._run(sae, source, accelerator, normalization_of_state(measured))
         sample = read_sample(source, SAMPLE_TOKENS // accelerator.num_processes).to(accelerator.device)
         normalization = normalization_of(sample, self.sae, sum_over_processes)
-        sae = copy.deepcopy(self.sae).float().to(accelerator.device)
         if self.config.init == "given":
             normalization.unfold(sae)
         else:
             sae.reset_parameters(self.config.seed)
             fit_start(sae, normalization.apply(sample), self.config.sparsity, sum_over_processes)
+        return self._run(sae, source, accelerator, normalization)
+
+    def _run(
+        self, sae: SAE, source: ActivationSource, accelerator: "Accelerator", normalization: AnyNormalization
+    ) -> TrainRun:
         if isinstance(source, TokenRowBatches):
             assert self._lm is not None
             assert isinstance(normalization, Normalization)
@@ -310,5 +346,6 @@ def _check_sites(sae: SitesSAE, store: JoinedStore) -> None:
 def make_accelerator() -> "Accelerator":
     """Returns the process's part in the training; off CUDA everything runs on the CPU: other accelerators lack float64."""
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
-    return Accelerator(cpu=not torch.cuda.is_available())
+    return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])

@@ -1,6 +1,7 @@
 """The command line: help that teaches, one line and exit code 2 for what a user can mend, nothing half-written."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ COMMANDS = [
     "cache",
     "train",
     "label",
+    "revive",
     "evaluate",
     "report",
     "status",
@@ -288,6 +290,16 @@ def test_labels_by_a_model_keep_to_the_budget_resume_and_are_asked_again_where_t
         again = invoke(*label, "--retry-failed")
         assert "llm:m: 5 labelled" in again.output
         assert len(server.requests) == 7
+        written = len(server.requests)
+        revive = ["revive", *label[1:], "revive.features=[1,2,3]", "revive.num_controls=20"]
+        assert "3 features" in invoke(*revive, "--dry-run").output
+        assert "could pass max_cost 0.0001" in one_line_error(invoke(*revive, "--budget", "0.0001"))
+        assert len(server.requests) == written
+        woken = invoke(*revive)
+        assert woken.exit_code == 0, woken.output
+        assert re.search(r"topk: \d of 3 silent features wake up", woken.output)
+        assert "k = 4 largest; bar: the k-th" in woken.output
+        assert "revive/topk" in invoke("status", tmp_path / "run").output
     labels = tmp_path / "labels.json"
     assert (
         invoke(

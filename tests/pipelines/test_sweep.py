@@ -1,5 +1,6 @@
 """Sweeps: one table of a recipe is several SAEs, which share a read of the cache; mistakes are one line."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,8 @@ def test_swept_saes_are_trained_together_from_the_command_line(recipe_file: Path
     assert done.output.count("2 SAEs on one read of the data") == 2
     for name in NAMES:
         assert load_sae_folder(pipeline.stage_folder("train", name)).cfg.to_dict()["k"] == int(name[6])
+    pipeline.evaluate()
+    rows = json.loads((pipeline.folder / "pareto.json").read_text())
+    assert sorted(row["name"] for row in rows) == NAMES
+    assert {row["place"] for row in rows} == {"model.layers.1"}
+    assert any(row["fvu_front"] for row in rows)

@@ -54,7 +54,7 @@ def test_each_node_of_a_job_starts_its_processes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     shared = (
         f"-m|accelerate.commands.launch|--config_file|{ROOT}/pipelines/launch/nx8.yaml|--num_machines|2|--num_processes|8|"
-        "--main_process_ip|node-a|--main_process_port|29500|--machine_rank|"
+        "--main_process_ip|node-a|--main_process_port|29500|--max_restarts|3|--machine_rank|"
     )
     own = "|-m|saekit_pipelines|train|my recipe.toml|out=runs/a b|"
     assert calls == [f"{shared}0{own}", f"{shared}1{own}"]

@@ -6,7 +6,9 @@ pieces on whose every token the feature was seen to be silent.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -16,30 +18,35 @@ from saekit.labelling.answers import prompt_template
 from saekit.labelling.chat import Answer, ChatRequest
 from saekit.labelling.llmconfig import LLMConfig
 from saekit.labelling.records import Label, Score, ScorerName
+from saekit.labelling.scoring.near import NearPiece, near_pieces
 from saekit.labelling.scoring.pieces import Piece, PieceTable
-from saekit.labelling.scoring.verdicts import Judged, read_answers, score_answers
+from saekit.labelling.scoring.verdicts import Judged, read_answers, score_answers, with_near
 
 __all__ = ["Judge", "PieceScorer", "answers_schema", "described"]
 
 
 class PieceScorer(Protocol):
-    """Asks a labelling model one question about a feature's held-out pieces."""
+    """Asks a labelling model about a feature's held-out pieces."""
 
     name: ClassVar[ScorerName]
     needs_label: ClassVar[bool]
     """Whether it is a label that is scored, and not the feature itself."""
 
+    @property
+    def needs_reading(self) -> bool:
+        """Whether the model has to say how likely the tokens of a text are that it reads."""
+
     def pieces(self, feature: int) -> list[Piece]:
         """Returns what is asked about; none where the feature fires in too few pieces."""
 
-    def request(self, label: Label, pieces: Sequence[Piece], *, attempt: int = 0) -> ChatRequest:
-        """Returns the question about a label, the same in every process."""
+    def requests(self, label: Label, pieces: Sequence[Piece], *, attempt: int = 0) -> list[ChatRequest]:
+        """Returns the questions about a label, the same in every process."""
 
     def score(self, label: Label, pieces: Sequence[Piece], answers: Sequence[Answer], *, is_last: bool) -> Score | None:
         """Returns the score from the last of the answers; what has no usable one counts as wrong.
 
         Args:
-            answers: one for each attempt.
+            answers: those of each attempt, one after the other.
             is_last: there will be no other attempt.
 
         Returns:
@@ -74,29 +81,50 @@ class Judge:
 
     name: ClassVar[ScorerName] = "detection"
     needs_label: ClassVar[bool] = True
+    needs_reading: ClassVar[bool] = False
     prompt: ClassVar[str] = "judge_v1"
 
-    def __init__(self, table: PieceTable, config: LLMConfig) -> None:
+    def __init__(
+        self, table: PieceTable, config: LLMConfig, *, siblings: Mapping[int, Sequence[int]] | None = None
+    ) -> None:
+        """Takes each feature's siblings, nearest first; without any there are no near negatives."""
         self._table = table
         self._config = config
+        self._siblings = siblings or {}
         self._system = prompt_template(self.prompt)
 
     def pieces(self, feature: int) -> list[Piece]:
         """Returns up to `num_judged` active pieces and as many silent ones, shuffled, from different documents if possible.
 
-        None where the feature is active, or silent, in all pieces: there is nothing to tell apart.
+        Near negatives are among them. None where the feature is active, or silent, in all pieces: there is nothing to tell apart.
         """
         generator = np.random.default_rng((self._config.seed, feature))
         pairs, _ = self._table.pairs(feature, self._config.num_judged, generator)
         chosen = [piece for pair in pairs for piece in pair]
+        chosen += islice(self.near(feature, pairs), self.num_near(len(pairs)))
         return [chosen[place] for place in generator.permutation(len(chosen))]
+
+    def num_near(self, num_pairs: int) -> int:
+        """Returns the number of near negatives beside so many pairs."""
+        return round(self._config.near_share * num_pairs)
+
+    def near(self, feature: int, pairs: Sequence[tuple[Piece, Piece]]) -> Iterator[Piece]:
+        """Yields near negatives as they are judged, for as long as there are any."""
+        for found in near_pieces(self._table, feature, self._siblings.get(feature, ()), pairs=pairs):
+            piece = self.as_near(found)
+            if piece is not None:
+                yield replace(piece, is_near=True)
+
+    def as_near(self, found: NearPiece) -> Piece | None:
+        """Returns a near negative as it is judged; None where it is of no use."""
+        return found.piece
 
     def natural_rate(self, feature: int) -> float | None:
         """Returns the share of positives among all held-out pieces."""
         return self._table.natural_rate(feature)
 
     def request(self, label: Label, pieces: Sequence[Piece], *, attempt: int = 0) -> ChatRequest:
-        """See `PieceScorer.request`."""
+        """Returns the one question."""
         numbered = [f"{number}. {self._table.text(piece)}" for number, piece in enumerate(pieces, start=1)]
         return ChatRequest(
             model=self._config.model,
@@ -112,6 +140,10 @@ class Judge:
             usual_answer=json.dumps({"answers": [{"id": n + 1, "active": False} for n in range(len(pieces))]}),
         )
 
+    def requests(self, label: Label, pieces: Sequence[Piece], *, attempt: int = 0) -> list[ChatRequest]:
+        """See `PieceScorer.requests`."""
+        return [self.request(label, pieces, attempt=attempt)]
+
     def score(self, label: Label, pieces: Sequence[Piece], answers: Sequence[Answer], *, is_last: bool) -> Score | None:
         """See `PieceScorer.score`."""
         reply = answers[-1].reply if answers else None
@@ -123,7 +155,10 @@ class Judge:
             judge=self._config.model,
             prompt_version=self.prompt,
             natural_rate=self.natural_rate(label.feature),
-            indices=self._table.store_indices(pieces),
+            indices=self._table.store_indices([piece for piece in pieces if not piece.is_near]),
             seed=self._config.seed,
         )
-        return score_answers(label, pieces, verdicts, judged)
+        own, near = ([place for place, piece in enumerate(pieces) if piece.is_near == side] for side in (False, True))
+        of_own = {number: verdicts[place] for number, place in enumerate(own) if place in verdicts}
+        score = score_answers(label, [pieces[place] for place in own], of_own, judged)
+        return with_near(score, [verdicts.get(place) for place in near])

@@ -18,8 +18,9 @@ from saekit.errors import LabelerError
 from saekit.labelling.chat import ChatRequest
 from saekit.labelling.records import Label, Score
 from saekit.labelling.scoring.detection import described
+from saekit.labelling.scoring.graded import score_graded
 from saekit.labelling.scoring.pieces import Piece, PieceTable
-from saekit.labelling.scoring.verdicts import Judged, score_answers
+from saekit.labelling.scoring.verdicts import Judged
 
 __all__ = ["Embed", "EmbeddingConfig", "EmbeddingScorer"]
 
@@ -53,6 +54,11 @@ class EmbeddingScorer:
         self._table = table
         self._config = config
 
+    @property
+    def judge(self) -> str:
+        """Stands in the scores as judge."""
+        return self._config.model
+
     def pieces(self, feature: int) -> list[Piece]:
         """Returns up to `num_pieces` active pieces and as many silent ones, in random order."""
         generator = np.random.default_rng((self._config.seed, feature))
@@ -84,10 +90,7 @@ class EmbeddingScorer:
     def scores(
         self, labels: Sequence[Label], pieces: Sequence[Piece], vectors: NDArray[np.float32] | None
     ) -> list[Score]:
-        """Returns one score for each label from the vectors of `texts`; None: there are none.
-
-        Average precision is that of the cosines. For the verdicts behind F1, a text is called active where its cosine is at least
-        the bar that gives the best F1 on the other half of the texts.
+        """Returns one score for each label from the vectors of `texts`; None: there are none. See `score_graded`.
 
         Raises:
             LabelerError: the vectors are not one finite row for each text.
@@ -105,53 +108,11 @@ class EmbeddingScorer:
         return [self._score(label, pieces, row) for label, row in zip(labels, cosines, strict=True)]
 
     def _score(self, label: Label, pieces: Sequence[Piece], cosines: NDArray[np.float64] | None) -> Score:
-        rate = self._table.natural_rate(label.feature)
         judged = Judged(
             scorer="embedding",
             judge=self._config.model,
-            natural_rate=rate,
+            natural_rate=self._table.natural_rate(label.feature),
             indices=self._table.store_indices(pieces),
             seed=self._config.seed,
         )
-        if cosines is None:
-            return score_answers(label, pieces, {}, judged)
-        active = np.array([piece.is_active for piece in pieces], dtype=bool)
-        # Halves of pieces in random order.
-        half = np.arange(len(pieces)) % 2 == 0
-        says = np.where(
-            half, cosines >= best_bar(cosines[~half], active[~half]), cosines >= best_bar(cosines[half], active[half])
-        )
-        score = score_answers(label, pieces, dict(enumerate(says.tolist())), judged)
-        return score.model_copy(
-            update={
-                "auprc": graded_precision(cosines, active, float(active.mean())),
-                "auprc_natural": None if rate is None else graded_precision(cosines, active, rate),
-            }
-        )
-
-
-def best_bar(graded: NDArray[np.float64], active: NDArray[np.bool_]) -> float:
-    """Returns the score from which on "active" gives the best F1; infinity where nothing is active."""
-    if not active.any():
-        return float("inf")
-    bars = np.unique(graded)
-    says = graded[None, :] >= bars[:, None]
-    f1 = 2 * (says & active).sum(axis=1) / (says.sum(axis=1) + active.sum())
-    return float(bars[int(f1.argmax())])
-
-
-def graded_precision(graded: NDArray[np.float64], active: NDArray[np.bool_], rate: float) -> float:
-    """Returns the average precision of graded scores where a share `rate` is positive, equal scores in one step.
-
-    Args:
-        graded: scores [n].
-        active: which are positives [n]; at least one, and one that is not.
-        rate: share of positives that the two kinds are weighted to.
-    """
-    bars = np.unique(graded)[::-1]
-    at_least = graded[None, :] >= bars[:, None]
-    recall = (at_least & active).sum(axis=1) / active.sum()
-    false_alarms = (at_least & ~active).sum(axis=1) / (~active).sum()
-    said = rate * recall + (1 - rate) * false_alarms
-    precision = np.divide(rate * recall, said, out=np.zeros(len(bars)), where=said > 0)
-    return float((np.diff(recall, prepend=0.0) * precision).sum())
+        return score_graded(label, pieces, {} if cosines is None else dict(enumerate(cosines.tolist())), judged)

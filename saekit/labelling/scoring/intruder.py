@@ -31,6 +31,7 @@ class IntruderJudge:
 
     name: ClassVar[ScorerName] = "intruder"
     needs_label: ClassVar[bool] = False
+    needs_reading: ClassVar[bool] = False
     prompt: ClassVar[str] = "intruder_v1"
 
     def __init__(self, table: PieceTable, config: LLMConfig) -> None:
@@ -56,7 +57,7 @@ class IntruderJudge:
         return chosen
 
     def request(self, label: Label, pieces: Sequence[Piece], *, attempt: int = 0) -> ChatRequest:
-        """See `PieceScorer.request`; of the label only the feature's number is used."""
+        """Returns the one question; of the label only the feature's number is used."""
         num = len(pieces) // GROUP
         lines = [
             f"Group {number + 1}\n"
@@ -79,6 +80,10 @@ class IntruderJudge:
             feature=label.feature,
             usual_answer=json.dumps({"answers": [{"id": n + 1, "intruder": "a"} for n in range(num)]}),
         )
+
+    def requests(self, label: Label, pieces: Sequence[Piece], *, attempt: int = 0) -> list[ChatRequest]:
+        """See `PieceScorer.requests`."""
+        return [self.request(label, pieces, attempt=attempt)]
 
     def score(self, label: Label, pieces: Sequence[Piece], answers: Sequence[Answer], *, is_last: bool) -> Score | None:
         """See `PieceScorer.score`."""

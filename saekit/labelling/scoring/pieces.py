@@ -30,6 +30,8 @@ class Piece:
     """What a judge has to find out: whether the feature fires on any of its tokens or, with marks, on the marked ones."""
     marked: tuple[int, ...] = ()
     """Places that are marked, counted from `start`, ascending."""
+    is_near: bool = False
+    """A negative in which the feature's siblings fire; counted apart."""
 
     @property
     def num_tokens(self) -> int:
@@ -84,6 +86,18 @@ class PieceTable:
             document=int(self.held_out.table.documents[start]),
             is_active=is_active,
         )
+
+    def number(self, piece: Piece) -> int:
+        """Returns the number of a piece, or of the one that it was cut from."""
+        return int(self._piece_of[piece.start])
+
+    def strongest(self, feature: int) -> list[tuple[int, int]]:
+        """Returns (number, place of the peak) of the pieces in which a feature fires, the strongest first."""
+        places, acts = self.held_out.firings(feature), self.held_out.activations(feature)
+        best: dict[int, int] = {}
+        for at in np.argsort(-acts, kind="stable").tolist():
+            best.setdefault(int(self._piece_of[places[at]]), int(places[at]))
+        return list(best.items())
 
     def pairs(
         self, feature: int, num: int, generator: np.random.Generator, *, others: int = 0

@@ -46,6 +46,7 @@ class HeldOut:
         num_tokens: n.
         document_of: number of each held-out place's document, 0 .. C - 1 [L]; without meaning at other places.
         num_documents: C.
+        fingerprint: names the documents and the rows that were drawn of them.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class HeldOut:
         progress: Progress = NO_PROGRESS,
     ) -> None:
         """Encodes the tokens once; a feature fires where its activation is above zero."""
+        self.fingerprint = f"{view.fingerprint} {config.max_tokens} {config.seed}"
         rows = np.flatnonzero(draw_rows(view, num_tokens=config.max_tokens, seed=config.seed))
         self.table = TokenTable(view.store, rows, vocabulary)
         self.in_view: NDArray[np.bool_] = np.asarray(view.mask[rows]).reshape(-1)
@@ -87,6 +89,14 @@ class HeldOut:
     def activations(self, feature: int) -> NDArray[np.float32]:
         """Returns a feature's activations at the places of `firings`."""
         return self._acts[self._starts[feature] : self._starts[feature + 1]]
+
+    def acts_on(self, feature: int, start: int, stop: int) -> NDArray[np.float32]:
+        """Returns a feature's activations on the places from `start` to before `stop` [stop - start]."""
+        acts = np.zeros(stop - start, dtype=np.float32)
+        places = self.firings(feature)
+        low, high = np.searchsorted(places, (start, stop))
+        acts[places[low:high] - start] = self.activations(feature)[low:high]
+        return acts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ from saekit.labelling.answers import UnusableAnswerError, parse_object, whole_nu
 from saekit.labelling.records import Label, Score, ScorerName
 from saekit.labelling.scoring.pieces import Piece
 
-__all__ = ["Judged", "at_rate", "f1_interval", "listed_answers", "read_answers", "score_answers", "wilson"]
+__all__ = ["Judged", "at_rate", "f1_interval", "listed_answers", "read_answers", "score_answers", "wilson", "with_near"]
 
 NUM_BOOTSTRAP = 200
 NORMAL_95 = 1.959964
@@ -103,6 +103,29 @@ def score_answers(label: Label, pieces: Sequence[Piece], answers: Mapping[int, b
         high=high,
         pieces=judged.indices,
         right=tuple((active == says).tolist()) if is_judged else (),
+    )
+
+
+def with_near(score: Score, said: Sequence[bool | None]) -> Score:
+    """Returns a score with the figures of near negatives.
+
+    Args:
+        said: what was said of each of them; None: no verdict, which counts as wrong.
+    """
+    if not said or score.recall is None:
+        return score.model_copy(update={"num_near": len(said)})
+    silent = sum(verdict is False for verdict in said)
+    low, high = wilson(silent, len(said))
+    f1, auprc = at_rate(score.recall, 1 - silent / len(said), 0.5)
+    return score.model_copy(
+        update={
+            "num_near": len(said),
+            "specificity_near": silent / len(said),
+            "near_low": low,
+            "near_high": high,
+            "f1_near": f1,
+            "auprc_near": auprc,
+        }
     )
 
 

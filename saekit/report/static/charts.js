@@ -83,7 +83,7 @@ saekit.charts = (() => {
     }
   }
 
-  /** series: [{name, color, x, y, isDotted}]; nulls break the line. */
+  /** series: [{name, color, x, y, isDotted, isPoints}]; nulls break the line, points have none. */
   function lines({ title, note, series, xLabel, yFormat = compact, height, fromZero = true, isLogY = false, legend }) {
     const points = series.map((one) => one.x.map((x, at) => [x, one.y[at]]).filter(([x, y]) => isNumber(x) && isNumber(y) && (!isLogY || y > 0)));
     const all = points.flat();
@@ -101,8 +101,8 @@ saekit.charts = (() => {
       axes(svg, x, y, { width, height: tall, xLabel, xFormat: compact, yFormat, margin: MARGIN });
       series.forEach((one, at) => {
         const path = points[at].map(([px, py], n) => `${n ? "L" : "M"}${x(px).toFixed(1)},${y(py).toFixed(1)}`).join("");
-        svg.append(s("path", { d: path, fill: "none", class: one.isDotted ? "line dotted" : "line", style: { stroke: `var(${one.color})` } }));
-        if (points[at].length <= 24) {
+        if (!one.isPoints) svg.append(s("path", { d: path, fill: "none", class: one.isDotted ? "line dotted" : "line", style: { stroke: `var(${one.color})` } }));
+        if (one.isPoints || points[at].length <= 24) {
           svg.append(points[at].map(([px, py]) => s("circle", { cx: x(px), cy: y(py), r: 2.6, style: { fill: `var(${one.color})` } })).reduce((group, dot) => (group.append(dot), group), s("g")));
         }
       });

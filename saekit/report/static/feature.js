@@ -102,7 +102,7 @@ saekit.feature = (() => {
     labelCard(label) {
       const parts = [["fires on", label.fires_on], ["promotes", label.promotes], ["suppresses", label.suppresses]].filter(([, text]) => text);
       const rule = (label.rule ?? []).slice(0, 24).map((piece) => token(this.pieces.pieces[piece]));
-      const body = label.status === "failed"
+      const body = label.status === "missing" ? [] : label.status === "failed"
         ? h("p", { class: "failed", text: `Failed: ${label.reason ?? "no reason was recorded"}` })
         : [
             h("p", { class: "label-text", text: label.label || "no label text" }),
@@ -111,8 +111,8 @@ saekit.feature = (() => {
             rule.length > 0 && h("div", { class: "rule" }, h("span", { class: "rule-name", text: "token rule" }), h("span", { class: "words" }, rule, label.rule.length > 24 && h("span", { class: "more", text: `and ${label.rule.length - 24} more` }))),
             label.description && parts.length > 0 && h("details", { class: "small" }, h("summary", { text: "Whole description" }), h("p", { class: "label-long", text: label.description })),
           ];
-      const scores = label.scores.length ? label.scores.map(scoreTable) : h("p", { class: "absent", text: "Not scored." });
-      return h("article", { class: "card label-card" }, h("div", { class: "card-head" }, h("span", { class: "labeler", text: label.labeler }), isNumber(label.confidence) && h("span", { class: "confidence", title: "lexical: the rule's F1 on the training documents; a language model: what it says of itself", text: `confidence ${fixed(label.confidence, 2)}` })), body, scores);
+      const scores = label.scores.length ? label.scores.map((score) => saekit.judged.scoreTable(score, this.chunk.controls[this.slot].filter((control) => control.scorer === score.scorer))) : h("p", { class: "absent", text: "Not scored." });
+      return h("article", { class: "card label-card" }, h("div", { class: "card-head" }, h("span", { class: "labeler", text: saekit.judged.labelerName(label.labeler) }), isNumber(label.confidence) && h("span", { class: "confidence", title: "lexical: the rule's F1 on the training documents; a language model: what it says of itself", text: `confidence ${fixed(label.confidence, 2)}` })), body, made(label), scores);
     }
 
     contexts(fires) {
@@ -270,25 +270,18 @@ saekit.feature = (() => {
     }
   }
 
-  function block(title, aside, ...content) {
-    return h("section", { class: "panel-block" }, h("div", { class: "panel-head" }, h("h2", { text: title }), aside), ...content);
+  /** How a model's label came about: prompt, dollars, and of how many candidates it is the best. */
+  function made(label) {
+    const parts = [
+      label.prompt_version && `prompt ${label.prompt_version}`,
+      label.num_candidates && `best of ${integer(label.num_candidates)}${isNumber(label.selection_score) ? `, chosen at ${fixed(label.selection_score, 2)} on documents of their own` : ""}`,
+      isNumber(label.cost) && `$${number(label.cost, 2)}`,
+    ].filter(Boolean);
+    return parts.length > 0 && h("p", { class: "score-foot", text: parts.join(" \u00b7 ") });
   }
 
-  function scoreTable(score) {
-    const { charts } = saekit;
-    const positives = `${integer(score.num_positive)} of ${integer(score.num_positive + score.num_negative)} ${score.scorer === "rule" ? "held-out tokens" : "held-out contexts"} fire${score.num_unparsed ? `, ${integer(score.num_unparsed)} answers unusable` : ""}`;
-    const range = isNumber(score.low) && isNumber(score.high) ? `${fixed(score.low, 2)} \u2026 ${fixed(score.high, 2)}` : "";
-    const line = (name, value, chart, detail) => h("tr", {}, h("th", { scope: "row", text: name }), h("td", { class: "value", text: fixed(value, 2) }), h("td", { class: "figure" }, chart), h("td", { class: "range", text: detail }));
-    return h(
-      "div",
-      { class: "score" },
-      h("div", { class: "score-head" }, h("b", { text: score.scorer === "rule" ? "Token rule" : "Detection" }), h("span", { text: positives })),
-      h("table", {}, h("tbody", {},
-        line("F1", score.f1, isNumber(score.f1) && charts.whisker({ name: "F1", value: score.f1, low: score.low, high: score.high }), range && `95 %: ${range}`),
-        line("AUPRC", score.auprc, isNumber(score.auprc) && charts.whisker({ name: "AUPRC", value: score.auprc, reference: score.base_rate, referenceName: "base rate" }), isNumber(score.base_rate) ? `base rate ${number(score.base_rate, 2)}` : ""),
-      )),
-      h("p", { class: "score-foot", text: `precision ${fixed(score.precision, 2)} \u00b7 recall ${fixed(score.recall, 2)} \u00b7 balanced accuracy ${fixed(score.balanced_accuracy, 2)}` }),
-    );
+  function block(title, aside, ...content) {
+    return h("section", { class: "panel-block" }, h("div", { class: "panel-head" }, h("h2", { text: title }), aside), ...content);
   }
 
   return { FeaturePanel };

@@ -85,7 +85,21 @@ saekit.overview = (() => {
       const cells = columns.map(([name, , digits]) => figureCell(saeFigure(run, name), digits));
       return h("tr", {}, h("th", { scope: "row" }, h("a", { href: `#/${run.slug}`, text: run.name })), h("td", { class: "left", text: architectureLine(run) }), cells, h("td", { text: scored ? fixed(scored.f1, 2) : NONE }));
     });
-    return section("SAEs of this report", null, h("div", { class: "scroll-x", tabindex: "0", role: "region", "aria-label": "SAEs of this report" }, h("table", { class: "figures" }, h("thead", {}, head), h("tbody", {}, rows))));
+    return section("SAEs of this report", null, h("div", { class: "scroll-x", tabindex: "0", role: "region", "aria-label": "SAEs of this report" }, h("table", { class: "figures" }, h("thead", {}, head), h("tbody", {}, rows))), pareto(report));
+  }
+
+  /** Quality against L0 of the SAEs of each place, those that no other one beats joined by a line. */
+  function pareto(report) {
+    const places = [...new Set(report.pareto.map((row) => row.place))].filter((place) => report.pareto.filter((row) => row.place === place).length > 1);
+    const charts = places.flatMap((place) =>
+      [["fvu", "FVU against L0"], ["ce_recovered_zero", "CE recovered against L0"]].map(([metric, title]) => {
+        const rows = report.pareto.filter((row) => row.place === place && isNumber(row.l0) && isNumber(row[metric]));
+        const [front, others] = [true, false].map((isOn) => rows.filter((row) => row.fronts.includes(metric) === isOn));
+        const series = [["not beaten by another", "--series-1", front, false], ["others", "--series-2", others, true]].filter(([, , shown]) => shown.length > 0);
+        return lines({ title, note: `${place}; not beaten: ${front.map((row) => row.name).join(", ")}`, series: series.map(([name, color, shown, isPoints]) => ({ name, color, isPoints, x: shown.map((row) => row.l0), y: shown.map((row) => row[metric]) })), xLabel: "L0", fromZero: false });
+      }),
+    );
+    return charts.length > 0 && h("div", { class: "grid two" }, charts);
   }
 
   function figureCell(figure, digits, isOwn) {
@@ -225,7 +239,7 @@ saekit.overview = (() => {
     node.replaceChildren(
       h("div", { class: "hero" }, h("h1", { text: run.name }), h("p", { class: "lead", text: architectureLine(run) }), h("p", { class: "where", text: where }), h("p", { class: "hero-action" }, h("a", { class: "button primary", href: `#/${run.slug}/features`, text: `Browse ${integer(run.features.total)} features` }))),
       tiles(run),
-      ...[compare(report), training(run), metricTable(run), featureStatistics(run), storeBlock(report, run), provenance(report, run)].filter(Boolean),
+      ...[compare(report), training(run), metricTable(run), featureStatistics(run), saekit.judged.section(run), storeBlock(report, run), provenance(report, run)].filter(Boolean),
       h("footer", { class: "foot", text: `Built by saekit ${report.version} on ${report.created.slice(0, 10)}. A folder of static files: nothing is loaded from a network.` }),
     );
   }

@@ -24,7 +24,7 @@ from saekit.labelling.scoring.controls import Controls
 from saekit.labelling.scoring.detection import Judge
 from saekit.labelling.scoring.pieces import PieceTable
 from saekit.labelling.scoring.rule import HeldOut
-from saekit.labelling.scoring.scorers import make_scorers
+from saekit.labelling.scoring.scorers import make_scorers, scoring_setup, siblings_of
 from saekit.labelling.store import RecordFile
 from saekit.labelling.vocabulary import Vocabulary
 from tests.saekit.labelling.planted import WordTokenizer, World
@@ -59,6 +59,7 @@ class Bench:
                 "max_wait_seconds": 0.01,
                 "num_judged": 4,
                 "num_controlled": 0,
+                "near_share": 0.0,
                 **options,
             }
         )
@@ -73,7 +74,9 @@ class Bench:
         ]
         self.explainer = self.explainers[0]
         self.controls = Controls(self.held_out, seed=self.config.seed)
-        self.scorers = make_scorers(self.held_out, self.config)
+        self.scorers = make_scorers(
+            self.held_out, self.config, siblings=siblings_of(world.sae, range(len(world.names)), self.config)
+        )
         self.move(folder)
 
     def move(self, folder: Path) -> "Bench":
@@ -96,6 +99,7 @@ class Bench:
             controls=self.controls,
             features=features,
             config=self.config,
+            setup=scoring_setup(self.held_out, self.config),
         )
 
     def run(self, server: StubServer, features: list[int]) -> Ledger:

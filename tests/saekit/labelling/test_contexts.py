@@ -5,17 +5,21 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from saekit.errors import ConfigError, DataError, NonFiniteError, StoreError
 from saekit.labelling import ContextConfig, FeatureContexts, collect_contexts, collect_contexts_part
+from saekit.labelling import reservoir as reservoir_module
 from saekit.labelling.collect import draw_rows
 from saekit.labelling.contexts import CODES_NAME, CONTEXTS_NAME
-from saekit.labelling.reservoir import Events, Reservoir, hash_events
+from saekit.labelling.reservoir import Events, Reservoir, hash_events, rank_largest
 from tests.saekit.labelling.planted import FakeView, identity_sae
 
 ROOT = Path(__file__).parents[3]
@@ -72,7 +76,8 @@ def test_windows_show_the_same_feature_in_the_same_row(world, contexts) -> None:
                 inside = 0 <= position < 64
                 act = acts[context.row, position, feature] if inside else 0.0
                 level = 255 * act / contexts.max_act[feature]
-                assert abs(context.window[offset] - level) <= 0.6
+                # Rounded to 255 parts twice: of the window's largest activation, then of the feature's.
+                assert abs(context.window[offset] - level) <= 1
 
 
 def test_sample_holds_the_smallest_hashes_of_each_stratum(world, contexts) -> None:
@@ -109,31 +114,51 @@ def test_result_does_not_depend_on_the_batch(world, contexts, tmp_path: Path, ba
     assert (other.path / CONTEXTS_NAME).read_bytes() == (contexts.path / CONTEXTS_NAME).read_bytes()
 
 
-@pytest.mark.parametrize("by_document", [True, False])
-def test_reservoir_does_not_depend_on_the_order_of_rows(by_document: bool) -> None:
-    generator = np.random.default_rng(0)
-    parts = []
-    for row in range(40):
-        size = int(generator.integers(0, 60))
-        flat = row * 32 + generator.integers(0, 32, size)
-        feature = generator.integers(0, 3, size)
-        keep = np.unique(feature * 10_000 + flat, return_index=True)[1]
-        # Few different values, so that ties are everywhere.
-        parts.append((feature[keep], flat[keep], generator.integers(1, 5, len(keep)).astype(np.float32)))
-
-    def fill(order: np.ndarray) -> Reservoir:
-        reservoir = Reservoir(3, 4, width=8, scale=1.0, dtype=np.float32)
-        for feature, flat, acts in (parts[i] for i in order):
-            events = Events(feature, flat, acts, context_len=32)
-            documents = events.flat // 96 if by_document else None
-            reservoir.offer(events, events.features, -events.acts, documents=documents)
-        return reservoir
-
-    first, second = fill(np.arange(40)), fill(np.random.default_rng(1).permutation(40))
-    np.testing.assert_array_equal(first.flat, second.flat)
-    np.testing.assert_array_equal(first.windows, second.windows)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32 - 1), least_pending=st.sampled_from([0, 7, 10**6]), by_document=st.booleans())
+def test_reservoirs_in_any_number_and_order_equal_brute_force(
+    monkeypatch, seed: int, least_pending: int, by_document: bool
+) -> None:
+    # How many events wait before they are sorted in is no property of the result.
+    monkeypatch.setattr(reservoir_module, "LEAST_PENDING", least_pending)
+    generator = np.random.default_rng(seed)
+    num_groups, size, num_rows = int(generator.integers(1, 70)), int(generator.integers(1, 6)), 20
+    keys = np.sort(
+        generator.choice(num_groups * num_rows * 32, int(generator.integers(1, 1200)), replace=False) % 9_000
+    )
+    feature, flat = np.divmod(np.unique(keys), num_rows * 32)
+    # Few different values, so that ties are everywhere.
+    acts = generator.integers(1, 5, len(flat)).astype(np.float32)
+    owner = flat // 96
+    order = np.lexsort((flat, -acts, feature))
     if by_document:
-        assert all(len(set((row // 96).tolist())) == 4 for row in first.flat)
+        order = order[np.sort(np.unique(feature[order] * 100 + owner[order], return_index=True)[1])]
+    expected = np.full((num_groups, size), -1)
+    for group in range(num_groups):
+        own = flat[order][feature[order] == group][:size]
+        expected[group, : len(own)] = own
+
+    made = []
+    for rows in np.array_split(generator.permutation(num_rows), int(generator.integers(1, 4))):
+        one = Reservoir(num_groups, size, width=8, dtype=np.uint32)
+        for row in rows:
+            at = np.flatnonzero(flat // 32 == row)
+            events = Events(feature[at], flat[at], acts[at], context_len=32)
+            documents = (events.flat // 96).astype(np.int32) if by_document else None
+            one.offer(events, events.features, rank_largest(events.acts), documents=documents)
+        made.append(one)
+    for other in made[1:]:
+        made[0].merge(other)
+    whole = Reservoir(num_groups, size, width=8, dtype=np.uint32)
+    whole.restore(made[0].state())
+    found = whole.slots()
+    np.testing.assert_array_equal(found.flat, expected)
+    values = dict(zip(zip(feature.tolist(), flat.tolist(), strict=True), acts.tolist(), strict=True))
+    for group, slot in np.argwhere(found.flat >= 0):
+        place = int(found.flat[group, slot])
+        near = [values.get((group, p), 0.0) if p // 32 == place // 32 else 0.0 for p in range(place - 4, place + 4)]
+        assert found.acts[group, slot] == values[group, place]
+        np.testing.assert_array_equal(found.windows[group, slot], np.rint(np.array(near) * (255 / max(near))))
 
 
 def test_finished_pass_is_not_done_again_and_another_config_is_refused(world, tmp_path: Path, monkeypatch) -> None:
@@ -210,6 +235,40 @@ def test_parts_in_any_order_give_the_same_files(world, contexts, tmp_path: Path,
     assert not list(tmp_path.glob("part-*"))
 
 
+def _forked(work: Callable[[], None]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return pid
+
+
+def test_two_processes_one_of_them_killed_give_the_same_files(world, contexts, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"checkpoint_seconds": 0})
+    encode, left = world.sae.encode_sparse, [5]
+
+    def dying(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return encode(x)
+
+    def work(part: int) -> None:
+        if part == 1:
+            world.sae.encode_sparse = dying
+        collect_contexts_part(world.sae, world.train, config=config, out=tmp_path, part=part, num_parts=2)
+
+    pids = [_forked(lambda part=part: work(part)) for part in range(2)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0, -signal.SIGKILL]
+    assert len(list(tmp_path.glob("part-*"))) == 2
+    collect_contexts(world.sae, world.train, config=config, out=tmp_path, num_parts=2)
+    assert _same(tmp_path, contexts.path)
+
+
 def test_a_part_that_is_not_there_is_refused(world, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="part 3 of 3, needs one of 0 to 2"):
         collect_contexts_part(world.sae, world.train, config=CONFIG, out=tmp_path, part=3, num_parts=3)
@@ -274,16 +333,16 @@ def test_a_million_events_in_any_order_and_any_number_of_reservoirs_equal_brute_
     row = flat // context_len
     made = []
     for own in np.array_split(np.random.default_rng(1).permutation(625), 3):
-        best = Reservoir(num_features, size, width=4, scale=1.0, dtype=np.float32)
-        drawn = Reservoir(num_features, size, width=4, scale=1.0, dtype=np.uint64)
+        best = Reservoir(num_features, size, width=4, dtype=np.uint32)
+        drawn = Reservoir(num_features, size, width=4, dtype=np.uint64)
         for rows in np.array_split(own, 5):
             at = np.flatnonzero(np.isin(row, rows))
             events = Events(feature[at], flat[at], acts[at], context_len=context_len)
-            best.offer(events, events.features, -events.acts, documents=events.flat // 96)
+            best.offer(events, events.features, rank_largest(events.acts), documents=events.flat // 96)
             drawn.offer(events, events.features, hash_events(events.features, events.flat, seed=7))
         made.append((best, drawn))
     for best, drawn in made[1:]:
         made[0][0].merge(best)
         made[0][1].merge(drawn)
-    np.testing.assert_array_equal(made[0][0].flat, top)
-    np.testing.assert_array_equal(made[0][1].flat, sample)
+    np.testing.assert_array_equal(made[0][0].slots().flat, top)
+    np.testing.assert_array_equal(made[0][1].slots().flat, sample)

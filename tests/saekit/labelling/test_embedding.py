@@ -23,7 +23,8 @@ from saekit.labelling import (
 )
 from saekit.labelling.embed import server_config
 from saekit.labelling.live import OpenAIEmbeddings
-from saekit.labelling.scoring.embedding import EmbeddingScorer, best_bar, graded_precision
+from saekit.labelling.scoring.embedding import EmbeddingScorer
+from saekit.labelling.scoring.graded import best_bar, graded_precision
 from saekit.labelling.scoring.pieces import PieceTable
 from saekit.labelling.vectors import pack_vectors, read_embeddings, unpack_vectors
 from saekit.manifest import read_manifest

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from saekit.errors import DataError
 from saekit.labelling import ContextConfig, Label, RuleScoringConfig, Score, TokenEffects, collect_contexts, score_rules
@@ -9,7 +10,7 @@ from saekit.labelling.examples import feature_examples
 from saekit.labelling.lexical import LexicalLabeler
 from saekit.labelling.scoring.rule import HeldOut, RuleScores
 from saekit.labelling.vocabulary import Vocabulary
-from tests.saekit.labelling.planted import ID, WordTokenizer
+from tests.saekit.labelling.planted import ID, FakeStore, FakeView, WordTokenizer, identity_sae
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +155,12 @@ def test_empty_tokenizer_is_refused() -> None:
 
     with pytest.raises(DataError, match="no tokens"):
         Vocabulary(Empty())
+
+
+def test_dictionary_of_which_no_token_tells_anything_is_labelled(vocabulary, tmp_path) -> None:
+    # No rule on tokens is left for any feature.
+    tokens = np.random.default_rng(0).integers(0, 30, (8, 64))
+    store = FakeStore(tokens, np.repeat(np.arange(8), 64).reshape(8, 64), torch.ones(8, 64, 1))
+    view = FakeView(store, np.ones(tokens.shape, dtype=bool))
+    contexts = collect_contexts(identity_sae(1), view, config=ContextConfig(), out=tmp_path)
+    assert LexicalLabeler(store, contexts, vocabulary).label(0).label == "all tokens"

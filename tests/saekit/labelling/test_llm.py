@@ -368,7 +368,8 @@ scorers = make_scorers(held_out, config)
 for feature in range(len(world.names)):
     print(explainer.request(feature).key() if contexts.firing_count[feature] else "none")
     for scorer in scorers:
-        print(scorer.request(Label(feature=feature, labeler="x", label="y"), scorer.pieces(feature)).key())
+        label = Label(feature=feature, labeler="x", label="y")
+        print(*(request.key() for request in scorer.requests(label, scorer.pieces(feature))))
 """
 
 

@@ -16,7 +16,7 @@ from saekit.activations import CacheConfig, cache_activations
 from saekit.evaluation.definitions import METRICS, definitions
 from saekit.evaluation.record import Evaluation, EvaluationRow, FeatureMeasures, Figure, Histogram, write_evaluation
 from saekit.labelling.evidence.effects import TokenEffects, effects_path
-from saekit.manifest import begin_stage, finish_stage, manifest_sha256
+from saekit.manifest import begin_stage, finish_stage, manifest_sha256, write_json
 from saekit.report import ReportRun, build_report
 
 HOOK_POINT = "model.layers.1"
@@ -146,7 +146,41 @@ def _write_labels(folder: Path, parts: Parts, store: object, rng: np.random.Gene
     (folder / "labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in labels), encoding="utf-8")
     if parts.with_scores:
         (folder / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in scores), encoding="utf-8")
+    if parts.with_scores:
+        write_judged(folder, parts)
     finish_stage(folder, {"labels": len(labels)})
+
+
+def write_judged(folder: Path, parts: Parts) -> None:
+    """Writes controls of feature 0 and the label stage's report for the labelers that are models."""
+    judged = {"scorer": "detection", "judge": "judge-1", "base_rate": 0.5, "natural_rate": 0.02, "num_positive": 10}
+    controls = [
+        {"feature": 0, "labeler": f"control:{name}", **judged, "f1": f1, "auprc": 0.5, "num_negative": 10}
+        for name, f1 in (("empty", 0.0), ("random", 0.125), ("shuffled", 0.25))
+        if any(labeler != "lexical" for labeler in parts.labelers)
+    ]
+    (folder / "controls.jsonl").write_text("".join(json.dumps(line) + "\n" for line in controls), encoding="utf-8")
+    alive = parts.num_features - parts.num_dead
+    entry = {
+        "labelled": alive - 1,
+        "failed": 1,
+        "skipped": parts.num_dead,
+        "missing": 0,
+        "failed_reasons": {"no answer in 3 tries": 1},
+        "failed_features": {"5": "no answer in 3 tries"},
+        "skipped_features": {"never fires": f"{alive}-{parts.num_features - 1}"},
+    }
+    llm = {"model": "judge-1", "requests_sent": 431, "answers": 430, "input_tokens": 260_000, "output_tokens": 31_000}
+    llm |= {"interrupted_requests": 1, "interrupted_cost_at_most": 0.002, "cost": 0.1534, "cost_per_feature": 0.0011}
+    write_json(
+        folder / "label_report.json",
+        {
+            "features": parts.num_features,
+            "labelers": dict.fromkeys(parts.labelers, entry),
+            "llm": llm if controls else None,
+            "scores": [],
+        },
+    )
 
 
 def contexts_arrays(parts: Parts, store: object, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -256,6 +290,11 @@ def label_lines(parts: Parts, rng: np.random.Generator) -> tuple[list[dict[str, 
                 }
                 | {"auprc": f1 * 0.9, "precision": 0.8, "recall": 0.6, "balanced_accuracy": 0.79, "base_rate": 0.004}
                 | {"num_positive": 40, "num_negative": 9960}
+                | (
+                    {}
+                    if scorer == "rule"
+                    else {"f1_natural": f1 * 0.5, "auprc_natural": f1 * 0.4, "natural_rate": 0.02}
+                )
             )
     return labels, scores
 

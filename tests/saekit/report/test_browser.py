@@ -119,7 +119,7 @@ def test_the_overview_opens_from_disk(site: Site) -> None:
     assert site.page.evaluate("location.hash") == "#/topk"
     assert site.page.inner_text("#overview h1") == "topk"
     assert "0.310" in site.texts(".tile-value")
-    assert site.page.locator("#overview svg[role=img]").count() == 8
+    assert site.page.locator("#overview svg[role=img]").count() == 10
     table = site.page.inner_text("table.figures >> nth=1")
     assert "PCA, 8 components" in table
     assert "0.3100" in table
@@ -127,9 +127,15 @@ def test_the_overview_opens_from_disk(site: Site) -> None:
     assert "A <b>report</b>" in site.page.title()
 
 
+def test_saes_of_one_hook_point_are_drawn_against_each_other(site: Site) -> None:
+    site.open()
+    titles = site.texts("#overview .chart-title")
+    assert titles.count("FVU against L0") == titles.count("CE recovered against L0") == 1
+
+
 def test_charts_answer_the_pointer(site: Site) -> None:
     site.open("#/topk")
-    site.page.locator("figure.chart svg").nth(1).hover()
+    site.page.locator("figure.chart svg").nth(3).hover()
     assert "training" in site.page.inner_text("#tooltip")
     site.page.mouse.move(5, 5)
     site.wait("document.getElementById('tooltip').hidden")
@@ -533,3 +539,49 @@ def test_thousands_of_features_are_drawn_a_screen_at_a_time(
     assert 10 < len(site.rows()) < 200
     site.page.evaluate("location.hash = '#/large/feature/3600'")
     site.wait("document.querySelector('.crumb b')?.textContent === '3600'")
+
+
+def test_judges_controls_failures_and_money_are_on_the_overview(site: Site, report: Any) -> None:
+    site.open()
+    shown = site.page.inner_text("#judged")
+    assert "Detection by judge-1: means over features" in shown
+    rows = {text.split("\t")[0]: text for text in site.texts("#judged [aria-label=Detection] tbody tr")}
+    assert list(rows) == ["llm:judge-1", "empty label", "random words", "another feature's label"]
+    assert f"{np.mean(list(_f1(report).values())):.2f}" in rows["llm:judge-1"]
+    assert "0.25" in rows["another feature's label"]
+    assert "1 failed: no answer in 3 tries; skipped: never fires" in shown
+    assert "431 requests" in shown
+    assert "$0.153" in shown
+
+
+def test_judges_and_controls_are_on_the_feature_page(site: Site) -> None:
+    site.open("#/topk/feature/0")
+    cards = site.texts(".label-card .score")
+    assert any("Detection" in card and "F1 at natural rate" in card and "judge judge-1" in card for card in cards)
+    assert any("F1 of labels that know nothing: empty label 0.00 \u00b7 random words 0.13" in card for card in cards)
+
+
+def test_a_scorer_that_the_page_does_not_know_is_shown(site: Site) -> None:
+    site.open()
+    text = site.page.evaluate(
+        "saekit.judged.scoreTable({scorer: 'simulation', judge: 'j', pearson: 0.625, low: 0.5, high: 0.75, nats_gained: -1.5,"
+        " num_positive: 3, num_negative: 4, num_unparsed: 0}, [{labeler: 'control:empty', pearson: 0.0625}]).textContent"
+    )
+    assert "Simulation" in text
+    assert "pearson0.63" in text
+    assert "95 %: 0.50" in text
+    assert "nats gained" in text
+    assert "empty label 0.06" in text
+
+
+@pytest.mark.parametrize("width", [380, 1400])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_judges_fit_on_narrow_and_wide_pages(
+    open_site: Callable[..., Site], report: Any, width: int, theme: str
+) -> None:
+    site = open_site(report.folder, color_scheme=theme)
+    site.page.set_viewport_size({"width": width, "height": 900})
+    site.open()
+    box = site.page.locator("#judged").bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= width

@@ -11,6 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from saekit.activations import ActivationStore
+from saekit.labelling import Score
+from saekit.report.judged import score_figures
 from saekit.report.text import TIE, visible
 
 Read = Callable[[Path], dict[str, Any]]
@@ -204,3 +206,43 @@ def test_a_run_without_other_folders_says_so(report: Any, read_payload: Read) ->
     run = read_payload(report.folder / "data" / "report.js")["runs"][2]
     assert (run["evaluation"], run["density"], run["labelers"]) == (None, None, [])
     assert run["features"] == {"total": 20, "firing": None, "labelled": None}
+
+
+def test_every_number_of_a_score_is_shown_also_of_scorers_to_come() -> None:
+    class Later(Score):
+        pearson: float | None = None
+        sentences: int | None = None
+
+    shown = score_figures(Later(feature=7, labeler="x", scorer="detection", judge="j", pearson=-0.25, right=(True,)))
+    assert shown["pearson"] == -0.25
+    assert (shown["scorer"], shown["judge"], shown["f1"]) == ("detection", "j", None)
+    assert not {"feature", "right", "sentences"} & set(shown)
+
+
+def test_controls_of_a_feature_and_of_the_run_stand_beside_the_judged_labels(report: Any, read_payload: Read) -> None:
+    folder = report.folder / "data"
+    chunk = read_payload(folder / "topk" / "chunk-0000.js")
+    controls = {control["labeler"]: control["f1"] for control in chunk["controls"][0]}
+    assert controls == {"control:empty": 0.0, "control:random": 0.125, "control:shuffled": 0.25}
+    assert not any(chunk["controls"][1:])
+    run = read_payload(folder / "report.js")["runs"][0]
+    f1 = [line["f1"] for line in _lines(report.runs[0].labels / "scores.jsonl") if line["scorer"] == "detection"]
+    means = {(entry["labeler"], entry["is_control"]): entry["f1"] for entry in run["judged"]}
+    assert means == {
+        ("llm:judge-1", False): pytest.approx(np.mean(f1)),
+        ("control:empty", True): 0.0,
+        ("control:random", True): 0.125,
+        ("control:shuffled", True): 0.25,
+    }
+    entry = next(entry for entry in run["judged"] if not entry["is_control"])
+    assert entry["auprc_natural"] == pytest.approx(0.4 * np.mean(f1))
+    assert len(entry["f1_interval"]) == 2
+    outcome = {one["name"]: one for one in run["outcome"]["labelers"]}
+    assert (outcome["lexical"]["labelled"], outcome["lexical"]["failed"]) == (139, 1)
+    assert outcome["llm:judge-1"]["failed_reasons"] == {"no answer in 3 tries": 1}
+    assert run["outcome"]["llm"]["cost"] == 0.1534
+
+
+def test_a_run_that_nobody_labelled_has_nothing_to_judge(report: Any, read_payload: Read) -> None:
+    bare = read_payload(report.folder / "data" / "report.js")["runs"][2]
+    assert (bare["judged"], bare["outcome"]) == ([], None)

@@ -1,6 +1,7 @@
 """Defects of whole trainings that other trainers shipped, each put in here to see that a named check turns red."""
 
 import contextlib
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -183,6 +184,10 @@ def check_checkpoints_run_no_code(planted: ModuleType, folder: Path) -> None:
     torch.save({"step": _Payload(folder / "was-run")}, folder / "run.pt")
     with contextlib.suppress(FormatError):
         state_module.load_checkpoint(folder, "run")
+    torch.save({}, folder / "run.pt")
+    (folder / ".metadata").write_bytes(pickle.dumps(_Payload(folder / "was-run")))
+    with pytest.raises(FormatError, match="needs the metadata of a checkpoint"):
+        state_module.load_run(folder)
     assert not (folder / "was-run").exists()
 
 
@@ -289,7 +294,7 @@ def _threshold_not_tracked(patch: pytest.MonkeyPatch) -> None:
 
 
 def _checkpoint_ignored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(loop_module, "latest_checkpoint", lambda out: None)
+    patch.setattr(trainer_module, "latest_checkpoint", lambda out: None)
 
 
 def _checkpoints_unpickled(patch: pytest.MonkeyPatch) -> None:

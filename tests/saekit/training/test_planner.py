@@ -18,7 +18,7 @@ from saekit.training.hardware import find_hardware
 from saekit.training.memory import training_bytes
 from saekit.training.planner import TrainingPlan, memory_of, plan_training
 from saekit.training.shape import shape_of
-from saekit.training.state import latest_checkpoint, load_checkpoint
+from saekit.training.state import latest_checkpoint, load_run
 
 # Odd widths, so that no two of them can stand for each other.
 TINY: dict[str, Any] = {"d_in": 5, "d_sae": 32, "k": 3, "target_l0": 3.0, "num_sites": 2, "d_out": 7}
@@ -77,7 +77,7 @@ def test_optimizer_and_average_are_as_large_as_in_a_checkpoint(
     Trainer(build_sae(cfg), train, settings).fit(tmp_path)
     checkpoint = latest_checkpoint(tmp_path)
     assert checkpoint is not None
-    run = load_checkpoint(checkpoint, "run")["run"]
+    run = load_run(checkpoint)["run"]
     # Numbers of steps are scalars.
     found = sum(t.numel() * t.element_size() for t in tensors(run["optimizer"]["state"]) if t.ndim)
     size = StoreSize(num_tokens=train.num_tokens, token_bytes=store.token_bytes)

@@ -57,11 +57,11 @@ def train(planted: ModuleType, kind: str, out: Path, *, rank: int = 0, world_siz
 
 
 def train_until_one_is_killed(planted: ModuleType, out: Path, *, rank: int) -> None:
-    """The second process is killed in its 21st step, five steps after a checkpoint."""
+    """The second process is killed in its 33rd step; the checkpoint of step 30 was begun when that of step 15 was in place."""
     source = planted.PlantedSource(batch_size=128, rank=rank, world_size=2)
     if rank == 1:
         # The start reads 16,384 tokens of each process first, and comes back.
-        source.kill_at, source.armed_after = 20, 16_384 // 64
+        source.kill_at, source.armed_after = 32, 16_384 // 64
     Trainer(build_sae(CONFIGS["topk"]), source, CONFIG).fit(out)
 
 
@@ -114,6 +114,9 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
             process.kill()
         # The first process loses the second one, and says so.
         assert process.returncode == (-signal.SIGKILL if rank else 1), errors
+        if rank == 0:
+            message = "training: process 0 of 2 lost process 1 was killed, or does not answer (connection closed)"
+            assert message in errors.splitlines()[-1]
     return out
 
 
@@ -138,7 +141,14 @@ def test_two_processes_equal_one(planted: ModuleType, two_processes: Path, tmp_p
 
 def test_checkpoint_has_a_part_of_each_process(two_processes: Path) -> None:
     (checkpoint,) = (two_processes / "topk" / "checkpoints").iterdir()
-    assert sorted(path.name for path in checkpoint.iterdir()) == ["process_0.pt", "process_1.pt", "run.pt"]
+    assert sorted(path.name for path in checkpoint.iterdir()) == [
+        ".metadata",
+        "__0_0.distcp",
+        "__1_0.distcp",
+        "process_0.pt",
+        "process_1.pt",
+        "run.pt",
+    ]
 
 
 def test_a_process_that_is_killed_leaves_a_checkpoint_that_one_process_goes_on_from(
@@ -147,9 +157,9 @@ def test_a_process_that_is_killed_leaves_a_checkpoint_that_one_process_goes_on_f
     folder = two_processes / "killed"
     checkpoint = latest_checkpoint(folder)
     assert checkpoint is not None
-    assert checkpoint.name == "step_00000015"
-    assert load_checkpoint(checkpoint, "run")["run"]["step"] == 15
-    assert load_checkpoint(checkpoint, "process_1")["source"] == {"position": 15}
+    assert checkpoint.name in {"step_00000015", "step_00000030"}
+    step = load_checkpoint(checkpoint, "run")["run"]["step"]
+    assert load_checkpoint(checkpoint, "process_1")["source"] == {"position": step}
     for out in (folder, tmp_path):
         Trainer(build_sae(CONFIGS["topk"]), planted.PlantedSource(batch_size=128), CONFIG).fit(out)
     found, single = load_sae_folder(folder), load_sae_folder(tmp_path)

@@ -16,8 +16,10 @@ from saekit.errors import ConfigError, FormatError, ResourceError
 from saekit.hub import load_sae
 from saekit.sae import JumpReLUConfig, SAEConfig, TopKConfig, build_sae
 from saekit.training import TrainConfig, Trainer, read_metrics
+from saekit.training import background as background_module
 from saekit.training import loop as loop_module
-from saekit.training import state as state_module
+from saekit.training.metrics import SPEED_FIELDS
+from saekit.training.state import load_run, publish_checkpoint
 
 TOPK = TopKConfig(d_in=16, d_sae=32, k=2)
 JUMPRELU = JumpReLUConfig(d_in=16, d_sae=32, target_l0=2)
@@ -51,7 +53,8 @@ def contents(out: Path) -> tuple[bytes, list[dict[str, object]]]:
     """The weights' bytes and the metrics without times."""
     rows = read_metrics(out)
     for row in rows:
-        row.pop("tokens_per_second", None)
+        for name in SPEED_FIELDS:
+            row.pop(name, None)
     return (out / "sae.safetensors").read_bytes(), rows
 
 
@@ -98,7 +101,8 @@ def test_killed_run_goes_on_bit_for_bit(
     found = run_in_process(cfg, tmp_path, stop_at=47, number=signal.SIGKILL)
     assert found.returncode == -signal.SIGKILL, found.stderr
     assert not (tmp_path / "sae.safetensors").exists()
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000026", "step_00000039"]
+    # The one of step 39 was begun once this one was in place.
+    assert (tmp_path / "checkpoints" / "step_00000026").is_dir()
     assert len(read_metrics(tmp_path)) > sum(1 for row in rows if int(str(row["step"])) <= 39)
     with pytest.raises(FormatError, match="training has not finished; run it again to resume it"):
         load_sae(tmp_path)
@@ -163,16 +167,15 @@ def test_checkpoint_that_was_cut_off_is_cleared_and_the_one_before_used(
     planted: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(planted, TOPK, tmp_path / "whole")
-    publish = state_module.publish_checkpoint
 
     def fail_second(out: Path, step: int) -> Path:
         if step == 26:
-            raise RuntimeError("power cut")
-        return publish(out, step)
+            raise EOFError("power cut")
+        return publish_checkpoint(out, step)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop_module, "publish_checkpoint", fail_second)
-        with pytest.raises(RuntimeError, match="power cut"):
+        patched.setattr(background_module, "publish_checkpoint", fail_second)
+        with pytest.raises(EOFError, match="power cut"):
             train(planted, TOPK, tmp_path / "cut")
     names = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
     assert names == [".step_00000026", "step_00000013"]
@@ -181,7 +184,7 @@ def test_checkpoint_that_was_cut_off_is_cleared_and_the_one_before_used(
     assert not list((tmp_path / "cut" / "checkpoints").glob(".*"))
 
 
-def stopped_run(planted: ModuleType, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def stopped_run(planted: ModuleType, out: Path, monkeypatch: pytest.MonkeyPatch, cfg: SAEConfig = TOPK) -> Path:
     """A run that stopped after its second checkpoint; returns that checkpoint."""
     save = loop_module.TrainingLoop.save
 
@@ -193,18 +196,19 @@ def stopped_run(planted: ModuleType, out: Path, monkeypatch: pytest.MonkeyPatch)
     with monkeypatch.context() as patched:
         patched.setattr(loop_module.TrainingLoop, "save", save_then_fail)
         with pytest.raises(RuntimeError, match="power cut"):
-            train(planted, TOPK, out)
+            train(planted, cfg, out)
     return out / "checkpoints" / "step_00000026"
 
 
-@pytest.mark.parametrize("name", ["run.pt", "process_0.pt"])
+@pytest.mark.parametrize("name", ["run.pt", "process_0.pt", ".metadata", "__0_0.distcp"])
 @pytest.mark.parametrize("size", [0, 100])
 def test_broken_checkpoint_names_the_file_and_the_remedy(
     planted: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: int
 ) -> None:
     checkpoint = stopped_run(planted, tmp_path, monkeypatch)
     (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:size])
-    with pytest.raises(FormatError, match=rf"{name}': cannot be read: .*; remove '.*step_00000026' to go on") as caught:
+    shown = ".metadata' or a file that it names" if name.startswith((".", "_")) else f"{name}'"
+    with pytest.raises(FormatError, match=rf"{shown}: cannot be read: .*; remove '.*step_00000026' to go on") as caught:
         train(planted, TOPK, tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -219,15 +223,41 @@ def test_other_config_does_not_take_over_a_stopped_run(
         Trainer(build_sae(TOPK), source, config).fit(tmp_path)
 
 
-def test_full_disk_while_saving_is_one_line(
+def test_full_disk_while_saving_is_one_line_and_keeps_the_checkpoint_before(
     planted: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*args: object, **kwargs: object) -> None:
-        raise OSError(28, "No space left on device")
+    write = background_module.write_rows
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(ResourceError, match=r"checkpoint cannot be written: .*No space left on device"):
+    def full(folder: Path, *args: object) -> object:
+        if folder.name == ".step_00000026":
+            raise OSError(28, "No space left on device")
+        return write(folder, *args)  # type: ignore[arg-type]  # as given
+
+    monkeypatch.setattr(background_module, "write_rows", full)
+    with pytest.raises(
+        ResourceError, match=r"step_00000026': checkpoint cannot be written: .*No space left.*the one before is kept"
+    ) as caught:
         train(planted, TOPK, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000013"]
+
+
+def test_checkpoint_of_the_format_before_is_read(
+    planted: ModuleType,
+    uninterrupted: tuple[SAEConfig, bytes, list[dict[str, object]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cfg, weights, rows = uninterrupted
+    checkpoint = stopped_run(planted, tmp_path, monkeypatch, cfg)
+    state = load_run(checkpoint)
+    # That format had all tensors in one file, and measured the data anew.
+    del state["run"]["normalization"], state["num_processes"]
+    for name in (".metadata", "__0_0.distcp"):
+        (checkpoint / name).unlink()
+    torch.save(state, checkpoint / "run.pt")
+    train(planted, cfg, tmp_path)
+    assert contents(tmp_path) == (weights, rows)
 
 
 def test_half_a_row_of_metrics_is_not_read(tmp_path: Path) -> None:

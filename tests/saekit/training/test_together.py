@@ -19,6 +19,7 @@ from saekit.training import together as together_module
 from saekit.training import trainer as trainer_module
 from saekit.training.fused_adam import FusedAdam
 from saekit.training.memory import training_bytes
+from saekit.training.metrics import SPEED_FIELDS
 from saekit.training.run import TrainRun
 from saekit.training.shared import SharedBatches
 
@@ -39,7 +40,8 @@ def make(store: ActivationStore, name: str, **changes: object) -> Trainer:
 def contents(folder: Path) -> tuple[bytes, list[dict[str, object]]]:
     rows = read_metrics(folder)
     for row in rows:
-        row.pop("tokens_per_second", None)
+        for name in SPEED_FIELDS:
+            row.pop(name, None)
     return (folder / "sae.safetensors").read_bytes(), rows
 
 

@@ -14,6 +14,7 @@ from saekit.manifest import read_manifest
 from saekit.sae import BatchTopKConfig, JumpReLUConfig, SAEConfig, TopKConfig, build_sae, load_sae_folder
 from saekit.training import TrainConfig, Trainer, read_metrics
 from saekit.training.heldout import heldout_figures
+from saekit.training.metrics import SPEED_FIELDS
 
 TOPK = TopKConfig(d_in=16, d_sae=32, k=2)
 BATCHTOPK = BatchTopKConfig(d_in=16, d_sae=32, k=2)
@@ -89,11 +90,12 @@ def test_metrics_have_a_row_for_every_log_point(planted: ModuleType, tmp_path: P
     for row in rows:
         keys = {"split", "step", "tokens", "fvu", "l0", "dead_fraction"}
         extra = (
-            {"loss", "auxk", "lr", "gradient_norm", "l0_coefficient", "tokens_per_second"}
+            {"loss", "auxk", "lr", "gradient_norm", "l0_coefficient", *SPEED_FIELDS} - {"mfu"}
             if row["split"] == "train"
             else set()
         )
         assert set(row) == keys | extra
+        assert all(float(row[name]) >= 0 for name in extra & set(SPEED_FIELDS))
 
 
 class _Recorder:
