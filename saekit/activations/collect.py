@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from saekit.activations.capture import BatchCapture, CapturedBatch
-from saekit.activations.codec import AnyArray
+from saekit.activations.codec import AnyArray, token_bytes
 from saekit.activations.config import CacheConfig
 from saekit.activations.layout import (
     INDEX_NAME,
@@ -31,6 +31,7 @@ from saekit.activations.layout import (
 from saekit.activations.plan import free_bytes, plan_cache
 from saekit.activations.reader import ShardReader
 from saekit.activations.rows import TokenTable, read_token_table, write_token_table
+from saekit.activations.shardfile import ChunkShape, chunk_shape
 from saekit.activations.statistics import Statistics, compute_statistics, tell_massive, write_statistics
 from saekit.activations.store import ActivationStore, cache_identity
 from saekit.activations.stored import read_arrays, write_arrays
@@ -39,7 +40,7 @@ from saekit.activations.writer import Shard, ShardWriter, remove_leftovers, stag
 from saekit.activations.writers import Writers, join_writers
 from saekit.errors import ResourceError, SaekitError, StoreError
 from saekit.manifest import begin_stage, file_sha256, finish_stage, locked, read_manifest
-from saekit.models.hooks import resolve
+from saekit.models.hooks import capture, resolve
 from saekit.models.load import LanguageModel, load_model
 from saekit.models.texts import iter_documents, text_fingerprint
 from saekit.models.tokens import TokenCounts, check_context_len, iter_token_rows
@@ -181,6 +182,7 @@ class _Collector:
         )
         own = self.writers.share([span for span in spans if span.index in missing])
         row_tokens = table.context_len
+        shape = self._chunk_shape(table) if own else ChunkShape(1, 1)
         done = sum(span.num_rows for span in spans if span.index not in missing) * row_tokens
         total = done + sum(span.num_rows for span in own) * row_tokens
         with (
@@ -195,7 +197,14 @@ class _Collector:
                     self._keep(batch, span, row_tokens, buffers)
                     task.advance(len(batch.rows) * row_tokens)
                 self._check_disk(buffers)
-                writer.submit([buffer.shard(self, name, span) for name, buffer in buffers.items()])
+                writer.submit([buffer.shard(self, name, span, shape) for name, buffer in buffers.items()])
+
+    def _chunk_shape(self, table: TokenTable) -> ChunkShape:
+        """Returns the shape of chunks, which depends on the widths of all hook points, also of those that need no more shards."""
+        hidden = capture(self.lm, torch.from_numpy(table.tokens[:1]).to(torch.int64), self.config.hook_points)
+        return chunk_shape(
+            table.context_len, [token_bytes(self.config.dtype, values.shape[-1]) for values in hidden.values()]
+        )
 
     def _keep(self, batch: CapturedBatch, span: ShardSpan, context_len: int, buffers: dict[str, "_Buffer"]) -> None:
         place = slice(int(batch.rows[0]) - span.first_row, int(batch.rows[-1]) - span.first_row + 1)
@@ -235,7 +244,7 @@ class _Buffer:
         self.activations: AnyArray = np.empty(shape, dtype)
         self.norm = np.empty(shape[:2], np.float32)
 
-    def shard(self, run: _Collector, hook_point: str, span: ShardSpan) -> Shard:
+    def shard(self, run: _Collector, hook_point: str, span: ShardSpan, chunk: ChunkShape) -> Shard:
         return Shard(
             folder=hook_folder(run.out, hook_point),
             cache=run.cache,
@@ -243,6 +252,7 @@ class _Buffer:
             span=span,
             dtype=run.config.dtype,
             compression=run.config.compression,
+            chunk=chunk,
             d_in=self.d_in,
             activations=self.activations,
             norm=self.norm,

@@ -1,24 +1,25 @@
 """Activations of one hook point by row, by token or by chunk, over all of its shards."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from saekit.activations.codec import CODECS, AnyArray
 from saekit.activations.layout import ShardRecord, shard_file
-from saekit.activations.shardfile import ShardFile, chunk_bounds
+from saekit.activations.order import Indices, flat_of
+from saekit.activations.shardfile import ShardFile, chunk_bounds, shard_mark
 from saekit.errors import StoreError
 
 __all__ = ["ShardReader"]
 
 # The system allows 1,024 open files a process by default.
 _OPEN_SHARDS = 256
-
-Indices = npt.NDArray[np.int64]
+# What is not given out is read as well: so much of it at a time.
+_BLOCK_CHUNKS = 256
 
 
 class ShardReader:
@@ -66,22 +67,33 @@ class ShardReader:
         ascending, order = _ascending(flat)
         chunks = np.searchsorted(self.bounds, ascending, side="right") - 1
         out = np.empty((len(flat), self.codec.width(self.d_in)), self.codec.array)
-        starts = np.flatnonzero(np.diff(chunks, prepend=-1))
-        for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(chunks)], strict=True):
-            chunk = int(chunks[start])
-            first, count = int(self.bounds[chunk]), int(self.bounds[chunk + 1] - self.bounds[chunk])
-            if stop - start == count and np.array_equal(ascending[start:stop], np.arange(first, first + count)):
-                self.chunk(chunk, out[start:stop])
-                continue
-            whole = np.empty((count, out.shape[1]), out.dtype)
-            self.chunk(chunk, whole)
-            out[start:stop] = whole[ascending[start:stop] - first]
+        starts = np.append(np.flatnonzero(np.diff(chunks, prepend=-1)), len(chunks))
+        for block in range(0, len(starts) - 1, _BLOCK_CHUNKS):
+            edges = starts[block : block + _BLOCK_CHUNKS + 1]
+            part, own = slice(edges[0], edges[-1]), chunks[edges[:-1]]
+            all_of = flat_of(own, self.bounds)
+            if np.array_equal(all_of, ascending[part]):
+                self.chunks(own, out[part])
+            else:
+                whole = np.empty((len(all_of), out.shape[1]), out.dtype)
+                self.chunks(own, whole)
+                out[part] = whole[np.searchsorted(all_of, ascending[part])]
         return self.codec.decode(self.codec.to_tensor(_restored(out, order)))
 
-    def chunk(self, chunk: int, out: AnyArray) -> None:
-        """Reads all tokens of a chunk into `out` `[n, width]`, in the stored form."""
-        shard = int(np.searchsorted(self._first_chunks, chunk, side="right")) - 1
-        self._open_shard(shard).read_chunk(chunk - int(self._first_chunks[shard]), out.reshape(-1).view(np.uint8))
+    def chunks(self, chunks: Indices, out: AnyArray) -> None:
+        """Reads all tokens of ascending chunks into `out` `[n, width]`, one chunk after another, in the stored form."""
+        ends = np.cumsum(self.bounds[chunks + 1] - self.bounds[chunks])
+        edges = [*np.searchsorted(chunks, self._first_chunks).tolist()]
+        for shard, (first, last) in enumerate(itertools.pairwise(edges)):
+            if first == last:
+                continue
+            start = int(ends[first - 1]) if first else 0
+            sizes = np.diff(ends[first:last], prepend=start) * out.itemsize * out.shape[1]
+            self._open_shard(shard).read_chunks(
+                (chunks[first:last] - self._first_chunks[shard]).tolist(),
+                sizes.tolist(),
+                out[start : int(ends[last - 1])].reshape(-1).view(np.uint8),
+            )
 
     def _open(self, shard: int) -> ShardFile:
         record = self._shards[shard]
@@ -92,6 +104,7 @@ class ShardReader:
             chunk_bytes=rows * positions * self.codec.width(self.d_in) * self.codec.array.itemsize,
             item_bytes=self.codec.array.itemsize,
             compression=record.compression,
+            mark=shard_mark(record.cache, record.hook_point, record.span.index),
         )
 
 

@@ -1,13 +1,16 @@
 """One shard of activations: a zarr v3 shard file, written at once, and read by offset without zarr.
 
 A shard file is a row of chunks, each followed by its crc32c, then the index: offset and length of each chunk, and the index's
-own crc32c (zarr v3 specification, sharding-indexed codec 1.0). zarr's own readers take it as it is. A chunk holds few tokens,
-so that a window of a training mixes pieces of many documents, and is the unit of reading and of checking: what is read is
-checked each time, and nothing else has to be read for it.
+own crc32c (zarr v3 specification, sharding-indexed codec 1.0). zarr's own readers take it as it is. Before the first chunk, where
+the index leaves room, stand 64 bytes that say which shard of which cache it is. A chunk holds few tokens, so that a window of a
+training mixes pieces of many documents, and is the unit of reading and of checking: what is read is checked each time, and
+nothing else has to be read for it.
 """
 
+import hashlib
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -21,13 +24,18 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from saekit.activations.codec import AnyArray
 from saekit.errors import StoreError
 
-__all__ = ["CHUNK_TOKENS", "ChunkShape", "Compression", "ShardFile", "chunk_bounds", "chunk_shape", "write_shard_file"]
+__all__ = ["ChunkShape", "Compression", "ShardFile", "chunk_bounds", "chunk_shape", "shard_mark", "write_shard_file"]
 
 Compression = Literal["none", "lz4", "zstd", "zstd_bitshuffle"]
 
-CHUNK_TOKENS = 32
-"""Tokens of a chunk: 48 KiB at 768 bfloat16, 256 KiB at 4,096. Fewer mix more documents in the same memory, more are read faster."""
+# Smaller chunks mix more documents in the same memory, larger ones are read faster. All hook points of a cache are cut alike and may be
+# read together, but below the least size of one of them checking costs more than reading.
+_CHUNK_BYTES = 48 * 2**10
+_LEAST_CHUNK_BYTES = 16 * 2**10
+_CHUNK_TOKENS = 32
 
+# Copies between places that lie differently to lines of the cache are several times slower on some processors.
+_ALIGNMENT = 64
 _CRC_BYTES = 4
 _INDEX_TYPE = np.dtype("<u8")
 # The most that one call of the system takes.
@@ -49,11 +57,17 @@ class ChunkShape(NamedTuple):
         return -(-num_rows // self.rows) * -(-context_len // self.positions)
 
 
-def chunk_shape(context_len: int) -> ChunkShape:
-    """Returns the shape of the chunks in a cache of rows of this length; the same for all of its hook points."""
-    if context_len <= CHUNK_TOKENS:
-        return ChunkShape(CHUNK_TOKENS // context_len, context_len)
-    parts = -(-context_len // CHUNK_TOKENS)
+def chunk_shape(context_len: int, token_bytes: Sequence[int]) -> ChunkShape:
+    """Returns the shape of the chunks in a cache of rows of this length; the same for all of its hook points.
+
+    Args:
+        token_bytes: of a stored activation of each hook point.
+    """
+    tokens = max(1, _CHUNK_BYTES // sum(token_bytes), _LEAST_CHUNK_BYTES // max(token_bytes))
+    tokens = min(tokens, _CHUNK_TOKENS)
+    if context_len <= tokens:
+        return ChunkShape(tokens // context_len, context_len)
+    parts = -(-context_len // tokens)
     return ChunkShape(1, -(-context_len // parts))
 
 
@@ -64,14 +78,20 @@ def chunk_bounds(num_rows: int, context_len: int, shape: ChunkShape) -> npt.NDAr
     return np.append(starts.ravel(), num_rows * context_len)
 
 
+def shard_mark(*what: object) -> bytes:
+    """Returns the 64 bytes at the beginning of a shard's file: a hash of what tells it from all others."""
+    return hashlib.sha256(repr(what).encode()).hexdigest().encode()
+
+
 def write_shard_file(
-    group_path: Path, name: str, array: AnyArray, *, shape: ChunkShape, compression: Compression, dtype: str
+    group_path: Path, name: str, array: AnyArray, *, shape: ChunkShape, compression: Compression, dtype: str, mark: bytes
 ) -> str:
     """Writes `[rows, T, W]` as one shard of a zarr array, and returns the crc32c of its file as hexadecimal digits.
 
     Args:
         group_path: of the zarr group that gets the array.
         dtype: of the activations, for the array's attributes.
+        mark: as `shard_mark` makes it.
 
     Raises:
         OSError: as the file system says it.
@@ -94,15 +114,16 @@ def write_shard_file(
     path = group_path / name / "c" / "0" / "0" / "0"
     path.parent.mkdir(parents=True)
     codec = _compressor(compression, array.itemsize)
-    spans, offset, crc = [], 0, 0
+    spans, offset, crc = [], len(mark), google_crc32c.value(mark)
     with path.open("wb", buffering=0) as file:
-        pending: list[Bytes | bytes] = []
+        pending: list[Bytes | bytes] = [mark]
         for chunk in _chunks_of(array, shape):
             data = chunk if codec is None else np.frombuffer(codec.encode(chunk), np.uint8)
-            end = google_crc32c.value(data).to_bytes(_CRC_BYTES, "little")
+            size = len(data) + _CRC_BYTES
+            end = google_crc32c.value(data).to_bytes(_CRC_BYTES, "little") + bytes(-size % _ALIGNMENT)
             crc = google_crc32c.extend(google_crc32c.extend(crc, data), end)
-            spans.append((offset, len(data) + _CRC_BYTES))
-            offset += len(data) + _CRC_BYTES
+            spans.append((offset, size))
+            offset += len(data) + len(end)
             pending += [data, end]
             if len(pending) >= _MAX_BUFFERS:
                 _write_all(file.fileno(), pending)
@@ -127,13 +148,9 @@ def _chunks_of(array: AnyArray, shape: ChunkShape) -> "list[Bytes]":
 
 
 def _write_all(handle: int, buffers: "list[Bytes | bytes]") -> None:
-    views = [memoryview(buffer) for buffer in buffers]
-    while views:
-        written = os.writev(handle, views[:_MAX_BUFFERS])
-        while views and written >= len(views[0]):
-            written -= len(views.pop(0))
-        if written:
-            views[0] = views[0][written:]
+    left = [memoryview(buffer) for buffer in buffers]
+    while left:
+        left = _after(left, os.writev(handle, left[:_MAX_BUFFERS]))
 
 
 def _zarr_codecs(compression: Compression, item_bytes: int) -> list[BloscCodec | ZstdCodec]:
@@ -164,15 +181,16 @@ class ShardFile:
     """The open file of one shard; safe to read from several threads."""
 
     def __init__(
-        self, path: Path, *, num_chunks: int, chunk_bytes: int, item_bytes: int, compression: Compression
+        self, path: Path, *, num_chunks: int, chunk_bytes: int, item_bytes: int, compression: Compression, mark: bytes
     ) -> None:
-        """Opens the file and reads its index.
+        """Opens the file and reads its mark and its index.
 
         Args:
             chunk_bytes: of a chunk, decompressed.
+            mark: of the shard that it has to be.
 
         Raises:
-            StoreError: it cannot be read, or its index is damaged.
+            StoreError: it cannot be read, is another shard's, or its index is damaged.
         """
         self._path = path
         self._chunk_bytes = chunk_bytes
@@ -182,9 +200,13 @@ class ShardFile:
             self._handle = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise self._unreadable(error.strerror or str(error)) from error
+        found = np.empty(len(mark), np.uint8)
+        self._read(0, [found])
+        if found.tobytes() != mark:
+            raise self._unreadable("belongs to another cache, hook point or place, or has changed since it was written")
         index = np.empty(size + _CRC_BYTES, np.uint8)
-        self._read(os.fstat(self._handle).st_size - len(index), [index])
-        if google_crc32c.value(index[:size]) != _stored(index[size:]):
+        self._read(max(0, os.fstat(self._handle).st_size - len(index)), [index])
+        if google_crc32c.value(index[:size]) != _number(index[size:]):
             raise self._unreadable("its index has changed since it was written")
         self._spans: list[list[int]] = index[:size].view(_INDEX_TYPE).reshape(-1, 2).tolist()
 
@@ -192,48 +214,73 @@ class ShardFile:
         if hasattr(self, "_handle"):
             os.close(self._handle)
 
-    def read_chunk(self, chunk: int, out: Bytes) -> None:
-        """Reads the first `len(out)` bytes of a chunk into `out` and checks all of the chunk.
+    def read_chunks(self, chunks: list[int], sizes: list[int], out: Bytes) -> None:
+        """Reads the first bytes of each chunk into `out`, one chunk after another, and checks all of each chunk.
+
+        Args:
+            chunks: ascending; neighbours are read in one go.
+            sizes: how many bytes of each, decompressed.
 
         Raises:
             StoreError: it cannot be read, or has changed since it was written.
         """
-        offset, size = self._spans[chunk]
         if self._codec is not None:
-            stored = np.empty(size, np.uint8)
+            self._read_compressed(chunks, sizes, out)
+            return
+        start, first = 0, 0
+        while first < len(chunks):
+            offset = at = self._spans[chunks[first]][0]
+            buffers: list[Bytes] = []
+            last = first
+            # Each chunk into its place, what lies between them aside.
+            while last < len(chunks) and self._spans[chunks[last]][0] == at and len(buffers) + 2 <= _MAX_BUFFERS:
+                size = sizes[last]
+                rest = self._chunk_bytes - size + _CRC_BYTES
+                gap = -(self._chunk_bytes + _CRC_BYTES) % _ALIGNMENT
+                buffers += [out[start : start + size], np.empty(rest + gap, np.uint8)]
+                start += size
+                at += size + rest + gap
+                last += 1
+            self._read(offset, buffers)
+            for place, number in enumerate(chunks[first:last]):
+                data, rest_of = buffers[2 * place], buffers[2 * place + 1]
+                crc = google_crc32c.value(data)
+                end = self._chunk_bytes - len(data)
+                if end:
+                    crc = google_crc32c.extend(crc, rest_of[:end])
+                self._check(number, crc, rest_of[end : end + _CRC_BYTES])
+            first = last
+
+    def _read_compressed(self, chunks: list[int], sizes: list[int], out: Bytes) -> None:
+        assert self._codec is not None, "the caller has looked"
+        start = 0
+        for chunk, size in zip(chunks, sizes, strict=True):
+            offset, length = self._spans[chunk]
+            stored = np.empty(length, np.uint8)
             self._read(offset, [stored])
             self._check(chunk, google_crc32c.value(stored[:-_CRC_BYTES]), stored[-_CRC_BYTES:])
-            whole = len(out) == self._chunk_bytes
-            data = self._codec.decode(stored[:-_CRC_BYTES], out if whole else None)
-            if not whole:
-                out[:] = np.frombuffer(data, np.uint8)[: len(out)]
-            return
-        rest = np.empty(self._chunk_bytes - len(out) + _CRC_BYTES, np.uint8)
-        self._read(offset, [out, rest])
-        crc = google_crc32c.value(out)
-        if len(rest) > _CRC_BYTES:
-            crc = google_crc32c.extend(crc, rest[:-_CRC_BYTES])
-        self._check(chunk, crc, rest[-_CRC_BYTES:])
+            target = out[start : start + size]
+            is_whole = size == self._chunk_bytes
+            data = self._codec.decode(stored[:-_CRC_BYTES], target if is_whole else None)
+            if not is_whole:
+                target[:] = np.frombuffer(data, np.uint8)[:size]
+            start += size
 
-    def _read(self, offset: int, buffers: list[Bytes]) -> None:
+    def _read(self, offset: int, buffers: Sequence[Bytes]) -> None:
         needed = sum(map(len, buffers))
+        left, found = [memoryview(buffer) for buffer in buffers], 0
         try:
-            found = os.preadv(self._handle, buffers, offset)
-            if found != needed:
-                # A signal, or a file that is too short: all of it once more, piece by piece.
-                whole = np.empty(needed, np.uint8)
-                found = _read_slowly(self._handle, offset, whole)
-                for buffer, part in zip(
-                    buffers, np.split(whole, np.cumsum([len(b) for b in buffers])[:-1]), strict=True
-                ):
-                    buffer[:] = part
+            # More than once after a signal, or where one call gives less than asked for.
+            while left and (part := os.preadv(self._handle, left, offset + found)):
+                found += part
+                left = _after(left, part)
         except OSError as error:
             raise self._unreadable(error.strerror or str(error)) from error
         if found != needed:
             raise self._unreadable(f"{found:,} bytes at {offset:,}, needs {needed:,}")
 
     def _check(self, chunk: int, found: int, expected: Bytes) -> None:
-        if found != _stored(expected):
+        if found != _number(expected):
             raise self._unreadable(f"chunk {chunk} has changed since it was written (crc32c differs)")
 
     def _unreadable(self, what: str) -> StoreError:
@@ -243,12 +290,14 @@ class ShardFile:
         )
 
 
-def _stored(crc: Bytes) -> int:
+def _number(crc: Bytes) -> int:
     return int.from_bytes(crc.tobytes(), "little")
 
 
-def _read_slowly(handle: int, offset: int, out: Bytes) -> int:
-    filled = 0
-    while filled < len(out) and (part := os.preadv(handle, [out[filled:]], offset + filled)):
-        filled += part
-    return filled
+def _after(buffers: list[memoryview], taken: int) -> list[memoryview]:
+    """Returns what follows the first bytes of some buffers."""
+    for place, buffer in enumerate(buffers):
+        if taken < len(buffer):
+            return [buffer[taken:], *buffers[place + 1 :]] if taken else buffers[place:]
+        taken -= len(buffer)
+    return []

@@ -27,8 +27,8 @@ class ShuffledBatches:
     about a w-th of the view (`EpochOrder` says how that goes together).
 
     If the view fits `memory_bytes` as it is stored, it is read once. If not, windows of half of `memory_bytes` are mixed while
-    the next one is read in the background, each chunk once an epoch; `measure_mixing` says how far that is from a full
-    shuffle.
+    the next one is read in the background, each chunk once an epoch (once more where one lane's tokens end in it and
+    another's begin); `measure_mixing` says how far that is from a full shuffle.
 
     Attributes:
         view: what is read.
@@ -82,13 +82,11 @@ class ShuffledBatches:
         self.epoch = 0
         self.batch = 0
         self._device = torch.device(device)
-        fitting = int(memory_bytes) // view.store.token_bytes
         self._order = EpochOrder(
             view.mask.ravel(),
             view.store.chunk_bounds,
             seed=seed,
-            # While one window is given out, the next one is read: each has half of the memory.
-            window_tokens=fitting if view.num_tokens <= fitting else fitting // 2,
+            memory_tokens=int(memory_bytes) // view.store.token_bytes,
             batch_tokens=self.global_batch_size,
         )
         self._lanes = self._order.lanes_of(rank * batch_size, (rank + 1) * batch_size)
@@ -127,9 +125,10 @@ class ShuffledBatches:
 
     def batch_indices(self, epoch: int, batch: int) -> Indices:
         """Returns the flat indices in the store of a global batch, the ranks' slices one after another."""
-        window = self._order.window(epoch, self._order.window_of(batch), range(self._order.num_lanes))
-        tokens = [own[self._order.places(epoch, batch, lane)] for lane, own in enumerate(window.lanes)]
-        return np.concatenate(tokens)
+        number, lanes = self._order.window_of(batch), range(self._order.num_lanes)
+        places = self._order.shuffled(epoch, number, lanes)[:, self._order.places_of(batch)]
+        flat: Indices = self._order.window(epoch, number, lanes).tokens[places.ravel()]
+        return flat
 
     def state_dict(self) -> dict[str, object]:
         """Returns the position and what it depends on, as JSON values; the same on every rank."""
@@ -188,9 +187,7 @@ class ShuffledBatches:
     def _read(self, epoch: int, batch: int) -> list[Tensor]:
         """Returns a batch of this rank, each hook point's part; runs in the batch thread alone."""
         window = self._window(epoch, self._order.window_of(batch))
-        places = np.concatenate(
-            [window.places[number][self._order.places(epoch, batch, lane)] for number, lane in enumerate(self._lanes)]
-        )
+        places = window.order[:, self._order.places_of(batch)].ravel()
         # The first of the lanes may begin with another rank's tokens.
         start = self.rank * self.batch_size - self._lanes.start * self._order.lane_batch
         index = torch.from_numpy(places[start : start + self.batch_size])
@@ -206,9 +203,6 @@ class ShuffledBatches:
 
     def _window(self, epoch: int, number: int) -> LoadedWindow:
         """Returns a window, and has the window after it read."""
-        if self._order.is_whole:
-            # Every epoch gives out the same tokens of the one window, in another order.
-            return self._load(0, 0).result()
         following = (epoch, number + 1) if number < self._order.num_windows - 1 else (epoch + 1, 0)
         for key in self._loaded.keys() - {(epoch, number), following}:
             del self._loaded[key]

@@ -249,13 +249,13 @@ class ActivationStore:
         """`[chunks + 1]` flat index at which each chunk of the files begins; the same for all hook points of a cache."""
         return self._reader.bounds
 
-    def read_chunk(self, chunk: int, out: AnyArray) -> None:
-        """Reads all tokens of a chunk into `out` `[n, width]` as they are stored.
+    def read_chunks(self, chunks: npt.NDArray[np.int64], out: AnyArray) -> None:
+        """Reads all tokens of ascending chunks into `out` `[n, width]`, one chunk after another, as they are stored.
 
         Raises:
             StoreError: a file that cannot be read, or has changed since it was written.
         """
-        self._reader.chunk(chunk, out)
+        self._reader.chunks(chunks, out)
 
     @property
     def token_bytes(self) -> int:

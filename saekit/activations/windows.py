@@ -1,6 +1,7 @@
 """Windows of a store in memory: the chunks of some lanes, each read once and left as it is stored."""
 
 import itertools
+import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -16,6 +17,7 @@ __all__ = ["LoadedWindow", "WindowReader"]
 
 # Reads wait for the disk without holding the interpreter; more threads than this gain nothing on a local disk.
 _MAX_THREADS = 4
+_PIECES = 4
 
 
 class LoadedWindow(NamedTuple):
@@ -23,8 +25,8 @@ class LoadedWindow(NamedTuple):
 
     stored: tuple[Tensor, ...]
     """`[n, width]` of each hook point, as they are stored."""
-    places: tuple[Indices, ...]
-    """For each lane, where its tokens are among them."""
+    order: Indices
+    """`[lanes, ..]` which of them are given out, in this order."""
 
 
 class WindowReader:
@@ -37,8 +39,9 @@ class WindowReader:
         self._lanes = lanes
         self._threads = min(_MAX_THREADS, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="saekit-read")
-        # Chunks that the next window begins with, by number: each is read once an epoch.
-        self._kept: dict[int, list[AnyArray]] = {}
+        # Chunks that the next window begins with, ascending, with their tokens: each is read once.
+        self._kept: tuple[Indices, list[AnyArray]] = (np.empty(0, np.int64), [])
+        self._whole: tuple[tuple[Tensor, ...], Indices] | None = None
 
     def read(self, epoch: int, number: int) -> LoadedWindow:
         """Returns the lanes' tokens of a window.
@@ -46,36 +49,57 @@ class WindowReader:
         Raises:
             StoreError: a file that cannot be read, or has changed since it was written.
         """
+        stored, places = self._whole if self._whole is not None else self._load(epoch, number)
+        if self._order.is_whole:
+            # Every epoch gives out the same tokens of the one window, in another order.
+            self._whole = stored, places
+        return LoadedWindow(stored, places[self._order.shuffled(epoch, number, self._lanes)])
+
+    def _load(self, epoch: int, number: int) -> tuple[tuple[Tensor, ...], Indices]:
+        """Returns each hook point's tokens of the window's chunks, and where among them the lanes' tokens are."""
         window = self._order.window(epoch, number, self._lanes)
-        bounds, chunks = self._store.chunk_bounds, window.chunks
+        bounds = self._store.chunk_bounds
+        kept, kept_tokens = self._kept
+        is_kept = np.isin(kept, window.chunks)
+        fresh = np.setdiff1d(window.chunks, kept, assume_unique=True)
+        chunks = np.concatenate([kept[is_kept], fresh])
         ends = np.cumsum(bounds[chunks + 1] - bounds[chunks])
+        starts = ends - (bounds[chunks + 1] - bounds[chunks])
         parts = self._store.parts
-        arrays = [np.empty((int(ends[-1]), part.codec.width(part.d_in)), part.codec.array) for part in parts]
-        starts = np.append(0, ends[:-1])
+        arrays = [_aligned(int(ends[-1]), part.codec.width(part.d_in), part.codec.array) for part in parts]
+        num_kept = len(chunks) - len(fresh)
+        if num_kept:
+            held = np.repeat(is_kept, bounds[kept + 1] - bounds[kept])
+            for array, tokens in zip(arrays, kept_tokens, strict=True):
+                array[: int(ends[num_kept - 1])] = tokens[held]
 
         def read_some(some: slice) -> None:
-            for chunk, start, end in zip(
-                chunks[some].tolist(), starts[some].tolist(), ends[some].tolist(), strict=True
-            ):
-                kept = self._kept.get(chunk)
-                for place, (part, array) in enumerate(zip(parts, arrays, strict=True)):
-                    if kept is None:
-                        part.read_chunk(chunk, array[start:end])
-                    else:
-                        array[start:end] = kept[place]
+            tokens = slice(int(starts[some][0]), int(ends[some][-1]))
+            for part, array in zip(parts, arrays, strict=True):
+                part.read_chunks(chunks[some], array[tokens])
 
-        edges = np.linspace(0, len(chunks), self._threads + 1).astype(int).tolist()
+        # More pieces than threads: they end together, whatever else the cores do.
+        edges = np.unique(np.linspace(num_kept, len(chunks), _PIECES * self._threads + 1).astype(int)).tolist()
         list(self._pool.map(read_some, [slice(a, b) for a, b in itertools.pairwise(edges)]))
-        at = np.searchsorted(chunks, window.unfinished).tolist()
-        self._kept = {
-            int(chunks[place]): [array[starts[place] : ends[place]].copy() for array in arrays] for place in at
-        }
-        flat = flat_of(chunks, bounds)
-        places = tuple(np.searchsorted(flat, tokens) for tokens in window.lanes)
-        return LoadedWindow(
-            tuple(part.codec.to_tensor(array) for part, array in zip(parts, arrays, strict=True)), places
-        )
+
+        ascending = np.argsort(chunks)
+        at = ascending[np.searchsorted(chunks[ascending], window.unfinished)]
+        again = flat_of(at, np.append(0, ends))
+        self._kept = window.unfinished, [array[again] for array in arrays]
+        chunk = ascending[
+            np.searchsorted(chunks[ascending], np.searchsorted(bounds, window.tokens, side="right") - 1)
+        ]
+        places = starts[chunk] + window.tokens - bounds[chunks[chunk]]
+        return tuple(part.codec.to_tensor(array) for part, array in zip(parts, arrays, strict=True)), places
 
     def close(self) -> None:
         """Ends the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _aligned(rows: int, width: int, dtype: np.dtype[np.generic]) -> AnyArray:
+    """Returns an array that begins where a page does: the system copies into it several times as fast on some processors."""
+    size = rows * width * dtype.itemsize
+    memory = np.empty(size + mmap.PAGESIZE, np.uint8)
+    start = -memory.ctypes.data % mmap.PAGESIZE
+    return memory[start : start + size].view(dtype).reshape(rows, width)

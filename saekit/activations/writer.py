@@ -24,7 +24,7 @@ from saekit.activations.layout import (
     shard_name,
     write_record,
 )
-from saekit.activations.shardfile import Compression, chunk_shape, write_shard_file
+from saekit.activations.shardfile import ChunkShape, Compression, shard_mark, write_shard_file
 from saekit.activations.stored import write_arrays
 from saekit.errors import ResourceError
 
@@ -107,6 +107,8 @@ class Shard:
     """Of the activations."""
     compression: Compression
     """Of their chunks."""
+    chunk: ChunkShape
+    """Rows and positions that a chunk holds."""
     d_in: int
     """Width of an activation."""
     activations: AnyArray
@@ -122,16 +124,16 @@ def write_shard(shard: Shard) -> ShardRecord:
         ResourceError: the disk is full, or the folder cannot be written.
     """
     name = shard_name(shard.span.index)
-    shape = chunk_shape(shard.activations.shape[1])
     with staged(shard.folder / name) as temporary:
         write_arrays(temporary, {"norm": shard.norm})
         crc = write_shard_file(
             temporary,
             ACTIVATIONS_NAME,
             shard.activations,
-            shape=shape,
+            shape=shard.chunk,
             compression=shard.compression,
             dtype=shard.dtype,
+            mark=shard_mark(shard.cache, shard.hook_point, shard.span.index),
         )
     record = ShardRecord(
         cache=shard.cache,
@@ -140,7 +142,7 @@ def write_shard(shard: Shard) -> ShardRecord:
         d_in=shard.d_in,
         dtype=shard.dtype,
         compression=shard.compression,
-        chunk=shape,
+        chunk=shard.chunk,
         files=record_files(shard.folder, name, known={shard_file(shard.span.index): crc}),
     )
     write_record(shard.folder / record_name(shard.span.index), record)

@@ -12,7 +12,14 @@ import zarr
 
 from saekit.activations import CacheConfig, cache_activations, verify_store
 from saekit.activations.codec import CODECS, token_bytes
-from saekit.activations.shardfile import Compression, ShardFile, chunk_bounds, chunk_shape, write_shard_file
+from saekit.activations.shardfile import (
+    Compression,
+    ShardFile,
+    chunk_bounds,
+    chunk_shape,
+    shard_mark,
+    write_shard_file,
+)
 from saekit.errors import NonFiniteError, StoreError
 from saekit.models import LanguageModel, replace
 
@@ -49,30 +56,35 @@ def test_float8_decodes_as_torch_does() -> None:
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("context_len", [16, 150])
 def test_shard_file_is_a_zarr_array_and_reads_by_chunk(
-    compression: Compression, context_len: int, tmp_path: Path
+    compression: Compression, context_len: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     array = np.random.default_rng(0).integers(0, 99, (7, context_len, 5)).astype("<u2")
-    shape = chunk_shape(context_len)
-    write_shard_file(tmp_path, "activations", array, shape=shape, compression=compression, dtype="bfloat16")
+    shape = chunk_shape(context_len, [1024, 512])
+    assert shape == {16: (2, 16), 150: (1, 30)}[context_len]
+    mark = shard_mark("cache", 3)
+    write_shard_file(tmp_path, "activations", array, shape=shape, compression=compression, dtype="bfloat16", mark=mark)
     assert np.array_equal(np.asarray(zarr.open_group(tmp_path)["activations"][...]), array)
     path = tmp_path / "activations" / "c" / "0" / "0" / "0"
     bounds, flat = chunk_bounds(7, context_len, shape), array.reshape(-1, 5)
     options = {"num_chunks": len(bounds) - 1, "chunk_bytes": shape.rows * shape.positions * 10, "item_bytes": 2}
     assert shape.num_chunks(7, context_len) == len(bounds) - 1
-    file = ShardFile(path, compression=compression, **options)
-    for chunk in range(len(bounds) - 1):
-        expected = flat[bounds[chunk] : bounds[chunk + 1]]
-        out = np.empty_like(expected)
-        file.read_chunk(chunk, out.reshape(-1).view(np.uint8))
-        assert np.array_equal(out, expected)
+    file = ShardFile(path, compression=compression, mark=mark, **options)
+    monkeypatch.setattr("saekit.activations.shardfile._MAX_BUFFERS", 5)
+    for chunks in (np.arange(len(bounds) - 1), np.array([0]), np.array([1, 2])):
+        sizes = np.diff(bounds)[chunks]
+        out = np.empty((sizes.sum(), 5), array.dtype)
+        file.read_chunks(chunks.tolist(), (sizes * 10).tolist(), out.reshape(-1).view(np.uint8))
+        assert np.array_equal(out, np.concatenate([flat[bounds[c] : bounds[c + 1]] for c in chunks]))
+    with pytest.raises(StoreError, match="belongs to another cache, hook point or place"):
+        ShardFile(path, compression=compression, mark=shard_mark("cache", 4), **options)
     damaged = bytearray(path.read_bytes())
-    damaged[3] ^= 1
+    damaged[67] ^= 1
     path.write_bytes(damaged)
     with pytest.raises(StoreError, match="chunk 0 has changed"):
-        ShardFile(path, compression=compression, **options).read_chunk(0, np.empty(10, np.uint8))
+        ShardFile(path, compression=compression, mark=mark, **options).read_chunks([0], [10], np.empty(10, np.uint8))
     path.write_bytes(damaged[:-1])
     with pytest.raises(StoreError, match="its index has changed"):
-        ShardFile(path, compression=compression, **options)
+        ShardFile(path, compression=compression, mark=mark, **options)
 
 
 @pytest.mark.parametrize(
