@@ -23,10 +23,11 @@ import numpy as np
 import torch
 import zarr
 
-from saekit.activations.codec import CODECS, Codec
+from saekit.activations.codec import CODECS, Codec, token_bytes
 from saekit.activations.layout import ShardRecord, shard_spans
 from saekit.activations.reader import ShardReader
-from saekit.activations.shardfile import Compression
+from saekit.activations.shardfile import Compression, chunk_shape
+from saekit.activations.windows import aligned
 from saekit.activations.writer import Shard, write_shard
 from saekit.manifest import software_versions
 
@@ -59,6 +60,7 @@ def write_store(folder: Path, rows: Array, codec: Codec, compression: Compressio
             span=span,
             dtype=codec.name,
             compression=compression,
+            chunk=chunk_shape(CONTEXT_LEN, [token_bytes(codec.name, d_in)]),
             d_in=d_in,
             activations=rows[part],
             norm=norm[part],
@@ -76,10 +78,20 @@ def write_memmap(path: Path, rows: Array) -> None:
 
 def shuffled_chunks(reader: ShardReader, out: Array, seed: int) -> None:
     """Reads every chunk once in random order."""
-    order = np.random.default_rng(seed).permutation(len(reader.bounds) - 1).tolist()
-    for chunk in order:
-        start, stop = reader.bounds[chunk], reader.bounds[chunk + 1]
-        reader.chunk(chunk, out[start:stop])
+    order = np.random.default_rng(seed).permutation(len(reader.bounds) - 1)
+    for chunk in order.tolist():
+        reader.chunks(np.array([chunk]), out[reader.bounds[chunk] : reader.bounds[chunk + 1]])
+
+
+def windows(reader: ShardReader, out: Array, seed: int) -> None:
+    """Reads every chunk once, a random quarter of them after another, each in ascending order, as a training does."""
+    starts, sizes = reader.bounds[:-1], np.diff(reader.bounds)
+    place = 0
+    for part in np.array_split(np.random.default_rng(seed).permutation(len(starts)), 4):
+        chunks = np.sort(part)
+        tokens = int(sizes[chunks].sum())
+        reader.chunks(chunks, out[place : place + tokens])
+        place += tokens
 
 
 def shuffled_zarr(folder: Path, out: Array, chunk_tokens: int, seed: int) -> None:
@@ -104,7 +116,7 @@ def speeds(x: torch.Tensor, repeats: int, folder: Path) -> Iterator[str]:
     rows = flat.reshape(-1, CONTEXT_LEN, d_in)
     writes: Times = {}
     reads: Times = {}
-    out = np.empty_like(flat)
+    out = aligned(*flat.shape, flat.dtype)
     for repeat in range(repeats + 1):
         place = folder / str(repeat)
         place.mkdir()
@@ -125,6 +137,7 @@ def speeds(x: torch.Tensor, repeats: int, folder: Path) -> Iterator[str]:
             taken[1], "saekit, chunks in random order, checked", lambda r=reader, s=repeat: shuffled_chunks(r, out, s)
         )
         assert np.array_equal(out, flat)
+        timed(taken[1], "saekit, windows of a quarter, checked", lambda r=reader, s=repeat: windows(r, out, s))
         timed(
             taken[1],
             "zarr, the same chunks",
@@ -167,7 +180,7 @@ def compressions(x: torch.Tensor, folder: Path) -> Iterator[str]:
                 lambda a=(place, rows, codec, compression), to=records: to.extend(write_store(*a, x.shape[1])),
             )
             reader = ShardReader(place, records, context_len=CONTEXT_LEN)
-            out = np.empty((len(x), rows.shape[2]), rows.dtype)
+            out = aligned(len(x), rows.shape[2], rows.dtype)
             timed(times, "read", lambda r=reader, o=out: shuffled_chunks(r, o, 0))
             size = sum(file.size_bytes for record in records for path, file in record.files.items() if "/c/" in path)
             write, read = (plain / 1e9 / times[key][0][0] for key in ("write", "read"))

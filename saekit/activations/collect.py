@@ -24,6 +24,7 @@ from saekit.activations.layout import (
     read_record,
     record_files,
     record_name,
+    refuse_earlier,
     shard_name,
     shard_spans,
     write_record,
@@ -85,6 +86,7 @@ def cache_activations(
 
 def _claim(config: CacheConfig, out: Path, lm: LanguageModel, progress: Progress) -> bool:
     """Returns whether the folder holds the finished cache already; claims it where not."""
+    refuse_earlier(out)
     if read_manifest(out) is None:
         progress.say(plan_cache(config, out, lm=lm).summary())
     inputs = {

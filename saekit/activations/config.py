@@ -30,7 +30,7 @@ class CacheConfig(Config):
     """Of the stored activations. float16 has three bits more precision, but ends at 65,504: it is refused above that. `int8`
     and `float8_e4m3` take half, with a scale for each token; benchmarks/store_cpu.md has what that does to an SAE's FVU."""
     compression: Compression = "none"
-    """Of the stored chunks. bfloat16 gets a fifth smaller by zstd_bitshuffle and is read at a fraction of the rate (benchmarks/store_cpu.md)."""
+    """Of the stored chunks; lossless. Smaller files, read and written more slowly: benchmarks/store_cpu.md has both."""
     batch_size: int = Field(default=8, ge=1)
     """Sequences a forward. Raise it on a GPU. Part of the cache's identity: batching changes the last bits of a forward."""
     shard_tokens: int = Field(default=32_768, ge=1)

@@ -47,6 +47,7 @@ __all__ = [
     "read_record",
     "record_files",
     "record_name",
+    "refuse_earlier",
     "shard_file",
     "shard_name",
     "shard_spans",
@@ -226,7 +227,19 @@ def read_record(path: Path, kind: type[AnyRecord]) -> AnyRecord | None:
     except FileNotFoundError:
         return None
     except (ValidationError, OSError) as error:
+        raise StoreError(f"{str(path)!r}: not a record of a cache, needs the file as this version writes it") from error
+
+
+def refuse_earlier(cache: Path) -> None:
+    """Refuses a cache that an earlier version has made, finished or not.
+
+    Raises:
+        StoreError: it is one.
+    """
+    path = cache / TOKENS_RECORD_NAME
+    # Those versions kept a sha256 of each file.
+    if path.is_file() and b'"sha256"' in path.read_bytes():
         raise StoreError(
-            f"{str(path)!r}: not a record of a cache, needs the file as this version writes it; caches of earlier versions have"
-            " to be made anew in another folder"
-        ) from error
+            f"cache {str(cache)!r}: made by an earlier version of saekit, whose files this one does not read; remove the folder or"
+            " choose another, and cache anew"
+        )

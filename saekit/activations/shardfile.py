@@ -84,7 +84,14 @@ def shard_mark(*what: object) -> bytes:
 
 
 def write_shard_file(
-    group_path: Path, name: str, array: AnyArray, *, shape: ChunkShape, compression: Compression, dtype: str, mark: bytes
+    group_path: Path,
+    name: str,
+    array: AnyArray,
+    *,
+    shape: ChunkShape,
+    compression: Compression,
+    dtype: str,
+    mark: bytes,
 ) -> str:
     """Writes `[rows, T, W]` as one shard of a zarr array, and returns the crc32c of its file as hexadecimal digits.
 

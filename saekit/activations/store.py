@@ -20,6 +20,7 @@ from saekit.activations.layout import (
     file_problems,
     hook_folder,
     read_record,
+    refuse_earlier,
 )
 from saekit.activations.reader import ShardReader
 from saekit.activations.rows import NORMAL, TokenTable, read_token_table
@@ -89,6 +90,7 @@ class ActivationStore:
         manifest = read_manifest(path)
         if manifest is None or manifest.stage != "cache":
             raise StoreError(f"{where}: no cache there, needs the output folder of the cache stage")
+        refuse_earlier(path)
         if manifest.status != "complete":
             raise StoreError(f"{where}: not finished; run the cache command again to go on")
         present = hook_points_of(manifest)

@@ -14,6 +14,7 @@ from saekit.activations.layout import (
     hook_folder,
     read_record,
     record_name,
+    refuse_earlier,
     shard_name,
 )
 from saekit.activations.store import cache_identity, hook_points_of
@@ -40,12 +41,13 @@ def verify_store(path: str | Path, *, checksums: bool = True, repair: bool = Fal
         repair: also forget the broken parts, so that running the cache command again makes exactly those anew.
 
     Raises:
-        StoreError: no cache there.
+        StoreError: no cache there, or one of an earlier version.
     """
     path = Path(path)
     manifest = read_manifest(path)
     if manifest is None or manifest.stage != "cache":
         raise StoreError(f"cache {str(path)!r}: no cache there, needs the output folder of the cache stage")
+    refuse_earlier(path)
     problems = list(_problems(path, manifest, checksums=checksums))
     if repair and problems:
         for problem in problems:

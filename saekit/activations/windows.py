@@ -13,7 +13,7 @@ from saekit.activations.codec import AnyArray
 from saekit.activations.order import EpochOrder, Indices, flat_of
 from saekit.activations.store import ActivationStore
 
-__all__ = ["LoadedWindow", "WindowReader"]
+__all__ = ["LoadedWindow", "WindowReader", "aligned"]
 
 # Reads wait for the disk without holding the interpreter; more threads than this gain nothing on a local disk.
 _MAX_THREADS = 4
@@ -66,7 +66,7 @@ class WindowReader:
         ends = np.cumsum(bounds[chunks + 1] - bounds[chunks])
         starts = ends - (bounds[chunks + 1] - bounds[chunks])
         parts = self._store.parts
-        arrays = [_aligned(int(ends[-1]), part.codec.width(part.d_in), part.codec.array) for part in parts]
+        arrays = [aligned(int(ends[-1]), part.codec.width(part.d_in), part.codec.array) for part in parts]
         num_kept = len(chunks) - len(fresh)
         if num_kept:
             held = np.repeat(is_kept, bounds[kept + 1] - bounds[kept])
@@ -86,9 +86,7 @@ class WindowReader:
         at = ascending[np.searchsorted(chunks[ascending], window.unfinished)]
         again = flat_of(at, np.append(0, ends))
         self._kept = window.unfinished, [array[again] for array in arrays]
-        chunk = ascending[
-            np.searchsorted(chunks[ascending], np.searchsorted(bounds, window.tokens, side="right") - 1)
-        ]
+        chunk = ascending[np.searchsorted(chunks[ascending], np.searchsorted(bounds, window.tokens, side="right") - 1)]
         places = starts[chunk] + window.tokens - bounds[chunks[chunk]]
         return tuple(part.codec.to_tensor(array) for part, array in zip(parts, arrays, strict=True)), places
 
@@ -97,7 +95,7 @@ class WindowReader:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _aligned(rows: int, width: int, dtype: np.dtype[np.generic]) -> AnyArray:
+def aligned(rows: int, width: int, dtype: np.dtype[np.generic]) -> AnyArray:
     """Returns an array that begins where a page does: the system copies into it several times as fast on some processors."""
     size = rows * width * dtype.itemsize
     memory = np.empty(size + mmap.PAGESIZE, np.uint8)
