@@ -4,7 +4,8 @@
 
 The job has `world` (.npz of tokens, documents, acts, features), `words`, `out` (a folder), `url` (of an OpenAI-compatible server), and
 `concurrency`. The last line of its output is JSON: `shown` and `judged` (per feature, flat indices of the tokens of the contexts that
-the explainer and the judge saw, positives only), and per scorer `figures` by feature.
+the explainer and the judge saw, positives only), per scorer `figures` by feature, how many texts were left `unanswered`,
+and when the library's own work `ended`, by this machine's clock.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ import json
 import os
 import re
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,6 +112,7 @@ def delphi(job: dict[str, Any], world: World) -> dict[str, Any]:
     if todo:
         arguments = (cfg, latents, explanations, scores, todo, tokenizer, None)
         asyncio.run(command.process_cache(*arguments))
+    ended = time.perf_counter()
     shown, judged = {}, {}
     if job["leaks"]:
         made = latent.LatentDataset(latents, cfg.sampler_cfg, cfg.constructor_cfg, tokenizer, ["layer"])
@@ -117,13 +120,16 @@ def delphi(job: dict[str, Any], world: World) -> dict[str, Any]:
             feature = str(record.latent.latent_index)
             shown[feature] = [world.place(example.tokens) for example in record.train]
             judged[feature] = [world.place(example.tokens) for example in record.test]
+    unanswered = 0
     figures: dict[str, dict[str, float]] = {}
     for scorer in ("detection", "fuzz"):
         for path in (scores / scorer).glob("*.txt"):
-            answers = json.loads(path.read_text())
+            given = json.loads(path.read_text())
+            answers = [answer for answer in given if answer["correct"] is not None]
+            unanswered += len(given) - len(answers)
             sides = [[bool(a["correct"]) for a in answers if a["activating"] == side] for side in (True, False)]
             figures.setdefault(scorer, {})[path.stem] = float(np.mean([np.mean(side) for side in sides]))
-    return {"shown": shown, "judged": judged, "figures": figures}
+    return {"shown": shown, "judged": judged, "figures": figures, "unanswered": unanswered, "ended": ended}
 
 
 def partialmethod_run(run: Any, concurrency: int) -> Any:
@@ -164,6 +170,7 @@ def saebench(job: dict[str, Any], world: World) -> dict[str, Any]:
 
     run.gather_data = keep
     results = asyncio.run(run.run())
+    ended = time.perf_counter()
     shown, judged = (
         {str(f): [world.place(e.toks) for e in found[f] if e.is_active] for f in found} for found in gathered[0]
     )
@@ -171,6 +178,8 @@ def saebench(job: dict[str, Any], world: World) -> dict[str, Any]:
         "shown": shown,
         "judged": judged,
         "figures": {"detection": {str(feature): result["score"] for feature, result in results.items()}},
+        "unanswered": 0,
+        "ended": ended,
     }
 
 
@@ -208,6 +217,7 @@ def saekit(job: dict[str, Any], world: World) -> dict[str, Any]:
         found = estimate_labels(sae, train, **given)
         return {"requests": found.num_requests, "cost": found.cost}
     label_features(sae, train, **given)
+    ended = time.perf_counter()
     figures: dict[str, dict[str, float]] = {}
     for score in read_scores(job["out"]):
         if score.scorer in {"detection", "fuzzing"} and score.balanced_accuracy is not None:
@@ -228,7 +238,7 @@ def saekit(job: dict[str, Any], world: World) -> dict[str, Any]:
             shown[str(feature)] = [example.flat for example in feature_examples(reader, contexts, feature)]
             pieces = [piece for piece in judge.pieces(feature) if piece.is_active]
             judged[str(feature)] = [int(first_of[piece.document]) for piece in pieces]
-    return {"shown": shown, "judged": judged, "figures": figures}
+    return {"shown": shown, "judged": judged, "figures": figures, "unanswered": 0, "ended": ended}
 
 
 def main() -> None:

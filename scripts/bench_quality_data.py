@@ -1,13 +1,14 @@
 """The tokens of scripts/bench_quality, written once so that every library reads the same ones in the same order."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from saekit.activations import ActivationStore
+from saekit.activations import ActivationStore, JoinedStore
 from saekit.evaluation.planted import PlantedConfig, PlantedDictionary
 from saekit.manifest import write_json
 
@@ -31,13 +32,19 @@ class Shape(NamedTuple):
     test_tokens: int
 
 
-def prepare_real(folder: Path, store: Path, shape: Shape) -> None:
+def prepare_real(
+    folder: Path, store: Path, shape: Shape, *, hook_points: Sequence[str] = (), test_fraction: float = TEST_FRACTION
+) -> None:
     """Writes the ordinary tokens of a store: train.npy [steps * batch, d_in] over as many newly shuffled rounds as needed, and
-    test.npy with documents.npy of the held-out documents, in order."""
-    facts = {"store": str(store.resolve()), **shape._asdict(), "d_sae": 0, "k": 0}
+    test.npy with documents.npy of the held-out documents, in order; of several hook points side by side."""
+    facts: dict[str, object] = {"store": str(store.resolve()), **shape._asdict(), "d_sae": 0, "k": 0}
+    if hook_points:
+        facts |= {"hook_points": list(hook_points), "test_fraction": test_fraction}
     if _is_there(folder, facts):
         return
-    train, test = ActivationStore.open(store).split(test_fraction=TEST_FRACTION)
+    opened = [ActivationStore.open(store, name) for name in hook_points or (None,)]
+    joined = opened[0] if len(opened) == 1 else JoinedStore(opened)
+    train, test = joined.split(test_fraction=test_fraction)
     rng = np.random.default_rng(0)
     wanted = shape.steps * shape.batch
     rounds = [rng.permutation(train.indices) for _ in range(-(-wanted // train.num_tokens))]

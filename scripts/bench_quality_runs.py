@@ -38,6 +38,7 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
 }
 """Who has which."""
 PENALIZED = {"jumprelu", "gated", "relu"}
+TRANSCODERS = {"transcoder", "skip_transcoder"}
 TUNING_SEED = 0
 """Of the trainings that choose a peer's settings; on real activations the best of them counts as one of its seeds."""
 LR_FACTORS = {"sae-lens": (1.0, 3.0, 10.0), "dictionary-learning": (1.0, 3.0, 10.0), "eai-sparsify": (0.1, 0.3, 1.0)}
@@ -153,6 +154,8 @@ class Study:
         workers: Workers,
         num_rates: int,
         tuned_on: "Study | None" = None,
+        sites: int = 1,
+        site: int | None = None,
         say: Callable[[str], None],
     ) -> None:
         """Trains nothing yet.
@@ -166,6 +169,8 @@ class Study:
             num_rates: learning rates that are tried for architectures other than TopK, TopK's best one first; with 1, penalized
                 ones try one or two more around it.
             tuned_on: where peers' settings are chosen; None = here.
+            sites: hook points side by side in a row of the tokens.
+            site: the only one of them that counts; None = all.
             say: for progress.
         """
         self.name = name
@@ -176,6 +181,7 @@ class Study:
         self.say = say
         self.num_rates = num_rates
         self.tuned_on = tuned_on
+        self.places: dict[str, Any] = {"sites": sites, "site": site}
         self._chosen: dict[tuple[str, str], Setting] = {}
 
     def run(self, library: str, arch: str, seed: int) -> None:
@@ -196,9 +202,13 @@ class Study:
             rates = self._rates(library, arch)
             best = max((self._search(library, arch, lr) for lr in rates), key=self._merit)
             # The best rate is no best one while a larger one might be better.
-            while arch == "topk" and best["lr"] == rates[-1]:
+            while arch in {"topk", *TRANSCODERS} and best["lr"] == rates[-1]:
                 rates.append(float(f"{3 * rates[-1]:.4g}"))
                 best = max(best, self._search(library, arch, rates[-1]), key=self._merit)
+            # Nor is it while a smaller one might be: a transcoder's scale is that of what it predicts.
+            while arch in TRANSCODERS and best["lr"] == rates[0]:
+                rates.insert(0, float(f"{rates[0] / 3:.4g}"))
+                best = max(best, self._search(library, arch, rates[0]), key=self._merit)
             if arch in PENALIZED and self.num_rates == 1:
                 # Penalties may want another rate than top-k does: a larger one, or else a smaller one.
                 larger = self._search(library, arch, float(f"{3 * rates[0]:.4g}"))
@@ -210,8 +220,8 @@ class Study:
         return self._chosen[library, arch]
 
     def _rates(self, library: str, arch: str) -> list[float]:
-        """Learning rates to try: around the library's own for TopK, from TopK's best one downwards for the others."""
-        if arch == "topk":
+        """Learning rates to try: around the library's own for TopK and transcoders, from TopK's best one downwards for others."""
+        if arch in {"topk", *TRANSCODERS}:
             own = base_lr(library, self.shape.d_sae)
             return [float(f"{factor * own:.4g}") for factor in LR_FACTORS[library]]
         best = self.choose(library, "topk").lr
@@ -226,9 +236,12 @@ class Study:
         shape = self.shape
         with tempfile.TemporaryDirectory(dir=self.folder) as out:
             job = {"arch": arch, "seed": seed, "data": str(self.folder), "out": out, **setting._asdict()}
-            job |= {"d_sae": shape.d_sae, "k": shape.k, "batch": shape.batch, "steps": shape.steps}
+            job |= {"d_sae": shape.d_sae, "k": shape.k, "batch": shape.batch, "steps": shape.steps} | self.places
             answer = self.workers.ask(library, job)
-            figures = measure(Path(answer["sae"]), self.folder, answer, k=shape.k)
+            is_transcoder = arch in TRANSCODERS
+            figures = measure(
+                Path(answer["sae"]), self.folder, answer, k=shape.k, is_transcoder=is_transcoder, **self.places
+            )
         row = {**key, "seconds": answer["seconds"], "version": self.workers.version(library), **figures}
         self.results.add(row)
         return row

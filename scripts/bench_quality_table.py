@@ -16,7 +16,16 @@ from scripts.bench_peers import PEERS, TORCH, commit_now, cpu_name
 from scripts.bench_quality_data import PLANTED, Shape
 from scripts.bench_quality_runs import ARCHITECTURES, LIBRARIES, Results, merit
 
-__all__ = ["Interval", "chosen_rows", "difference", "mean_interval", "verdict", "write_table"]
+__all__ = [
+    "Interval",
+    "chosen_rows",
+    "difference",
+    "fact_lines",
+    "library_lines",
+    "mean_interval",
+    "verdict",
+    "write_table",
+]
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -31,6 +40,8 @@ TITLES = {
     "relu": "ReLU + L1",
     "matryoshka_batchtopk": "Matryoshka BatchTopK",
     "matryoshka_topk": "Matryoshka TopK",
+    "transcoder": "Transcoder",
+    "skip_transcoder": "Skip transcoder",
 }
 
 
@@ -106,23 +117,38 @@ def write_table(path: Path, results: Results, shapes: Mapping[str, Shape], *, se
 
 
 def _part(data: str, shape: Shape, results: Results, seeds: int) -> list[str]:
-    names = [name for name in FIGURES if data == "planted" or name == "fvu"]
     sizes = f"F {shape.d_sae:,}, k {shape.k}, {shape.steps} steps of {shape.batch:,} tokens"
     title = "Planted dictionary" if data == "planted" else "Real activations"
+    return [f"## {title}: {sizes}", "", *library_lines(data, ARCHITECTURES, results, k=shape.k, seeds=seeds), ""]
+
+
+def library_lines(
+    data: str, architectures: Mapping[str, Sequence[str]], results: Results, *, k: int, seeds: int
+) -> list[str]:
+    """Returns the Markdown table of what libraries reach on one data set, and that of our differences from the best peers.
+
+    Args:
+        data: name in the results.
+        architectures: with the libraries that have each.
+        results: of all trainings.
+        k: wanted L0.
+        seeds: how many count.
+    """
+    names = [name for name in FIGURES if data == "planted" or name == "fvu"]
     heads = ["architecture", "library", "seeds", "lr", "penalty", "L0", *(FIGURES[name][0] for name in names), "dead"]
-    lines = [f"## {title}: {sizes}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     verdicts = []
-    for arch, libraries in ARCHITECTURES.items():
+    for arch, libraries in architectures.items():
         found: dict[str, list[Mapping[str, Any]]] = {}
         for library in libraries:
-            rows = chosen_rows(results.find(data=data, library=library, arch=arch), k=shape.k, seeds=seeds)
+            rows = chosen_rows(results.find(data=data, library=library, arch=arch), k=k, seeds=seeds)
             if rows:
                 found[library] = rows
                 lines.append(f"| {' | '.join([TITLES[arch], library, *_cells(rows, names)])} |")
         verdicts += _verdicts(arch, found, names)
     if verdicts:
         lines += ["", "| architecture | figure | best peer | ours less its | |", "|---|---|---|---|---|", *verdicts]
-    return [*lines, ""]
+    return lines
 
 
 def _cells(rows: list[Mapping[str, Any]], names: list[str]) -> list[str]:
@@ -157,12 +183,9 @@ def _verdicts(arch: str, found: dict[str, list[Mapping[str, Any]]], names: list[
 
 def _facts(results: Results) -> list[str]:
     """Markdown lines: everything that a figure needs beside it to count."""
-    versions = {row["library"]: row["version"] for row in results.rows}
-    peers = ", ".join(f"{name} {versions[name]}" for name in PEERS if name in versions)
-    own = f"saekit at {commit_now()}, torch {importlib.metadata.version('torch')}, Python {platform.python_version()}"
     planted = f"{PLANTED.num_features} features in {PLANTED.d_in} dimensions"
     return [
-        f"- {datetime.date.today().isoformat()}; {cpu_name()}; {own}; {peers}, all with {TORCH.replace('==', ' ')}, float32.",
+        *fact_lines(results),
         "- Every library trains with its own trainer on the same tokens in the same order; ours with all defaults. Of a peer, TopK "
         "is tried with three learning rates from its own upwards (eai-sparsify: downwards), and larger ones while the largest is the "
         "best; the other architectures with the best of them and on the planted dictionary 0.3 times that, on real activations for "
@@ -183,4 +206,14 @@ def _facts(results: Results) -> list[str]:
         "- ± is half of the 95 % interval over seeds (Student's t); of a difference it is paired by seed, and for FVU has the "
         "spread over documents (bootstrap) added in squares; from one seed it is that over documents alone.",
         "- Before an SAE counts, our reading of its files gives the FVU and L0 of the library's own encode and decode within 0.2 %.",
+    ]
+
+
+def fact_lines(results: Results) -> list[str]:
+    """Returns a Markdown line of day, machine and versions."""
+    versions = {row["library"]: row["version"] for row in results.rows}
+    peers = ", ".join(f"{name} {versions[name]}" for name in PEERS if name in versions)
+    own = f"saekit at {commit_now()}, torch {importlib.metadata.version('torch')}, Python {platform.python_version()}"
+    return [
+        f"- {datetime.date.today().isoformat()}; {cpu_name()}; {own}; {peers}, all with {TORCH.replace('==', ' ')}, float32."
     ]

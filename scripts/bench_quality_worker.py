@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 Array = npt.NDArray[np.generic]
 Code = tuple[Tensor, Tensor]
-"""Activations [N, F] and reconstruction [N, d_in]."""
+"""Activations [N, F], or [N, hook points, F], and reconstruction of what is to be reconstructed."""
 
 GROUP_FRACTIONS = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32]
 WARMUP, DECAY_FROM, SPARSITY_WARMUP, DEAD_AFTER = 0.05, 0.8, 0.05, 1 / 30
@@ -59,10 +59,29 @@ class Job:
     """Learning rate; None = the library's own."""
     coefficient: float | None
     """Weight of the sparsity penalty where there is no target L0 to give; None = the library's own."""
+    sites: int = 1
+    """Hook points side by side in a row of the data: of a transcoder what it reads, then what it predicts."""
+    site: int | None = None
+    """The only one of them that is read and reconstructed; None = all."""
 
     def part(self, fraction: float) -> int:
         """Steps of a part of the training, at least one."""
         return max(1, round(self.steps * fraction))
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether the second half of a row is predicted from the first."""
+        return self.arch.endswith("transcoder")
+
+
+def sites_of(rows: Tensor, *, sites: int, site: int | None, is_transcoder: bool) -> tuple[Tensor, Tensor]:
+    """Returns what is read [N, ...] and what is to be reconstructed [N, hook points, D] of rows [N, sites * D] of the data."""
+    split = rows.reshape(len(rows), sites, -1)
+    if is_transcoder:
+        return split[:, 0].contiguous(), split[:, 1:]
+    if site is not None:
+        return split[:, site].contiguous(), split[:, site : site + 1]
+    return rows, split
 
 
 class Tokens:
@@ -71,12 +90,17 @@ class Tokens:
     def __init__(self, job: Job) -> None:
         self.array: Array = np.load(Path(job.data) / "train.npy", mmap_mode="r")
         self.job = job
-        self.d_in = int(self.array.shape[1])
+        width = int(self.array.shape[1]) // job.sites
+        self.columns = slice(None) if job.site is None else slice(job.site * width, (job.site + 1) * width)
+        self.d_in = int(self.array[:1, self.columns].shape[1])
+
+    def rows(self, numbers: "slice | Array") -> Tensor:
+        """A copy of some tokens [N, d_in] in float32."""
+        return torch.from_numpy(np.array(self.array[numbers][:, self.columns], dtype=np.float32))
 
     def batch(self, number: int) -> Tensor:
         """A copy of one batch [N, d_in] in float32."""
-        rows = self.array[number * self.job.batch : (number + 1) * self.job.batch]
-        return torch.from_numpy(np.array(rows, dtype=np.float32))
+        return self.rows(slice(number * self.job.batch, (number + 1) * self.job.batch))
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self.batch(number) for number in range(self.job.steps))
@@ -108,8 +132,14 @@ def train_saekit(job: Job) -> Callable[[Tensor], Code]:
 
     source = Source()
     sparsity = {"target_l0": float(job.k)} if job.arch in {"jumprelu", "gated", "relu"} else {"k": job.k}
+    shape: dict[str, object] = {"kind": job.arch, "d_in": source.d_in}
+    if job.is_transcoder:
+        d_in = source.d_in // 2
+        shape = {"kind": "transcoder", "d_in": d_in, "d_out": d_in, "has_skip": job.arch == "skip_transcoder"}
+    elif job.sites > 1 and job.site is None:
+        shape |= {"d_in": source.d_in // job.sites, "num_sites": job.sites}
     adapter: TypeAdapter[SAEConfig] = TypeAdapter(AnySAEConfig)
-    sae = build_sae(adapter.validate_python({"kind": job.arch, "d_in": source.d_in, "d_sae": job.d_sae, **sparsity}))
+    sae = build_sae(adapter.validate_python({**shape, "d_sae": job.d_sae, **sparsity}))
     config = TrainConfig(num_tokens=job.steps * job.batch, batch_size=job.batch, seed=job.seed, lr=job.lr)
     sae = Trainer(sae, source, config).fit(job.out)
     return lambda x: (sae.encode(x), sae(x).x_hat)
@@ -223,25 +253,21 @@ def train_dictionary_learning(job: Job) -> Callable[[Tensor], Code]:
     return code
 
 
-class TokenTable(nn.Module):
-    """Looks a token's activation up, so that a trainer that wants a model reads what all others read."""
+class GivenOutput(nn.Module):
+    """A module whose output for x is given: what is read and what is to be reconstructed, for a trainer that hooks modules."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """y."""
+        return y
+
+
+class TableModel(nn.Module):
+    """What sparsify's trainer asks of a model: looks tokens' activations up, so that it reads what all others read."""
 
     def __init__(self, tokens: Tokens) -> None:
         super().__init__()
         self.tokens = tokens
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Activations [B, T, d_in] of input_ids [B, T]."""
-        rows = self.tokens.array[input_ids.flatten().numpy()]
-        return torch.from_numpy(np.array(rows, dtype=np.float32)).view(*input_ids.shape, -1)
-
-
-class TableModel(nn.Module):
-    """What sparsify's trainer asks of a model."""
-
-    def __init__(self, tokens: Tokens) -> None:
-        super().__init__()
-        self.table = TokenTable(tokens)
+        self.table = GivenOutput()
         self.device = torch.device("cpu")
         self.dummy_inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.long)}
 
@@ -251,9 +277,11 @@ class TableModel(nn.Module):
         return self
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Activations [B, T, d_in]."""
-        looked_up: Tensor = self.table(input_ids)
-        return looked_up
+        """Activations [B, T, d_in] of input_ids [B, T], the numbers of tokens."""
+        rows = self.tokens.rows(input_ids.flatten().numpy()).view(*input_ids.shape, -1)
+        x, y = rows.chunk(2, dim=-1) if self.tokens.job.is_transcoder else (rows, rows)
+        found: Tensor = self.table(x, y)
+        return found
 
 
 def train_sparsify(job: Job) -> Callable[[Tensor], Code]:
@@ -263,7 +291,12 @@ def train_sparsify(job: Job) -> Callable[[Tensor], Code]:
     row = 32
     rows = [{"input_ids": ids} for ids in torch.arange(job.steps * job.batch).view(-1, row)]
     config = sparsify.TrainConfig(
-        sparsify.SparseCoderConfig(num_latents=job.d_sae, k=job.k),
+        sparsify.SparseCoderConfig(
+            num_latents=job.d_sae,
+            k=job.k,
+            transcode=job.is_transcoder,
+            skip_connection=job.arch == "skip_transcoder",
+        ),
         batch_size=job.batch // row,
         lr=job.lr,
         hookpoints=["table"],
@@ -277,9 +310,9 @@ def train_sparsify(job: Job) -> Callable[[Tensor], Code]:
     loaded = sparsify.SparseCoder.load_from_disk(Path(job.out) / "sae" / "table")
 
     def code(x: Tensor) -> Code:
-        top_acts, top_indices, _ = loaded.encode(x)
-        acts = torch.zeros(len(x), job.d_sae).scatter(1, top_indices, top_acts)
-        return acts, loaded.decode(top_acts, top_indices)
+        out = loaded(x, x.new_zeros(len(x), loaded.W_dec.shape[1]))
+        acts = torch.zeros(len(x), job.d_sae).scatter(1, out.latent_indices, out.latent_acts)
+        return acts, out.sae_out
 
     return code
 
@@ -295,12 +328,16 @@ LIBRARIES: dict[str, tuple[Callable[[Job], Callable[[Tensor], Code]], str, str]]
 
 @torch.no_grad()
 def own_figures(code: Callable[[Tensor], Code], job: Job) -> dict[str, float]:
-    """FVU around the mean and L0 of the first test tokens, by the library's own functions."""
-    x = torch.from_numpy(np.array(np.load(Path(job.data) / "test.npy", mmap_mode="r")[:GATE_TOKENS], dtype=np.float32))
+    """FVU around the mean and L0 of the first test tokens, by the library's own functions; FVU is the mean over hook points."""
+    rows = torch.from_numpy(
+        np.array(np.load(Path(job.data) / "test.npy", mmap_mode="r")[:GATE_TOKENS], dtype=np.float32)
+    )
+    x, target = sites_of(rows, sites=job.sites, site=job.site, is_transcoder=job.is_transcoder)
     acts, x_hat = code(x)
-    wide = x.double()
-    fvu = (wide - x_hat.double()).square().sum() / (wide - wide.mean(0)).square().sum()
-    return {"fvu": float(fvu), "l0": float((acts != 0).sum()) / len(x)}
+    wide = target.double()
+    errors = (wide - x_hat.reshape(target.shape).double()).square().sum((0, 2))
+    fvu = (errors / (wide - wide.mean(0)).square().sum((0, 2))).mean()
+    return {"fvu": float(fvu), "l0": float((acts != 0).sum()) * acts.shape[-1] / acts.numel()}
 
 
 def main() -> None:

@@ -51,7 +51,6 @@ class Saekit:
     """TrainRun.train_step, whole: normalisation, loss, gradients, exact norm and clipping, Adam, unit rows, dead counters."""
 
     def __init__(self, shape: dict[str, int], data: list[Tensor]) -> None:
-        from accelerate import Accelerator
         from bench.run import TOLERANCE, largest_error
         from bench.shapes import TEST_SHAPES
 
@@ -64,11 +63,11 @@ class Saekit:
             error = largest_error(case, "cpu")
             assert error <= TOLERANCE, f"{case.name}: error {error:.1e}, needs at most {TOLERANCE:.0e}"
         num_tokens = shape["num_tokens"]
-        normalization: Normalization = estimate_normalization(data[0], lambda value: value)
+        normalization: Normalization = estimate_normalization(data[0])
         sae = TopKSAE(TopKConfig(d_in=shape["d_in"], d_sae=shape["d_sae"], k=shape["k"]))
         config = TrainConfig(num_tokens=10_000 * num_tokens, batch_size=num_tokens, lr=LEARNING_RATE, warmup_fraction=0)
         self.next: Tensor = data[0]
-        self.run = TrainRun(sae, self, config, normalization=normalization, accelerator=Accelerator(cpu=True))  # type: ignore[arg-type]  # all that a step asks of a source
+        self.run = TrainRun(sae, self, config, normalization=normalization)  # type: ignore[arg-type]  # all that a step asks of a source
 
     def next_batch(self) -> Tensor:
         return self.next

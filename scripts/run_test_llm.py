@@ -104,9 +104,11 @@ def _check_server(url: str) -> dict[str, bool]:
         said = json.loads(text)
     except ValueError:
         said = {"answer": text}
+    free = {_chat(url)["message"]["content"] for _ in range(2)}
     listed = (_chat(url, logprobs=True, top_logprobs=5).get("logprobs") or {}).get("content") or [{}]
     return {
         "answers keep to a schema": said.get("answer") in {"yes", "no"},
+        "a question alone has one answer at temperature 0": len(free) == 1,
         "logprobs are there": len(listed[0].get("top_logprobs") or []) == 5,
     }
 

@@ -1,6 +1,5 @@
 """The command line: thin commands over `stages`; one line and exit code 2 for everything a user can mend."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,11 +8,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from saekit.progress import NO_PROGRESS, Progress
 from saekit_pipelines import hub_commands, plan_command, score_command
-from saekit_pipelines.console import make_progress
 from saekit_pipelines.guard import EXIT_USER_ERROR
 from saekit_pipelines.guard import guarded as _guarded
+from saekit_pipelines.options import RecipePath, SaeName, first_process_progress, with_budget
 from saekit_pipelines.revive_command import revive
 
 if TYPE_CHECKING:
@@ -32,7 +30,6 @@ app = typer.Typer(
     "[dim]Example:[/dim]  saekit run pipelines/recipes/gpt2_resid8_topk.toml out=runs/try cache.num_tokens=1_000_000",
 )
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The recipe to run.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -41,7 +38,6 @@ Overrides = Annotated[
         show_default=False,
     ),
 ]
-SaeName = Annotated[str | None, typer.Option("--sae", help="Only the SAE of this name, e.g. topk.", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and what it costs, then stop.")]
 Together = Annotated[
     bool,
@@ -76,7 +72,7 @@ def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False
     """Run every stage of a recipe: cache, train, label, evaluate, report."""
     from saekit_pipelines.stages import Pipeline
 
-    pipeline = Pipeline.load(recipe, overrides or [], progress=_progress())
+    pipeline = Pipeline.load(recipe, overrides or [], progress=first_process_progress())
     if dry_run:
         _print_plan(pipeline.plan())
         return
@@ -94,7 +90,7 @@ def cache(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = Fal
     """Stream the model's activations to disk."""
     from saekit_pipelines.stages import Pipeline
 
-    pipeline = Pipeline.load(recipe, overrides or [], progress=_progress())
+    pipeline = Pipeline.load(recipe, overrides or [], progress=first_process_progress())
     if dry_run:
         _print_plan(pipeline.plan(only="cache"))
         return
@@ -107,7 +103,7 @@ def train(recipe: RecipePath, overrides: Overrides = None, sae: SaeName = None, 
     """Train the recipe's SAEs on the cached activations."""
     from saekit_pipelines.stages import Pipeline
 
-    Pipeline.load(recipe, overrides or [], progress=_progress()).train(sae, together=together)
+    Pipeline.load(recipe, overrides or [], progress=first_process_progress()).train(sae, together=together)
 
 
 @app.command(epilog="Example:  saekit label RECIPE.toml --sae topk label.max_features=500 --budget 2")
@@ -123,8 +119,7 @@ def label(
     """Describe every feature, from what makes it fire and from what it promotes, and score the descriptions."""
     from saekit_pipelines.stages import Pipeline
 
-    capped = [] if budget is None else [f"label.llm.max_cost={budget}"]
-    pipeline = Pipeline.load(recipe, [*(overrides or []), *capped], progress=_progress())
+    pipeline = Pipeline.load(recipe, with_budget(overrides, budget), progress=first_process_progress())
     if dry_run:
         _print_plan(pipeline.label_estimates(sae))
         return
@@ -137,11 +132,13 @@ app.command(epilog="Example:  saekit revive RECIPE.toml --sae topk revive.max_fe
 
 @app.command(
     name="compare-labels",
-    epilog="Example:  saekit compare-labels runs/a/labels/topk runs/b/labels/topk --labeler llm:gpt-4.1-mini",
+    epilog="Example:  saekit compare-labels runs/a/label/topk runs/b/label/topk --labeler llm:gpt-4.1-mini",
 )
 @_guarded
 def compare_labels(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A folder of labels.", show_default=False)],
+    a: Annotated[
+        Path, typer.Argument(metavar="A", help="A folder of labels, e.g. runs/a/label/topk.", show_default=False)
+    ],
     b: Annotated[Path, typer.Argument(metavar="B", help="Another, or the same one.", show_default=False)],
     labeler: Annotated[
         str | None,
@@ -167,7 +164,7 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, sae: SaeName = Non
     """Measure FVU, L0, dead features, CE and KL recovered on held-out documents, beside null rows."""
     from saekit_pipelines.stages import Pipeline
 
-    pipeline = Pipeline.load(recipe, overrides or [], progress=_progress())
+    pipeline = Pipeline.load(recipe, overrides or [], progress=first_process_progress())
     pipeline.evaluate(sae)
     for name, table in pipeline.metric_tables(sae).items():
         _print_metrics(name, table)
@@ -179,7 +176,7 @@ def report(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Build the static feature browser (opens from disk, no server)."""
     from saekit_pipelines.stages import Pipeline
 
-    typer.echo(f"report: {Pipeline.load(recipe, overrides or [], progress=_progress()).report()}")
+    typer.echo(f"report: {Pipeline.load(recipe, overrides or [], progress=first_process_progress()).report()}")
 
 
 @app.command(epilog="Example:  saekit export RECIPE.toml out/ --sae topk --to neuronpedia --as names.toml")
@@ -201,7 +198,7 @@ def export(
     from saekit_pipelines.exports import export_labels
     from saekit_pipelines.stages import Pipeline
 
-    pipeline = Pipeline.load(recipe, overrides or [], progress=_progress())
+    pipeline = Pipeline.load(recipe, overrides or [], progress=first_process_progress())
     typer.echo(f"{export_labels(pipeline, target, sae=sae, to=to, names=names)}: {to}")
 
 
@@ -271,11 +268,6 @@ def convert(
 
 
 hub_commands.register(app)
-
-
-def _progress() -> Progress:
-    """Bars or lines of the first process; the others of a launch say nothing."""
-    return make_progress() if os.environ.get("RANK", "0") == "0" else NO_PROGRESS
 
 
 def _print_plan(rows: list[tuple[str, str]]) -> None:

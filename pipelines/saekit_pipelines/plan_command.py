@@ -160,7 +160,7 @@ def _stage_table(planned: "RecipePlan") -> Table:
         table.add_row(
             escape(f"train {stage.name}"),
             f"{plan.shape.num_trained:,}",
-            str(step.num_processes),
+            str(step.num_processes) if step.latents == 1 else f"{step.num_processes // step.latents} x {step.latents}",
             f"{plan.config.num_tokens:,}",
             f"{step.tokens_per_second:,.0f}",
             "finished" if stage.is_finished else duration_text(stage.hours * 3600),
@@ -226,6 +226,7 @@ def _stage_json(stage: "TrainStage") -> dict[str, object]:
         "num_trained": plan.shape.num_trained,
         "num_parameters": plan.shape.num_trained + plan.shape.num_held,
         "num_processes": plan.step.num_processes,
+        "latents": plan.step.latents,
         "memory_bytes": {**plan.memory.parts, "device": plan.memory.device, "reader": plan.memory.reader},
         "fits": plan.fits,
         "why": plan.why,
@@ -234,6 +235,10 @@ def _stage_json(stage: "TrainStage") -> dict[str, object]:
         "limit": plan.step.limit,
         "parts": [dataclasses.asdict(part) for part in (*plan.step.parts, *plan.step.beside)],
         "layouts": {step.num_processes: step.tokens_per_second for step in plan.layouts},
+        "spread": [
+            {"num_processes": step.num_processes, "latents": step.latents, "tokens_per_second": step.tokens_per_second}
+            for step in plan.spread
+        ],
         "hours": stage.hours,
         "is_finished": stage.is_finished,
     }

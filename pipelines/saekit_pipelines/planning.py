@@ -251,21 +251,30 @@ def _commands(
     """Returns what to run: caching by one process, the trainings as is best for each, then everything else."""
     recipe = shlex.join(arguments)
     shared = {name for group in together if group.is_better for name in group.names}
-    counts = {
-        stage.name: 1 if stage.name in shared else stage.plan.step.num_processes
-        for stage in stages
-        if not stage.is_finished
-    }
+    open_stages = [stage for stage in stages if not stage.is_finished]
+    counts = {stage.name: 1 if stage.name in shared else stage.plan.step.num_processes for stage in open_stages}
+    layouts = {stage.name: _layout(stage) for stage in open_stages if stage.name not in shared}
     last = f"saekit run {recipe}" + (" --together" if shared else "")
     if set(counts.values()) <= {1}:
         return [last]
     if len(set(counts.values())) == 1:
-        trains = [_launch(next(iter(counts.values())), hardware, f"train {recipe}")]
+        chosen = "".join(layouts.values())
+        trains = [_launch(next(iter(counts.values())), hardware, f"train {recipe}{chosen}")]
     else:
         trains = [
-            _launch(n, hardware, f"train {recipe} --sae {name}") for name, n in counts.items() if name not in shared
+            _launch(n, hardware, f"train {recipe} --sae {name}{layouts[name]}")
+            for name, n in counts.items()
+            if name not in shared
         ]
     return [f"saekit cache {recipe}", *trains, last]
+
+
+def _layout(stage: TrainStage) -> str:
+    """Returns the override of a recipe that lays features over processes, with a space before it; nothing where none is."""
+    step = stage.plan.step
+    rows = step.num_processes // step.latents
+    value = "latents" if rows == 1 else f"{{ data = {rows}, latents = {step.latents} }}"
+    return f" {shlex.quote(f'train.{stage.name}.training.layout={value}')}" if step.latents > 1 else ""
 
 
 def _launch(num_processes: int, hardware: Hardware, command: str) -> str:

@@ -4,7 +4,9 @@ The model, and with it cache, dictionary, labels and judgements, is another one;
 explainer, judge, scorers, numbers of features) is the recipe's. A dictionary of the trained model run on the other's activations
 would be a control of nothing, as its features were not made for them.
 
-Source: Heap et al. 2025 (Sparse autoencoders can interpret randomly initialized transformers).
+Every parameter is randomised, embeddings, norms and biases among them (`saekit.models.randomised`).
+
+Source: Heap et al. 2025 (Sparse autoencoders can interpret randomly initialized transformers, arXiv 2501.17727).
 """
 
 from collections.abc import Mapping

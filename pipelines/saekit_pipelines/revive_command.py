@@ -1,7 +1,6 @@
 """`saekit revive`: features that the corpus does not make fire, tried on sentences made from what they promote."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +12,7 @@ from saekit.progress import Progress
 from saekit_pipelines.console import make_progress
 from saekit_pipelines.guard import guarded
 from saekit_pipelines.named import NamedProgress
+from saekit_pipelines.options import RecipePath, SaeName, with_budget
 
 if TYPE_CHECKING:
     from saekit.labelling import Revival
@@ -26,7 +26,7 @@ SHOWN = 20
 
 @guarded
 def revive(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The recipe to run.", show_default=False)],
+    recipe: RecipePath,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -35,9 +35,7 @@ def revive(
             show_default=False,
         ),
     ] = None,
-    sae: Annotated[
-        str | None, typer.Option("--sae", help="Only the SAE of this name, e.g. topk.", show_default=False)
-    ] = None,
+    sae: SaeName = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print features, sentences, requests, tokens and cost; ask nothing."),
@@ -55,8 +53,7 @@ def revive(
     """Try features that never fire on sentences made from what they promote, and relabel those that wake up."""
     from saekit_pipelines.stages import Pipeline
 
-    capped = [] if budget is None else [f"label.llm.max_cost={budget}"]
-    pipeline = Pipeline.load(recipe, [*(overrides or []), *capped], progress=make_progress())
+    pipeline = Pipeline.load(recipe, with_budget(overrides, budget), progress=make_progress())
     for name in pipeline.names(sae):
         _one(pipeline, name, is_dry=dry_run)
 
@@ -78,6 +75,9 @@ def _one(pipeline: "Pipeline", name: str, *, is_dry: bool) -> None:
     found = revive_features(
         dictionary, train, lm=pipeline.lm, labels=labels, out=out, config=config, label=label, progress=progress
     )
+    if not found:
+        # What was said on the way is the whole result.
+        return
     texts = {known.feature: known.label for known in read_labels(out) if known.status == "done"}
     _print(name, found, texts)
     typer.echo(f"{firing_rule(dictionary)}; all features: {out}")

@@ -1,6 +1,5 @@
 """`saekit score`: scores labels that are there already, by other scorers, another judge, or of another program."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,10 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from saekit.progress import NO_PROGRESS
-from saekit_pipelines.console import make_progress
 from saekit_pipelines.guard import guarded
 from saekit_pipelines.named import NamedProgress
+from saekit_pipelines.options import RecipePath, SaeName, first_process_progress, with_budget
 
 __all__ = ["register"]
 
@@ -24,7 +22,7 @@ def register(app: typer.Typer) -> None:
 
 
 def score(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The recipe to run.", show_default=False)],
+    recipe: RecipePath,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -33,9 +31,7 @@ def score(
             show_default=False,
         ),
     ] = None,
-    sae: Annotated[
-        str | None, typer.Option("--sae", help="Only the SAE of this name, e.g. topk.", show_default=False)
-    ] = None,
+    sae: SaeName = None,
     labels: Annotated[
         Path | None,
         typer.Option(
@@ -71,9 +67,8 @@ def score(
     from saekit.labelling import estimate_scores, score_labels
     from saekit_pipelines.stages import Pipeline
 
-    capped = [] if budget is None else [f"label.llm.max_cost={budget}"]
-    progress = make_progress() if os.environ.get("RANK", "0") == "0" else NO_PROGRESS
-    pipeline = Pipeline.load(recipe, [*(overrides or []), *capped], progress=progress)
+    progress = first_process_progress()
+    pipeline = Pipeline.load(recipe, with_budget(overrides, budget), progress=progress)
     names = pipeline.names(sae)
     if labels is not None and len(names) > 1:
         raise ConfigError(f"score: --labels and SAEs {', '.join(names)}, needs --sae to say which one they are of")

@@ -100,7 +100,7 @@ class Pipeline:
             sae = run.sae.to_dict()
             # Widths that a recipe leaves out are 0 in it, and those of the store in what was trained.
             sae |= taken_from_store(sae, manifest)
-            check_same_config(folder, found, {"sae": sae, "training": run.training.to_dict(), "split": split})
+            check_same_config(folder, found, {"sae": sae, "training": run.training.identity, "split": split})
 
     def run(self, *, together: bool = False) -> Path:
         """Runs every stage and returns the report's page; where all is done already, says so without loading a model.
@@ -140,11 +140,12 @@ class Pipeline:
 
         Args:
             together: whether those that read the same tokens in the same order share one read of the cache; the SAEs are the
-                same, bit for bit.
+                same, bit for bit. Those with the layout `layers` are spread over the processes in any case.
         """
         names = self.names(only)
-        alone = [name for name in names if not together or self.recipe.train[name].start_from is not None]
-        shared = [name for name in names if name not in alone]
+        runs = {name: self.recipe.train[name] for name in names}
+        shared = [n for n, run in runs.items() if (together or run.training.layout == "layers") and not run.start_from]
+        alone = [name for name in names if name not in shared]
         if shared:
             started = time.monotonic()
             train_together({self.stage_folder("train", n): self._trainer(n) for n in shared}, progress=self.progress)

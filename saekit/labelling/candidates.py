@@ -57,7 +57,7 @@ class Selection:
 
     def request(self, label: Label, pieces: Sequence[Piece], *, attempt: int = 0) -> ChatRequest:
         """Returns the question about one candidate."""
-        request = self.scorer.request(label, pieces, attempt=attempt)
+        (request,) = self.scorer.requests(label, pieces, attempt=attempt)
         return dataclasses.replace(request, purpose=f"select:{self.scorer.name}")
 
 

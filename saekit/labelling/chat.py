@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 from pydantic import JsonValue
 
@@ -47,6 +47,22 @@ class ChatRequest:
     """Nothing is to be written: the model reads `user`, and the answer is how likely it found each token of it."""
     usual_answer: str = ""
     """An answer of the usual length, for estimates; not part of the key."""
+
+    @classmethod
+    def reading(cls, model: str, text: str, *, purpose: str, feature: int = -1) -> Self:
+        """Returns what has a model read a text, and say nothing."""
+        return cls(
+            model=model,
+            system="",
+            user=text,
+            schema_name="",
+            schema={},
+            temperature=0.0,
+            max_output_tokens=1,
+            reads=True,
+            purpose=purpose,
+            feature=feature,
+        )
 
     def key(self) -> str:
         """Returns the sha256 of everything that the answer depends on."""

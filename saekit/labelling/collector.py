@@ -88,8 +88,9 @@ class ContextCollector:
 
     def add(self, flat: NDArray[np.int64], acts: NDArray[np.float32], indices: NDArray[np.int64]) -> None:
         """Takes in the codes of some whole rows: `flat` [n], `acts` and `indices` [n, k]."""
-        token, place = np.nonzero(acts > 0)
-        values, features = acts[token, place], indices[token, place]
+        found = np.flatnonzero(acts > 0)
+        token = found // acts.shape[1]
+        values, features = acts.reshape(-1)[found], indices.reshape(-1)[found]
         self._keep_codes(flat, token, features, values)
         events = Events(features, flat[token], values, context_len=self.context_len)
         if not len(events):
@@ -100,7 +101,10 @@ class ContextCollector:
         units = np.rint(events.acts.astype(np.float64) * (_UNITS / self.scale)).astype(np.int64)
         self.sum_act[present] += np.add.reduceat(units, starts)
         self.max_act[present] = np.maximum(self.max_act[present], np.maximum.reduceat(events.acts, starts))
-        stratum = np.clip(np.searchsorted(self.edges, events.acts, side="right") - 1, 0, NUM_BINS - 1)
+        stratum = np.zeros(len(events), dtype=np.uint8)
+        # A few passes of comparisons are faster than a search per event.
+        for edge in self.edges[1:-1]:
+            stratum += events.acts >= edge
         groups = events.features * NUM_BINS + stratum
         # A pass over the events, not over all features, of which a batch has a part.
         np.add.at(self.histogram.reshape(-1), groups, np.int32(1))

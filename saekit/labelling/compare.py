@@ -28,7 +28,7 @@ class LabelComparison:
     """Features that both were scored on."""
     f1_a: float
     f1_b: float
-    """Means over these features."""
+    """Means over these features; of `output` and `intervention`, which have no F1, the accuracy."""
     difference: float
     """Mean of B's F1 minus A's."""
     low: float
@@ -69,10 +69,15 @@ def compare_labels(
         seed: of the resampled features.
 
     Raises:
-        ConfigError: no scorer has seen a feature with labels of both.
+        ConfigError: a folder without scores, or no scorer has seen a feature with labels of both.
         StoreError: a line of a folder's scores is no score.
     """
     first, second = read_scores(a), read_scores(b)
+    for folder, scores in ((a, first), (b, second)):
+        if not scores:
+            raise ConfigError(
+                f"compare-labels: {str(folder)!r}: no scores in it, needs a folder that 'saekit label' has written"
+            )
     if labeler is None and other is not None:
         raise ConfigError(f"compare-labels: labeler {other!r} of B, needs one of A too")
     names = [labeler] if labeler is not None else sorted({s.labeler for s in first} & {s.labeler for s in second})
@@ -96,10 +101,15 @@ def compare_labels(
     return found
 
 
+def figure(score: Score) -> float | None:
+    """Returns what scores of one scorer are compared by: F1, or the accuracy of a scorer that has none."""
+    return score.accuracy if score.f1 is None else score.f1
+
+
 def compare_scores(a: Sequence[Score], b: Sequence[Score], *, seed: int = 0) -> list[LabelComparison]:
-    """Returns one comparison for each scorer and judge, over the features with an F1 in both; `a`, `b`: of one labeler each."""
+    """Returns one comparison for each scorer and judge, over the features with a figure in both; `a`, `b`: of one labeler each."""
     keyed = [
-        {(score.scorer, score.judge, score.feature): score for score in scores if score.f1 is not None}
+        {(score.scorer, score.judge, score.feature): score for score in scores if figure(score) is not None}
         for scores in (a, b)
     ]
     pairs: defaultdict[tuple[str, str | None], list[tuple[Score, Score]]] = defaultdict(list)
@@ -109,7 +119,7 @@ def compare_scores(a: Sequence[Score], b: Sequence[Score], *, seed: int = 0) -> 
 
 
 def _compared(scorer: str, judge: str | None, pairs: Sequence[tuple[Score, Score]], seed: int) -> LabelComparison:
-    f1 = np.array([(one.f1, two.f1) for one, two in pairs], dtype=np.float64)
+    f1 = np.array([(figure(one), figure(two)) for one, two in pairs], dtype=np.float64)
     difference = f1[:, 1] - f1[:, 0]
     drawn = np.random.default_rng(seed).integers(len(pairs), size=(NUM_BOOTSTRAP, len(pairs)))
     low, high = np.quantile(difference[drawn].mean(axis=1), (0.025, 0.975))

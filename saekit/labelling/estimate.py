@@ -74,7 +74,7 @@ def estimate_requests(
 ) -> LLMEstimate:
     """Returns what requests would take.
 
-    Where the ledger has answers of the same kind, their own sizes correct the count: another tokenizer, what a server adds to
+    Equal requests are sent, and counted, once. Where the ledger has answers of the same kind, their own sizes correct the count: another tokenizer, what a server adds to
     a prompt, how long answers really are.
 
     Args:
@@ -83,9 +83,10 @@ def estimate_requests(
     """
     known: dict[str, list[tuple[int, ChatReply]]] = defaultdict(list)
     left: list[tuple[ChatRequest, int]] = []
-    for request in requests:
+    unlike = {request.key(): request for request in requests}
+    for key, request in unlike.items():
         size = count(request.system) + count(request.user) + _TOKENS_PER_CHAT
-        found = ledger.find(request.key()) if ledger is not None else None
+        found = ledger.find(key) if ledger is not None else None
         if found is None:
             left.append((request, size))
         elif isinstance(found, ChatReply):
@@ -100,7 +101,7 @@ def estimate_requests(
     most = sum(request.max_output_tokens for request, _ in left)
     return LLMEstimate(
         num_requests=len(left),
-        num_answered=len(requests) - len(left),
+        num_answered=len(unlike) - len(left),
         input_tokens=round(input_tokens),
         output_tokens=round(output_tokens),
         most_output_tokens=most,

@@ -31,7 +31,8 @@ def read_foreign_labels(
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ResourceError(f"labels {str(path)!r}: cannot be read: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ResourceError(f"labels {str(path)!r}: cannot be read: {reason}") from error
     found: dict[tuple[int, str], Label] = {}
     unknown: set[str] = set()
     for number, line in enumerate(lines, start=1):

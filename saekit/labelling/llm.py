@@ -14,7 +14,7 @@ from saekit.labelling.scoring.detection import PieceScorer
 from saekit.labelling.scoring.pieces import Piece
 from saekit.labelling.scoring.scorers import without_reading
 from saekit.labelling.store import RecordFile
-from saekit.labelling.textreading import probe_request
+from saekit.labelling.textreading import probe_request, why_unread
 from saekit.progress import NO_PROGRESS, Progress, Task
 
 __all__ = [
@@ -103,8 +103,8 @@ class Questions:
         """Returns the first questions of scorers about labels that are there; `done`: scores that are not asked for again."""
         known = {_key(score) for score in done}
         left = [job for job in self.score_jobs(labels) if job.pieces and self.key(job) not in known]
-        # Labels of one feature share the texts that are read without any.
-        return list({request.key(): request for job in left for request in job.requests()}.values())
+        probes = [probe_request(self.config.model)] if any(scorer.needs_reading for scorer in self.scorers) else []
+        return probes + [request for job in left for request in job.requests()]
 
     def _selecting(self, features: Sequence[int], labeler: str) -> list[ChatRequest]:
         """Returns the questions by which the best of labels that are not there yet would be chosen."""
@@ -112,9 +112,9 @@ class Questions:
             return []
         pieces = {feature: found for feature in features if (found := self.selection.scorer.pieces(feature))}
         return [
-            self.selection.request(stand_in(feature, labeler), found)
+            self.selection.request(stand_in(feature, f"{labeler} {number}"), found)
             for feature, found in pieces.items()
-            for _ in range(self.config.num_candidates)
+            for number in range(self.config.num_candidates)
         ]
 
     def score_jobs(self, labels: Sequence[Label]) -> list[ScoreJob]:
@@ -138,8 +138,17 @@ class Questions:
 
 
 def stand_in(feature: int, labeler: str) -> Label:
-    """Returns a label of the usual length in place of one that is not there yet, for estimates."""
-    return Label(feature=feature, labeler=labeler, label="x" * 40, fires_on="some words " * 15)
+    """Returns a label of the usual length in place of one that is not there yet, for estimates; no two are alike, as labels are."""
+    name = f"{feature} {labeler} "
+    return Label(
+        feature=feature,
+        labeler=labeler,
+        label=name.ljust(40, "x"),
+        description=(name + "some words " * 25),
+        fires_on="some words " * 15,
+        promotes="some words " * 6,
+        suppresses="some words " * 4,
+    )
 
 
 def explain_and_judge(
@@ -176,17 +185,14 @@ def answerable(model: LabellingModel, questions: Questions, progress: Progress =
     reading = [scorer.name for scorer in questions.scorers if scorer.needs_reading]
     if not reading:
         return questions
-    probe = probe_request(questions.config.model)
-    (answer,) = model.ask([probe])
-    if answer.reply is not None:
+    reason = why_unread(model)
+    if reason is None:
         return questions
-    # Another server of the same model may do better.
-    model.ledger.retry(probe.purpose, probe.feature)
     left = without_reading(questions.scorers)
     written = [scorer.name for scorer in left if scorer.name in reading]
     dropped = [name for name in reading if name not in written]
     parts = [*(f"{name} is left out" for name in dropped), *(f"{name} is asked for in writing" for name in written)]
-    progress.say(f"no logprobs of a text that is read, so {' and '.join(parts)} ({answer.reason})")
+    progress.say(f"no logprobs of a text that is read, so {' and '.join(parts)} ({reason})")
     return replace(questions, scorers=left)
 
 

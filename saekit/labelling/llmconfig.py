@@ -5,12 +5,13 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from saekit.config import Config
+from saekit.labelling.generated.config import InputTestConfig, SteeredConfig
 from saekit.labelling.prices import Prices, known_prices
 
 __all__ = ["BatchConfig", "ExplainerKind", "LLMConfig", "LLMScorer"]
 
 ExplainerKind = Literal["input", "vocabproj", "tokenchange", "raw", "concat"]
-LLMScorer = Literal["detection", "fuzzing", "simulation", "surprisal", "intruder"]
+LLMScorer = Literal["detection", "fuzzing", "simulation", "surprisal", "intruder", "input", "output", "intervention"]
 
 
 class BatchConfig(Config):
@@ -68,7 +69,8 @@ class LLMConfig(Config):
     """What the judge is asked: `detection`: in which texts is the feature active; `fuzzing`: is it active on the marked tokens;
     `simulation`: how strongly is it active on each token; `intruder`: which of five texts does not belong, without a label.
     `surprisal` asks nothing: the model reads texts after the label and without it, for which a server has to give logprobs of
-    prompts."""
+    prompts. About generated texts: `input`: it writes sentences that should activate the feature and others; `output`: which set
+    of steered texts is the feature's; `intervention`: the same of single texts."""
     near_share: float = Field(default=0.5, ge=0)
     """Near negatives in `detection` and `fuzzing`, texts on which sibling features fire, for each text on which the feature does;
     reported apart from the random ones. 0: none."""
@@ -78,6 +80,14 @@ class LLMConfig(Config):
     """`written`: the judge writes one number for each token, taken as its expectation where logprobs come with it; `all_at_once`: it
     reads a text with a placeholder after each token, and the expectation is taken there (Bills et al. 2023), for which a server
     has to give logprobs of prompts."""
+    intervention_form: Literal["gain", "choice"] = "gain"
+    """`gain`: how much likelier does the judge find the label after steered texts than after clean ones (Paulo et al. 2024)? It only
+    reads, for which a server has to give logprobs of prompts; where it gives none, and with `choice`, it is asked which text of a
+    pair is the feature's. An estimate counts the form that is named here."""
+    steered: SteeredConfig = SteeredConfig()
+    """The texts for `output` and `intervention`."""
+    input_test: InputTestConfig = InputTestConfig()
+    """The sentences for `input`."""
     num_controlled: int = Field(default=20, ge=0)
     """Features whose texts each scorer also judges by three labels that know nothing: none, random words, another feature's."""
     judge_lexical: bool = False

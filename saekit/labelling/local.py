@@ -1,7 +1,7 @@
 """A labelling model in this process: any causal LM through transformers; for questions it needs a chat template."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Protocol, cast
 
@@ -108,7 +108,7 @@ class LocalChat:
         text = self._vocabulary.text
         found = []
         for place in range(start, len(ids)):
-            listed = []
+            listed: Iterable[tuple[int, float]] = ()
             if top is not None and place:
                 listed = zip(top.indices[place - 1].tolist(), top.values[place - 1].tolist(), strict=True)
             found.append(

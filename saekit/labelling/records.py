@@ -10,7 +10,18 @@ __all__ = ["LEXICAL", "Label", "Score", "ScorerName"]
 
 LEXICAL = "lexical"
 """Name of the labeler that needs no language model."""
-ScorerName = Literal["rule", "detection", "fuzzing", "simulation", "surprisal", "intruder", "embedding"]
+ScorerName = Literal[
+    "rule",
+    "detection",
+    "fuzzing",
+    "simulation",
+    "surprisal",
+    "intruder",
+    "embedding",
+    "input",
+    "output",
+    "intervention",
+]
 
 
 class Label(Config):
@@ -74,7 +85,8 @@ class Score(Config):
     """`rule`: the label's token rule against every held-out token; `detection`: an LLM judges held-out pieces of text;
     `fuzzing`: an LLM judges marks in them; `simulation`: an LLM predicts every token's activation; `surprisal`: how much better
     an LLM expects a piece after the label; `embedding`: how near label and piece are; `intruder`: an LLM finds the silent piece
-    among five, without a label."""
+    among five, without a label; `input`: an LLM writes sentences from the label, and the feature fires on them or not; `output`: an
+    LLM finds the feature's own set of steered texts; `intervention`: the same of single texts."""
     judge: str | None = None
     """Name of the judging or embedding model; None for `rule`."""
     prompt_version: str | None = None
@@ -92,9 +104,11 @@ class Score(Config):
     balanced_accuracy: float | None = None
     """Mean of recall on positives and on negatives; chance is 0.5."""
     accuracy: float | None = None
-    """`intruder`: share of groups whose intruder was found; compare with `base_rate`."""
+    """`intruder`: share of groups whose intruder was found; `output`, `intervention`: share of trials or pairs whose own texts were
+    found; compare with `base_rate`. `input`: 1 where sentences that should activate the feature do so more than others, else 0."""
     base_rate: float | None = None
-    """Share of positives in the set: the average precision of a label that says nothing. For `intruder` chance."""
+    """Share of positives in the set: the average precision of a label that says nothing. For `intruder`, `output` and
+    `intervention` chance."""
     natural_rate: float | None = None
     """Share of positives in held-out text as it comes: of pieces or, for `fuzzing`, of tokens. None for `rule`, whose set is that
     text."""
@@ -115,7 +129,8 @@ class Score(Config):
     """`simulation`: share of the activations' variance that predictions explain, after a straight line fitted on the other half of
     the pieces."""
     gain: float | None = None
-    """`surprisal`: nats per token by which the label makes active pieces likelier, less the same of silent ones."""
+    """`surprisal`: nats per token by which the label makes active pieces likelier, less the same of silent ones. `intervention` of a
+    judge that gives logprobs: nats by which steered texts make the label likelier than clean ones."""
     num_near: int = 0
     """Near negatives beside the others: pieces in which sibling features fire and this one does not."""
     specificity_near: float | None = None
@@ -127,16 +142,21 @@ class Score(Config):
     auprc_near: float | None = None
     """`auprc` against near negatives, as many of them as positives; compare with 0.5."""
     num_positive: int = 0
-    """Tokens (`rule`) or pieces on which the feature fires; for `intruder` groups."""
+    """Tokens (`rule`) or pieces on which the feature fires; for `intruder`, `output` and `intervention` groups, trials
+    and pairs; for `input` sentences that should activate it."""
     num_negative: int = 0
     """Tokens or pieces on which it does not."""
     num_unparsed: int = 0
     """Pieces for which the judge gave no usable answer; they count as wrong."""
     low: float | None = None
-    """Lower end of the 95 % interval of `f1` over resampled documents; for `intruder` Wilson's of `accuracy`."""
+    """Lower end of the 95 % interval of `f1` over resampled documents; for `input` of `auprc` over resampled sentences;
+    for `intruder`, `output` and `intervention` Wilson's of `accuracy`."""
     high: float | None = None
     """Upper end of it."""
     pieces: tuple[int, ...] = ()
-    """Store index (row * T + position) of the first token of each judged piece or group, for pairing with other scores."""
+    """Store index (row * T + position) of the first token of each judged piece or group, for pairing with other scores; of generated
+    texts a hash of what was shown."""
     right: tuple[bool, ...] = ()
     """Whether each of them was judged rightly."""
+    reason: str | None = None
+    """Why generated texts gave no figures."""

@@ -29,11 +29,24 @@ class Events:
         self, features: NDArray[np.int64], flat: NDArray[np.int64], acts: NDArray[np.float32], *, context_len: int
     ) -> None:
         first, span = (int(flat.min()), int(np.ptp(flat)) + 1) if len(flat) else (0, 1)
-        # One key of 64 bits sorts four times as fast as two, measured with half a million events.
-        order = np.argsort(features * span + (flat - first))
-        self.features = features[order]
-        self.flat = flat[order]
-        self.acts = acts[order]
+        token_bits = (span - 1).bit_length()
+        feature_bits = max(int(features.max(initial=0)).bit_length(), 1)
+        if feature_bits + token_bits + 32 <= 64:
+            # The event itself as the key, its activation below: nothing has to be gathered in the sorted order.
+            key = features.astype(np.uint64) << np.uint64(token_bits + 32)
+            key |= (flat - first).astype(np.uint64) << np.uint64(32)
+            key |= acts.view(np.uint32)
+            key.sort()
+            self.features = (key >> np.uint64(token_bits + 32)).astype(np.int64)
+            self.acts = key.astype(np.uint32).view(np.float32)
+            key >>= np.uint64(32)
+            self.flat = (key & np.uint64((1 << token_bits) - 1)).astype(np.int64) + first
+        else:
+            # One key of 64 bits sorts four times as fast as two, measured with half a million events.
+            order = np.argsort(features * span + (flat - first))
+            self.features = features[order]
+            self.flat = flat[order]
+            self.acts = acts[order]
         self.context_len = context_len
 
     def __len__(self) -> int:
@@ -268,7 +281,7 @@ def _rank_in_group(group: NDArray[np.generic]) -> NDArray[np.int64]:
 
 
 def _first_of_each(
-    group: NDArray[np.generic], document: NDArray[np.generic], priority: NDArray[np.generic], flat: NDArray[np.generic]
+    group: NDArray[np.generic], document: NDArray[np.int32], priority: NDArray[np.generic], flat: NDArray[np.generic]
 ) -> NDArray[np.int64]:
     """Returns the places of the best entry of each (group, document), and of all entries without a document."""
     free, owned = np.flatnonzero(document < 0), np.flatnonzero(document >= 0)

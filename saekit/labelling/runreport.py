@@ -10,7 +10,15 @@ from saekit.labelling.llmconfig import LLMConfig
 from saekit.labelling.records import Label
 from saekit.manifest import write_json
 
-__all__ = ["LABEL_REPORT_NAME", "LabelerReport", "ledger_figures", "ranges", "report_labeler", "write_report"]
+__all__ = [
+    "LABEL_REPORT_NAME",
+    "LabelerReport",
+    "counted_labels",
+    "ledger_figures",
+    "ranges",
+    "report_labeler",
+    "write_report",
+]
 
 LABEL_REPORT_NAME = "label_report.json"
 
@@ -75,6 +83,18 @@ def report_labeler(
         skipped=dict(by_reason),
         missing=missing,
     )
+
+
+def counted_labels(labels: Sequence[Label]) -> dict[str, object]:
+    """Returns how many labels of each labeler are done and failed."""
+    counts: dict[str, object] = {}
+    for labeler in sorted({label.labeler for label in labels}):
+        own = [label for label in labels if label.labeler == labeler]
+        counts[labeler] = {
+            "done": sum(label.status == "done" for label in own),
+            "failed": sum(label.status == "failed" for label in own),
+        }
+    return counts
 
 
 def ledger_figures(ledger: Ledger, config: LLMConfig) -> dict[str, object]:

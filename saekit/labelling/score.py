@@ -1,5 +1,6 @@
 """Scores labels that are there already, also those of other programs, by other scorers or another judge; explains nothing."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -84,7 +85,9 @@ def estimate_scores(
     labelers: Sequence[str] | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> LLMEstimate:
-    """Returns what `score_labels` would ask of judge and embedding; sends and writes nothing.
+    """Returns what `score_labels` would ask of judge and embedding; sends nothing.
+
+    Steered texts that scorers ask about are written to `out` on the way and are there for the run itself; nothing else is.
 
     Raises:
         ConfigError: as `score_labels`.
@@ -93,9 +96,11 @@ def estimate_scores(
     found = _found(sae, out, labels, progress)
     _check_asked(config, found, labelers, None)
     _check_folder(sae, test, lm, out)
-    return ScoreStage.open(sae, test, lm=lm, out=out, config=config, labelers=labelers, progress=progress).estimate(
-        found
-    )
+    is_steered = config.llm is not None and {"output", "intervention"} & set(config.llm.scorers)
+    with locked(out) if is_steered else contextlib.nullcontext():
+        return ScoreStage.open(sae, test, lm=lm, out=out, config=config, labelers=labelers, progress=progress).estimate(
+            found
+        )
 
 
 def _found(sae: SAE, out: Path, labels: str | Path | None, progress: Progress) -> list[Label]:

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from saekit.labelling.chat import ChatClient
 from saekit.labelling.embed import EmbeddingQuestions, server_config
 from saekit.labelling.estimate import LLMEstimate, estimate_requests, token_counter
 from saekit.labelling.evidence.sidescores import SIDE_SCORES_NAME, SideScores
+from saekit.labelling.generated.make import GeneratedTests
+from saekit.labelling.generated.trials import TrialQuestions
 from saekit.labelling.label import make_client, make_embedder
 from saekit.labelling.labelconfig import LabelConfig
 from saekit.labelling.ledger import LEDGER_NAME, Ledger
@@ -143,10 +146,11 @@ class ScoreStage:
         parts: list[LLMEstimate] = []
         try:
             if self.config.llm is not None:
-                config = self.config.llm
+                config, questions = self.config.llm, self._questions(self.config.llm, chosen)
                 name = config.tokenizer or (config.model if config.backend == "local" else None)
                 count = token_counter(self.lm.tokenizer if name is None else load_tokenizer(name))
-                requests = self._questions(config, chosen).judging(chosen, done=done)
+                generated = self._generated(questions).requests(chosen, done=done)
+                requests = [*questions.judging(chosen, done=done), *generated]
                 parts.append(estimate_requests(requests, config, count=count, ledger=ledger))
             if self.config.embedding is not None:
                 config = server_config(self.config.embedding, self.config.llm)
@@ -160,8 +164,11 @@ class ScoreStage:
     def _judge(self, config: LLMConfig, client: ChatClient | None, ledger: Ledger) -> None:
         chosen = self._chosen()
         questions = self._questions(config, chosen)
+        generated = self._generated(questions)
         if client is None:
-            client = make_client(config, chats=not all(scorer.needs_reading for scorer in questions.scorers))
+            reads = all(scorer.needs_reading for scorer in questions.scorers)
+            reads = reads and all(scorer.needs_reading for scorer in generated.scorers)
+            client = make_client(config, chats=not reads)
         model = LabellingModel(client, ledger, config, progress=self.progress)
         questions = answerable(model, questions, self.progress)
         names, judged = {scorer.name for scorer in questions.scorers}, set(questions.judged)
@@ -172,10 +179,11 @@ class ScoreStage:
                 is_asked and score.setup != questions.setup and (score.labeler in judged or "control:" in score.labeler)
             )
 
-        stale = sum(file.remove(is_stale) for file in (self.scores, self.controls))
+        stale = sum(file.remove(old) for file in (self.scores, self.controls) for old in (is_stale, generated.is_stale))
         if stale:
             self.progress.say(f"{stale:,} scores of {config.model!r} on other texts are replaced")
         judge(model, questions, chosen, scores=self.scores, controls=self.controls, progress=self.progress)
+        generated.score(model, chosen, scores=self.scores, controls=self.controls, progress=self.progress)
 
     def _names(self, labels: Sequence[Label]) -> list[str]:
         there = sorted({label.labeler for label in labels if label.status == "done"})
@@ -212,6 +220,10 @@ class ScoreStage:
             scored=self._names(chosen),
         )
 
+    def _generated(self, questions: Questions) -> TrialQuestions:
+        tests = GeneratedTests(lm=self.lm, sae=self.sae, held_out=self.held_out, out=self.out)
+        return tests.questions(questions, self.config.token_change, progress=self.progress)
+
     def _embedding(self) -> EmbeddingQuestions:
         config = self.config.embedding
         assert config is not None, "checked by the caller"
@@ -233,7 +245,9 @@ class ScoreStage:
         for line in summary_lines(summary):
             self.progress.say(line)
         path, num = self.out / LABEL_REPORT_NAME, self.sae.cfg.d_sae
-        report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"features": num, "labelers": {}}
+        report: dict[str, Any] = {"features": num, "labelers": {}}
+        if path.exists():
+            report = json.loads(path.read_text(encoding="utf-8"))
         for labeler in sorted({label.labeler for label in self.labels.records} - report["labelers"].keys()):
             there = {label.feature for label in self.labels.records if label.labeler == labeler}
             skipped = {feature: "no label was given" for feature in range(num) if feature not in there}

@@ -5,8 +5,6 @@ import operator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from saekit.activations import StoreView
 from saekit.labelling.asking import LabellingModel
 from saekit.labelling.candidates import choose_among
@@ -14,21 +12,27 @@ from saekit.labelling.chat import ChatClient
 from saekit.labelling.contexts import FeatureContexts
 from saekit.labelling.embed import EmbeddingQuestions, server_config
 from saekit.labelling.estimate import LLMEstimate, estimate_requests, token_counter
-from saekit.labelling.evidence.clamp import clamped_token_change
-from saekit.labelling.evidence.effects import TokenEffects, effects_path
-from saekit.labelling.evidence.sidescores import SIDE_SCORES_NAME, SideScores, input_scores, output_scores
-from saekit.labelling.evidence.tokenchange import steering_contexts, steering_strengths, token_change
-from saekit.labelling.evidence.vocabproj import vocab_projection
+from saekit.labelling.evidence.gathering import EffectsGathering
+from saekit.labelling.evidence.sidescores import SIDE_SCORES_NAME, SideScores
 from saekit.labelling.evidence.wording import EffectsOf
 from saekit.labelling.examples import ExampleReader
 from saekit.labelling.explain import Explainer, llm_labeler
+from saekit.labelling.generated.make import GeneratedTests
+from saekit.labelling.generated.trials import TrialQuestions
 from saekit.labelling.labelconfig import LabelConfig
 from saekit.labelling.ledger import LEDGER_NAME, Ledger
 from saekit.labelling.lexical import LexicalLabeler
 from saekit.labelling.llm import Questions, explain_and_judge, least_explained, stand_in
 from saekit.labelling.paper import PaperExplainer
 from saekit.labelling.records import LEXICAL, Label, Score
-from saekit.labelling.runreport import LABEL_REPORT_NAME, LabelerReport, ledger_figures, report_labeler, write_report
+from saekit.labelling.runreport import (
+    LABEL_REPORT_NAME,
+    LabelerReport,
+    counted_labels,
+    ledger_figures,
+    report_labeler,
+    write_report,
+)
 from saekit.labelling.scoring.controls import Controls
 from saekit.labelling.scoring.embedding import Embed, EmbeddingConfig, EmbeddingScorer
 from saekit.labelling.scoring.pieces import PieceTable
@@ -38,7 +42,7 @@ from saekit.labelling.scoring.summary import summarise_scores, summary_lines
 from saekit.labelling.store import RecordFile
 from saekit.labelling.table import LABEL_TABLE_NAME, write_label_table
 from saekit.labelling.vocabulary import Vocabulary
-from saekit.models import LanguageModel, find_unembedding, load_tokenizer
+from saekit.models import LanguageModel, load_tokenizer
 from saekit.progress import Progress
 from saekit.sae import SAE
 
@@ -86,7 +90,7 @@ class LabelStage:
             if questions is not None:
                 assert client is not None, "label_features makes one"
                 assert ledger is not None, "opened for the questions"
-                self._ask(questions, client, ledger)
+                self._ask(questions, client, ledger, generated=self._generated(questions, held_out))
             if self.config.embedding is not None:
                 self._embed(self._embedding(held_out, self.config.embedding), ledger, embed=embed, embedder=embedder)
         finally:
@@ -98,7 +102,7 @@ class LabelStage:
         if ledger is not None:
             counts["llm"] = figures if questions is None else {"features": len(questions.features), **figures}
         counts["rule_scores"] = self._score_rules(held_out)
-        counts["labels"] = self._counted_labels()
+        counts["labels"] = counted_labels(self.labels.records)
         return counts
 
     def estimate(self) -> LLMEstimate:
@@ -111,7 +115,7 @@ class LabelStage:
             parts: list[LLMEstimate] = []
             questions = self._questions(lexical, held_out, effects) if self.config.llm is not None else None
             if questions is not None:
-                parts.append(self._estimated(questions, ledger))
+                parts.append(self._estimated(questions, ledger, generated=self._generated(questions, held_out)))
             if self.config.embedding is not None:
                 config = server_config(self.config.embedding, self.config.llm)
                 requests = self._embedding(held_out, self.config.embedding).requests(self._labels_to_come(questions))
@@ -121,11 +125,16 @@ class LabelStage:
             if ledger is not None:
                 ledger.close()
 
-    def _estimated(self, questions: Questions, ledger: Ledger | None) -> LLMEstimate:
+    def _generated(self, questions: Questions, held_out: HeldOut) -> TrialQuestions:
+        tests = GeneratedTests(lm=self.lm, sae=self.sae, held_out=held_out, out=self.out)
+        return tests.questions(questions, self.config.token_change, progress=self.progress)
+
+    def _estimated(self, questions: Questions, ledger: Ledger | None, *, generated: TrialQuestions) -> LLMEstimate:
         config = questions.config
         name = config.tokenizer or (config.model if config.backend == "local" else None)
         count = token_counter(self.lm.tokenizer if name is None else load_tokenizer(name))
-        return estimate_requests(questions.requests(self.labels.records), config, count=count, ledger=ledger)
+        asked = [*questions.requests(self.labels.records), *generated.requests(self._labels_to_come(questions))]
+        return estimate_requests(asked, config, count=count, ledger=ledger)
 
     def _labels_to_come(self, questions: Questions | None) -> list[Label]:
         """Returns the labels that there are, and stand-ins of the usual length for the others."""
@@ -168,90 +177,21 @@ class LabelStage:
         questions.score(source, self.labels.records, scores=self.scores, controls=self.controls, progress=self.progress)
 
     def _evidence(self) -> tuple[LexicalLabeler, EffectsOf]:
-        projected = self._projected()
         lexical = LexicalLabeler(self.train.store, self.contexts, self.vocabulary)
-        changed = self._changed(lexical)
-        self._score_sides(projected, changed[0] if changed else None)
-        gathered = [*changed, *([projected] if projected is not None else [])]
-
-        def effects(feature: int) -> list[TokenEffects]:
-            return [found for found in gathered if found.promoted(feature)]
-
-        return lexical, effects
+        gathering = EffectsGathering(
+            sae=self.sae,
+            train=self.train,
+            lm=self.lm,
+            out=self.out,
+            config=self.config,
+            contexts=self.contexts,
+            features=self.features,
+            progress=self.progress,
+        )
+        return lexical, gathering.effects(lexical.confidence)
 
     def _held_out(self) -> HeldOut:
         return HeldOut(self.sae, self.test, self.vocabulary, config=self.config.rule_scoring, progress=self.progress)
-
-    def _projected(self) -> TokenEffects | None:
-        if not self.config.vocab_projection:
-            return None
-        path = effects_path(self.out, "vocabproj")
-        if not path.exists():
-            unembedding = find_unembedding(self.lm)
-            width = unembedding.weight.shape[1]
-            if self.sae.d_out != width:
-                self.progress.say(
-                    f"no vocabulary projection: decoder rows are {self.sae.d_out} wide, the residual stream is {width}"
-                )
-                return None
-            effects = vocab_projection(
-                self.sae,
-                unembedding,
-                features=self.features,
-                num=self.config.num_effect_tokens,
-                progress=self.progress,
-            )
-            effects.save(path)
-        return TokenEffects.open(path)
-
-    def _changed(self, lexical: LexicalLabeler) -> list[TokenEffects]:
-        """Returns the effects of turning features up and, where that was done, those of turning them down."""
-        asked = self.config.token_change
-        if asked is None:
-            return []
-        path, path_down = effects_path(self.out, "tokenchange"), effects_path(self.out, "tokenchange_down")
-        if not path.exists():
-            steered = asked.features if asked.features is not None else self._clearest(lexical, asked.num_features)
-            tokens = steering_contexts(self.train, config=asked)
-            if asked.match == "clamp":
-                up, down = clamped_token_change(
-                    self.lm, self.sae, features=steered, tokens=tokens, config=asked, progress=self.progress
-                )
-                down.save(path_down)
-            else:
-                up = token_change(
-                    self.lm,
-                    self.sae,
-                    features=steered,
-                    strengths=steering_strengths(self.contexts, strength=asked.strength),
-                    tokens=tokens,
-                    config=asked,
-                    progress=self.progress,
-                )
-            # Last, as it says that all is there.
-            up.save(path)
-        return [TokenEffects.open(found) for found in (path, path_down) if found.exists()]
-
-    def _score_sides(self, projected: TokenEffects | None, changed: TokenEffects | None) -> None:
-        """Keeps the input score of every projected feature and the output score of those that were steered."""
-        path = self.out / SIDE_SCORES_NAME
-        if projected is None or path.exists():
-            return
-        output = np.full(len(projected.features), np.nan, dtype=np.float32)
-        steered = [] if changed is None else np.intersect1d(changed.features, projected.features).tolist()
-        if steered:
-            output[np.searchsorted(projected.features, steered)] = output_scores(
-                self.lm, self.sae, projected, features=steered, progress=self.progress
-            )
-        tokens = self.train.store.tokens()
-        SideScores(
-            projected.features, input_score=input_scores(self.contexts, tokens, projected), output_score=output
-        ).save(path)
-
-    def _clearest(self, lexical: LexicalLabeler, num: int) -> list[int]:
-        """Returns the `num` labelled features whose rules predict training firings best."""
-        order = np.argsort(-lexical.confidence[self.features], kind="stable")[:num]
-        return sorted(self.features[int(place)] for place in order)
 
     def _label_lexically(self, lexical: LexicalLabeler, effects: EffectsOf) -> None:
         done = {label.feature for label in self.labels.records if label.labeler == LEXICAL}
@@ -286,9 +226,10 @@ class LabelStage:
             selection=selection,
         )
 
-    def _ask(self, questions: Questions, client: ChatClient, ledger: Ledger) -> None:
+    def _ask(self, questions: Questions, client: ChatClient, ledger: Ledger, *, generated: TrialQuestions) -> None:
         config = questions.config
-        self.progress.say(f"labelling model {config.model!r}: {self._estimated(questions, ledger)}")
+        estimate = self._estimated(questions, ledger, generated=generated)
+        self.progress.say(f"labelling model {config.model!r}: {estimate}")
         model = LabellingModel(client, ledger, config, progress=self.progress)
         explain_and_judge(
             model,
@@ -298,6 +239,7 @@ class LabelStage:
             controls=self.controls,
             progress=self.progress,
         )
+        generated.score(model, self.labels.records, scores=self.scores, controls=self.controls, progress=self.progress)
 
     def _write_outputs(self, questions: Questions | None, ledger: Ledger | None) -> None:
         num_features = self.sae.cfg.d_sae
@@ -338,13 +280,3 @@ class LabelStage:
         done = {(score.feature, score.labeler) for score in self.scores.records if score.scorer == "rule"}
         self.scores.extend(score for score in result.scores if (score.feature, score.labeler) not in done)
         return dict(result.controls)
-
-    def _counted_labels(self) -> dict[str, object]:
-        counts: dict[str, object] = {}
-        for labeler in sorted({label.labeler for label in self.labels.records}):
-            own = [label for label in self.labels.records if label.labeler == labeler]
-            counts[labeler] = {
-                "done": sum(label.status == "done" for label in own),
-                "failed": sum(label.status == "failed" for label in own),
-            }
-        return counts

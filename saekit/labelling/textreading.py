@@ -4,11 +4,12 @@ from collections.abc import Mapping
 
 from pydantic import JsonValue
 
+from saekit.labelling.asking import LabellingModel
 from saekit.labelling.chat import ChatReply, ChatRequest
 from saekit.labelling.dialect import MOST_ALTERNATIVES, Complaint, Dialect, charged_tokens, first_choice
 from saekit.labelling.logprobs import of_prompt, of_prompt_echoed
 
-__all__ = ["READS_NOTHING", "ReadingDialect", "probe_request", "read_reading"]
+__all__ = ["READS_NOTHING", "ReadingDialect", "probe_request", "read_reading", "why_unread"]
 
 READINGS = ("prompt_logprobs", "echo")
 """The last one is tried first."""
@@ -84,14 +85,19 @@ def read_reading(body: Mapping[str, JsonValue], request: ChatRequest, sent: Mapp
 
 def probe_request(model: str) -> ChatRequest:
     """Returns a short text to read, by which it is seen whether a model's server reads any."""
-    return ChatRequest(
-        model=model,
-        system="",
-        user="One, two, three, four, five.",
-        schema_name="",
-        schema={},
-        temperature=0.0,
-        max_output_tokens=1,
-        reads=True,
-        purpose="probe:reading",
-    )
+    return ChatRequest.reading(model, "One, two, three, four, five.", purpose="probe:reading")
+
+
+def why_unread(model: LabellingModel) -> str | None:
+    """Asks once whether a model says how likely a text's tokens are; returns why it does not, None where it does.
+
+    Raises:
+        LabelerError: the model cannot be used, or a cap is reached.
+    """
+    probe = probe_request(model.config.model)
+    (answer,) = model.ask([probe])
+    if answer.reply is not None:
+        return None
+    # Another server of the same model may do better.
+    model.ledger.retry(probe.purpose, probe.feature)
+    return answer.reason

@@ -1,11 +1,9 @@
 """A causal language model of the hub's family, ready to be read: loaded, frozen, in eval mode, with its identity."""
 
-import contextlib
 import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import nn
 from saekit.config import Config
 from saekit.errors import MissingDependencyError, ModelError, ResourceError
 from saekit.models.identity import model_fingerprint, tokenizer_fingerprint
+from saekit.models.quiet import first_line, quiet
 from saekit.models.randomised import RandomWeights, randomise_weights
 from saekit.models.tokens import Tokenizer
 
@@ -41,9 +40,9 @@ class ModelConfig(Config):
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer; None: the model's own."""
     random_weights: RandomWeights | None = None
-    """For controls: noise in place of every weight, or of all but the embeddings', with each one's mean and deviation."""
-    random_seed: int = Field(default=0, ge=0)
-    """Of that noise."""
+    """For controls: normal noise in place of every parameter, or of all but the embeddings, with the mean and deviation of each tensor."""
+    random_seed: int | None = Field(default=None, ge=0)
+    """Of that noise; None: 0."""
     trust_remote_code: bool = False
     """Whether Python code that comes with the model may be run."""
 
@@ -110,7 +109,7 @@ def load_model(config: ModelConfig | str) -> LanguageModel:
     source = _source(config, where)
     model = _load_weights(source, config, where).to(device)
     if config.random_weights is not None:
-        randomise_weights(model, config.random_weights, seed=config.random_seed)
+        randomise_weights(model, config.random_weights, seed=config.random_seed or 0)
     tokenizer = _load_tokenizer(source, config, where)
     text_config = _text_config(model)
     return LanguageModel(
@@ -135,12 +134,12 @@ def read_model_config(config: ModelConfig) -> "PretrainedConfig":
     where = f"model {config.name!r}"
     source = _source(config, where)
     try:
-        with _quiet(progress_bars=False):
+        with quiet(progress_bars=False):
             found = AutoConfig.from_pretrained(source.name, **source.arguments(config))
     except (OSError, ValueError, KeyError) as error:
         if not source.is_local:
             raise _unreachable(where, error) from error
-        raise ModelError(f"{where}: config cannot be read: {_first_line(error)}") from error
+        raise ModelError(f"{where}: config cannot be read: {first_line(error)}") from error
     return cast("PretrainedConfig", found)
 
 
@@ -170,7 +169,7 @@ def save_converted(lm: LanguageModel, folder: str | Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
-            with _quiet(progress_bars=False):
+            with quiet(progress_bars=False):
                 lm.model.save_pretrained(temporary)  # type: ignore[operator]  # a PreTrainedModel
                 lm.tokenizer.save_pretrained(str(temporary))
             # mkdtemp and safetensors leave files that only the owner can read.
@@ -215,7 +214,7 @@ def _device(name: str, where: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"{where}: device {name!r} cannot be used: {_first_line(error)}") from error
+        raise ModelError(f"{where}: device {name!r} cannot be used: {first_line(error)}") from error
     return device
 
 
@@ -243,7 +242,7 @@ def _source(config: ModelConfig, where: str) -> _Source:
 def _unreachable(where: str, error: Exception) -> ModelError:
     return ModelError(
         f"{where}: no such local folder, and no model of that name could be had from the hub"
-        f" ({_first_line(error)}); check the spelling and the network"
+        f" ({first_line(error)}); check the spelling and the network"
     )
 
 
@@ -266,7 +265,7 @@ def _load_weights(source: _Source, config: ModelConfig, where: str) -> nn.Module
 
     arguments = source.arguments(config)
     try:
-        with _quiet(progress_bars=not source.is_local):
+        with quiet(progress_bars=not source.is_local):
             hf_config = AutoConfig.from_pretrained(source.name, **arguments)
             _check_causal(hf_config, config, where)
             loaded: object = AutoModelForCausalLM.from_pretrained(
@@ -277,10 +276,10 @@ def _load_weights(source: _Source, config: ModelConfig, where: str) -> nn.Module
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         if not source.is_local:
             raise _unreachable(where, error) from error
-        raise ModelError(f"{where}: cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{where}: cannot be loaded: {first_line(error)}") from error
     except Exception as error:
         # safetensors and the GGUF reader raise types of their own for truncated or foreign files.
-        raise ModelError(f"{where}: files cannot be read: {_first_line(error)}") from error
+        raise ModelError(f"{where}: files cannot be read: {first_line(error)}") from error
     model, info = cast("tuple[PreTrainedModel, dict[str, set[str]]]", loaded)
     missing = sorted(info["missing_keys"])
     if missing:
@@ -313,11 +312,11 @@ def _load_tokenizer(source: _Source, config: ModelConfig, where: str) -> Tokeniz
     if own and source.is_local and source.gguf_file is None and not _has_tokenizer_files(Path(name)):
         raise ModelError(f"{where}: no tokenizer files in the folder{advice}")
     try:
-        with _quiet(progress_bars=not source.is_local):
+        with quiet(progress_bars=not source.is_local):
             tokenizer = cast("Tokenizer", AutoTokenizer.from_pretrained(name, **arguments))
     except Exception as error:
         # Missing and broken tokenizer files surface as anything from OSError to a bare Exception of the Rust library.
-        raise ModelError(f"{where}: {found} ({_first_line(error)}){advice}") from error
+        raise ModelError(f"{where}: {found} ({first_line(error)}){advice}") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         # transformers 5 makes an empty tokenizer of the right class for a folder that has none.
         raise ModelError(f"{where}: {found} (its vocabulary is empty){advice}")
@@ -327,30 +326,3 @@ def _load_tokenizer(source: _Source, config: ModelConfig, where: str) -> Tokeniz
 def _has_tokenizer_files(folder: Path) -> bool:
     patterns = ("*token*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
     return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
-
-
-@contextlib.contextmanager
-def _quiet(*, progress_bars: bool) -> Iterator[None]:
-    """Keeps transformers' notes and bars, and the hub client's, off the screen; settings are put back on exit."""
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
-
-    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    hub_verbosity = hub_logging.get_verbosity()
-    # Each file that cannot be reached is tried six times with a line for each; the error at the end says it once.
-    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # the hub client has it untyped
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers has it untyped
-    if not progress_bars:
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has it untyped
-    try:
-        yield
-    finally:
-        hub_logging.set_verbosity(hub_verbosity)
-        logging.set_verbosity(verbosity)
-        if had_bars and not progress_bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has it untyped
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip().rstrip(".:") if lines else type(error).__name__

@@ -1,6 +1,13 @@
 """A language model that has learnt nothing: its own weights' places filled with noise, for controls.
 
-Source: Heap et al. 2025 (Sparse autoencoders can interpret randomly initialized transformers), "re-randomized" models.
+No re-initialisation: each parameter tensor gets independent normal noise of its own mean and (population) standard deviation, norms
+and biases too. `all` does so to the embeddings as well, which leaves nothing of what a token means; `all_but_embeddings` keeps input
+and output embedding. A tied embedding is one tensor, and so is randomised, or kept, once.
+
+Source: the idea, and noise of equal mean and deviation for each parameter, are those of Heap et al. 2025 (arXiv 2501.17727; "re-randomized"
+models, with and without embeddings). Read from a public copy of their code, which keeps the embeddings unless told otherwise, whereas
+`controls.random_weights` of a recipe randomises all. Their controls of a model at step 0 and of random embeddings alone are not here,
+and their figures were not reproduced.
 """
 
 import hashlib
@@ -17,8 +24,8 @@ RandomWeights = Literal["all", "all_but_embeddings"]
 def randomise_weights(model: nn.Module, what: RandomWeights, *, seed: int) -> None:
     """Replaces each parameter by normal noise of its own mean and standard deviation, in place; the same on every machine.
 
-    So the scales at which the model works stay what training made them, and nothing else of it does. Entries that were all equal
-    stay so.
+    So each tensor's scale stays what training made it, and nothing else of it does. Entries that were all equal stay so; the scales of
+    activations are not kept, as they rest on more than two moments.
 
     Args:
         what: `all_but_embeddings` keeps the input and output embedding, and with them what a token means by itself.

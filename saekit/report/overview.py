@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from saekit.activations import ActivationStore
 from saekit.evaluation import Evaluation, Figure, Histogram
 from saekit.evaluation.definitions import metric_info
+from saekit.labelling.scoring.summary import FIGURES, is_scored
 from saekit.manifest import Manifest
 from saekit.report.judged import describe_judged, describe_outcome
 from saekit.report.payload import JSONValue, finite
@@ -132,15 +133,12 @@ def _labeler(run: RunSource, labeler: str) -> dict[str, JSONValue]:
     scorers: dict[str, JSONValue] = {}
     for scorer in sorted({scorer for _, name, scorer in run.scores if name == labeler}):
         scores = [score for (_, name, by), score in run.scores.items() if name == labeler and by == scorer]
-        f1 = [score.f1 for score in scores if score.f1 is not None]
-        auprc = [score.auprc for score in scores if score.auprc is not None]
-        base = [score.base_rate for score in scores if score.base_rate is not None]
-        scorers[scorer] = {
-            "scored": len(f1),
-            "f1": finite(np.median(f1)) if f1 else None,
-            "auprc": finite(np.median(auprc)) if auprc else None,
-            "base_rate": finite(np.median(base)) if base else None,
-        }
+        entry: dict[str, JSONValue] = {"scored": sum(is_scored(score) for score in scores)}
+        for name in ("f1", "auprc", "base_rate", *FIGURES):
+            values = [value for score in scores if (value := getattr(score, name)) is not None]
+            if values or name in {"f1", "auprc", "base_rate"}:
+                entry[name] = finite(np.median(values)) if values else None
+        scorers[scorer] = entry
     return {
         "name": labeler,
         "done": sum(label.status == "done" for label in mine),

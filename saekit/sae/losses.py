@@ -1,5 +1,7 @@
 """The terms an SAE is trained on, each a plain function of tensors, sparse where the code is sparse."""
 
+from collections.abc import Callable
+
 import torch
 from saekit_kernels import auxk
 from torch import Tensor
@@ -96,6 +98,7 @@ def quadratic_penalty(
     offsets: Tensor,
     target_l0: float,
     ste_to_input: bool = False,
+    total: Callable[[Tensor], Tensor] = lambda l0: l0,
 ) -> Tensor:
     """Returns the mean over tokens of (2 / target) * (active entries - target)^2, with the estimate of `step_penalty`.
 
@@ -108,13 +111,14 @@ def quadratic_penalty(
         offsets: where each token's entries begin [N + 1].
         target_l0: wanted number of active entries of a token.
         ste_to_input: see `step_penalty`.
+        total: makes of each token's active entries [N] those of all its features, where some are elsewhere.
 
     Source: the target-L0 loss of Gemma Scope 2 in the form that SAELens 6.54 trains with.
     """
     active: Tensor = _Step.apply(pre_acts, threshold, bandwidth, ste_to_input)  # type: ignore[no-untyped-call]  # torch's own
     counts = offsets.diff()
     row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(active))
-    l0 = active.new_zeros(len(counts)).index_add(0, row, active)
+    l0 = total(active.new_zeros(len(counts)).index_add(0, row, active))
     excess: Tensor = (l0 - target_l0).square().sum()
     return excess * (2 / target_l0) / max(len(counts), 1)
 
@@ -147,6 +151,7 @@ def auxk_loss(
     *,
     k_aux: int,
     residual_variance: Tensor,
+    explain: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor] = auxk,
 ) -> Tensor:
     """Returns how badly the k_aux largest dead features explain what the live ones left over.
 
@@ -159,11 +164,12 @@ def auxk_loss(
         weights: of the dead features only: W_enc rows [n_dead, d_in], b_enc [n_dead], W_dec rows [n_dead, d_in].
         k_aux: dead features a token may use.
         residual_variance: mean ||residual - its mean||^2, a scalar; the loss is 1 where the dead features explain nothing.
+        explain: what the dead features make of the input, as `saekit_kernels.auxk`; another where some of them are elsewhere.
 
     Source: Gao et al. 2024, appendix A.2.
     """
     W_enc, b_enc, W_dec = weights
-    error = residual.detach() - auxk(encoder_input.detach(), W_enc.T, b_enc, W_dec, k_aux)
+    error = residual.detach() - explain(encoder_input.detach(), W_enc.T, b_enc, W_dec, k_aux)
     return error.square().sum() / (error.shape[0] * residual_variance.clamp_min(torch.finfo(error.dtype).tiny))
 
 

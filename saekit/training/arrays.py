@@ -25,6 +25,8 @@ class Rows(NamedTuple):
     """Place of its first row in the array."""
     num_rows: int
     """Of the whole array."""
+    is_transposed: bool = False
+    """Whether the state has the array's transpose."""
 
 
 def stage_tensors(state: Mapping[str, object], *, rank: int, world_size: int) -> tuple[dict[str, Any], dict[str, Rows]]:
@@ -52,8 +54,8 @@ def stage_tensors(state: Mapping[str, object], *, rank: int, world_size: int) ->
             start, stop = (number * len(memory) // world_size for number in (rank, rank + 1))
             rows[name] = Rows(_copied(memory[start:stop]), start, len(memory))
         else:
-            is_transposed = False
-            rows[name] = Rows(_copied(value.tensor.detach()), value.start, value.num_rows)
+            is_transposed = value.is_transposed
+            rows[name] = value._replace(tensor=_copied(value.tensor.detach()))
         return {NAME_KEY: name, TRANSPOSED_KEY: is_transposed}
 
     named = _mapped(dict(state), take, "")

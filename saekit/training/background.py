@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
 from saekit.training.arrays import Rows, stage_tensors
+from saekit.training.layout import side_group
 from saekit.training.state import (
     RUN_NAME,
     cannot_write,
@@ -82,7 +83,9 @@ class CheckpointWriter:
             Done when the checkpoint of all processes is in place; it holds a `ResourceError` where it is not.
         """
         if self._world_size > 1 and self._group is None:
-            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            world = dist.group.WORLD
+            assert world is not None
+            self._group = side_group(world, "checkpoints", PATIENCE)
         named, arrays = stage_tensors(state, rank=self._rank, world_size=self._world_size)
         files: dict[str, Mapping[str, object]] = {process_name(self._rank): dict(own)}
         if self._rank == 0:

@@ -1,7 +1,7 @@
 """Which objective trains which architecture."""
 
 from saekit.errors import ConfigError
-from saekit.sae.base import SAE
+from saekit.sae.base import SAE, SAEConfig
 from saekit.sae.batchtopk import BatchTopKSAE
 from saekit.sae.gated import GatedSAE
 from saekit.sae.jumprelu import JumpReLUSAE
@@ -11,9 +11,10 @@ from saekit.sae.relu import ReLUSAE
 from saekit.sae.topk import TopKSAE
 from saekit.sae.transcoder import Transcoder
 from saekit.training.config import TrainConfig
+from saekit.training.layout import Layout
 from saekit.training.mapping import TranscoderObjective
 from saekit.training.nested import MatryoshkaBatchTopKObjective, MatryoshkaTopKObjective
-from saekit.training.objective import BatchTopKObjective, Objective, SumOverProcesses, TopKObjective
+from saekit.training.objective import BatchTopKObjective, Objective, TopKObjective
 from saekit.training.penalty import GatedObjective, JumpReLUObjective, ReLUObjective
 
 __all__ = ["build_objective", "check_trainable"]
@@ -32,16 +33,28 @@ _OBJECTIVES: tuple[tuple[type[SAE], type[Objective]], ...] = (
 
 
 def build_objective(
-    sae: SAE, config: TrainConfig, *, total_variance: float, sum_over_processes: SumOverProcesses
+    sae: SAE,
+    config: TrainConfig,
+    *,
+    total_variance: float,
+    layout: Layout | None = None,
+    cfg: SAEConfig | None = None,
 ) -> Objective:
     """Returns the objective of the SAE's architecture.
+
+    Args:
+        sae: of normalised activations, or this process's part of one.
+        config: its training.
+        total_variance: of what is reconstructed.
+        layout: who holds other tokens or features; None = nobody.
+        cfg: of the whole SAE; None = the one of `sae`.
 
     Raises:
         ConfigError: see `check_trainable`.
     """
     check_trainable(sae)
     objective = next(objective for cls, objective in _OBJECTIVES if isinstance(sae, cls))
-    return objective(sae, config, total_variance=total_variance, sum_over_processes=sum_over_processes)
+    return objective(sae, config, total_variance=total_variance, layout=layout, cfg=cfg)
 
 
 def check_trainable(sae: SAE) -> None:

@@ -7,7 +7,9 @@ from pydantic import Field, field_validator, model_validator
 
 from saekit.config import Config
 
-__all__ = ["EndToEndConfig", "ResampleConfig", "SparsityConfig", "TrainConfig"]
+__all__ = ["EndToEndConfig", "LayoutName", "MeshConfig", "ResampleConfig", "SparsityConfig", "TrainConfig"]
+
+LayoutName = Literal["data", "latents", "layers"]
 
 
 class ResampleConfig(Config):
@@ -25,6 +27,15 @@ class ResampleConfig(Config):
     encoder_norm: float = Field(default=0.2, gt=0)
     """Norm of a new feature's encoder row in multiples of the mean norm of the live ones'; the default is made for ReLU, where
     features do not compete for k places."""
+
+
+class MeshConfig(Config):
+    """Processes in rows and columns: each row takes a part of every batch, each column a part of the features."""
+
+    data: int = Field(default=1, ge=1)
+    """Parts of a batch."""
+    latents: int = Field(default=1, ge=1)
+    """Parts of the features."""
 
 
 class EndToEndConfig(Config):
@@ -126,6 +137,10 @@ class TrainConfig(Config):
     """Control of L0."""
     resample: ResampleConfig | None = None
     """Resampling of silent features; None = none, they are left to the loss."""
+    layout: LayoutName | MeshConfig = "data"
+    """How the processes of a launch share the work: `data`, each takes a part of every batch; `latents`, each holds a part of the
+    features, with their share of gradients and optimizer; `layers`, each trains whole SAEs of its own; or a mesh of the first two,
+    `{ data = 2, latents = 4 }`. The SAE is the same in all of them, to the order of sums."""
     objective: EndToEndConfig | None = None
     """A loss that goes through the language model; None = reconstruction. Whole token rows are read then, `batch_size` and
     `micro_batch_size` count all of their positions, and the SAE takes the place of the normal training tokens in them."""
@@ -152,6 +167,11 @@ class TrainConfig(Config):
         if value is not None and not all(0 <= beta < 1 for beta in value):
             raise ValueError("needs two numbers from 0 to below 1")
         return value
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What the trained SAE depends on, as JSON values: everything but the layout."""
+        return {key: value for key, value in self.to_dict().items() if key != "layout"}
 
     @property
     def num_steps(self) -> int:

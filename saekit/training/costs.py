@@ -12,6 +12,7 @@ from saekit.training.config import TrainConfig
 from saekit.training.hardware import Hardware
 from saekit.training.memory import FLOAT_BYTES, TOKEN_ARRAYS
 from saekit.training.shape import SAEShape
+from saekit.training.wire import step_bytes
 
 __all__ = ["LanguageModelCost", "Limit", "Part", "StepCost", "StoreSize", "mean_active", "step_cost", "step_flops"]
 
@@ -24,8 +25,8 @@ OPTIMIZER_TRAFFIC = {"adam": 34, "adamw8bit": 22, "muon": 36, "signum": 60}
 """Bytes read and written for each trained number. Adam's: 28 of the fused pass (weight, gradient and both moments read, three of
 them written) and 6 of the gradient's norm, which reads gradients, and W_dec to project them."""
 AVERAGE_TRAFFIC = 12
-REDUCE_TRAFFIC = 16
-"""Beside the ring itself: the sum is divided by the number of processes and copied into the gradient."""
+REDUCE_TRAFFIC = 8
+"""Beside the ring itself: the sum is divided by the number of processes."""
 MUON_ITERATIONS = 5
 OPERATORS = {"batchtopk": 340, "jumprelu": 440, "gated": 440, "relu": 440}
 """Operators that a step launches, counted on tiny SAEs; the rest of the kinds `OPERATORS_ELSE`."""
@@ -81,7 +82,9 @@ class StepCost:
     """One step of one layout."""
 
     num_processes: int
-    """Data-parallel processes."""
+    """All of them."""
+    latents: int
+    """Those that share the features of a row of tokens."""
     parts: tuple[Part, ...]
     """One after another, on the device."""
     beside: tuple[Part, ...]
@@ -153,11 +156,20 @@ def step_cost(
     *,
     store: StoreSize,
     num_processes: int = 1,
+    latents: int = 1,
     lm: LanguageModelCost | None = None,
 ) -> StepCost:
-    """Returns what a step costs each of `num_processes` data-parallel processes that share its batch evenly."""
-    rows = config.batch_size / num_processes
-    parts = [*_forward_parts(shape, config, hardware, rows), *_update_parts(shape, config, hardware, num_processes)]
+    """Returns what a step costs each of `num_processes` processes.
+
+    Of them `latents` share the features, and as many rows of them as there are share the batch.
+    """
+    data = num_processes // latents
+    rows = config.batch_size / data
+    parts = [
+        *_forward_parts(shape, config, hardware, rows, latents),
+        *_update_parts(shape, config, hardware, latents, is_reduced=data > 1),
+        *_network_parts(shape, config, hardware, data, latents),
+    ]
     if lm is not None:
         # The true predictions, those with the reconstruction, and the gradient at the hook point: frozen weights take none.
         seconds = 3 * rows * lm.flops_per_token / hardware.flops(lm.dtype)
@@ -166,6 +178,7 @@ def step_cost(
         parts.append(_reading(rows * store.token_bytes, hardware, num_processes))
     return StepCost(
         num_processes=num_processes,
+        latents=latents,
         parts=tuple(parts),
         beside=(
             *(_reading_parts(shape, hardware, store, rows, num_processes) if lm is None else ()),
@@ -175,20 +188,25 @@ def step_cost(
     )
 
 
-def _forward_parts(shape: SAEShape, config: TrainConfig, hardware: Hardware, rows: float) -> Sequence[Part]:
-    samples, active = rows * shape.samples, mean_active(shape, config)
+def _forward_parts(
+    shape: SAEShape, config: TrainConfig, hardware: Hardware, rows: float, latents: int
+) -> Sequence[Part]:
+    samples, active, features = rows * shape.samples, mean_active(shape, config) / latents, shape.d_sae / latents
+    if latents > 1 and not shape.is_penalized:
+        # A token's places are as many as the fullest one has, about four deviations above the mean.
+        active = min(active * latents, active + 4 * math.sqrt(active))
     in_memory = hardware.memory_rate
-    product = 2 * samples * shape.width_in * shape.d_sae / hardware.flops("float32")
-    operands = FLOAT_BYTES * shape.width_in * (samples + shape.d_sae) / in_memory
+    product = 2 * samples * shape.width_in * features / hardware.flops("float32")
+    operands = FLOAT_BYTES * shape.width_in * (samples + features) / in_memory
     # Pre-activations are written once and looked through once.
-    selection = 2 * FLOAT_BYTES * samples * shape.d_sae
+    selection = 2 * FLOAT_BYTES * samples * features
     # Rows of W_dec for the reconstruction and the values' gradients; errors and inputs for the weights' gradients.
     gathered = FLOAT_BYTES * samples * active * (3 * shape.width_out + shape.width_in)
     if shape.kind == "gated":
         gathered *= 1.5  # the gates reconstruct as well, with a frozen decoder
     row = shape.samples * max(shape.width_in, shape.width_out)
     arrays = FLOAT_BYTES * rows * row * (2 * TOKEN_ARRAYS + 3 * (shape.groups - 1))
-    written = FLOAT_BYTES * shape.num_trained
+    written = FLOAT_BYTES * shape.share(latents)
     parts = [
         Part(
             name="encoder product",
@@ -204,22 +222,33 @@ def _forward_parts(shape: SAEShape, config: TrainConfig, hardware: Hardware, row
     return parts
 
 
-def _update_parts(shape: SAEShape, config: TrainConfig, hardware: Hardware, num_processes: int) -> Sequence[Part]:
+def _update_parts(
+    shape: SAEShape, config: TrainConfig, hardware: Hardware, latents: int, *, is_reduced: bool
+) -> Sequence[Part]:
     traffic = OPTIMIZER_TRAFFIC[config.optimizer] + (AVERAGE_TRAFFIC if config.ema_decay is not None else 0)
-    traffic += REDUCE_TRAFFIC if num_processes > 1 else 0
-    parts = [Part(name="optimizer", limit="memory", seconds=traffic * shape.num_trained / hardware.memory_rate)]
+    traffic += REDUCE_TRAFFIC if is_reduced else 0
+    parts = [Part(name="optimizer", limit="memory", seconds=traffic * shape.share(latents) / hardware.memory_rate)]
     if config.optimizer == "muon":
         # Each iteration: a Gram matrix of the short side, its square, and their product with the matrix.
         small = [min(width, shape.d_sae) for width in (shape.width_in, shape.width_out)]
         large = [max(width, shape.d_sae) for width in (shape.width_in, shape.width_out)]
         flops = sum(MUON_ITERATIONS * (4 * s * s * w + 2 * s**3) for s, w in zip(small, large, strict=True))
         parts.append(Part(name="orthogonalisation", limit="compute", seconds=flops / hardware.flops("float32")))
-    if num_processes > 1:
-        share = 2 * (num_processes - 1) / num_processes
-        # Gradients, and which features fired, in float64.
-        moved = share * (FLOAT_BYTES * shape.num_trained + 8 * shape.d_sae)
-        seconds = moved / hardware.network_rate(num_processes)
-        parts.append(Part(name="gradients over the network", limit="network", seconds=seconds))
+    return parts
+
+
+def _network_parts(shape: SAEShape, config: TrainConfig, hardware: Hardware, data: int, latents: int) -> Sequence[Part]:
+    sent = step_bytes(shape, config, data=data, latents=latents, active=mean_active(shape, config))
+    parts = []
+    if data > 1:
+        # And which features fired, a byte each.
+        moved = sent.pop("gradients") + 2 * (data - 1) / data * shape.d_sae / latents
+        # Each column of a mesh has a ring of its own, and they share a node's network cards.
+        rate = hardware.network_rate(data * latents, rings=latents)
+        parts.append(Part(name="gradients over the network", limit="network", seconds=moved / rate))
+    if latents > 1:
+        seconds = sum(sent.values()) / hardware.network_rate(latents)
+        parts.append(Part(name="features over the network", limit="network", seconds=seconds))
     return parts
 
 

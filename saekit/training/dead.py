@@ -25,7 +25,7 @@ class DeadFeatures:
 
     Attributes:
         silent_tokens: [d_sae] int64.
-        num_dead: how many features are dead, known without asking the device.
+        num_dead: how many of these features are dead, known without asking the device.
     """
 
     def __init__(self, d_sae: int, dead_after_tokens: int, device: torch.device) -> None:

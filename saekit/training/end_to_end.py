@@ -1,7 +1,7 @@
 """Training on the language model's own loss: the step whose gradients come through the layers behind the hook point."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +15,12 @@ from saekit.models.run_from import later_layers
 from saekit.sae.base import SAE
 from saekit.sae.fold import Normalization
 from saekit.training.config import EndToEndConfig, TrainConfig
+from saekit.training.layout import Layout
 from saekit.training.micro import joined
 from saekit.training.objective import StepResult
 from saekit.training.rows import RowBatch, TokenRowBatches
 from saekit.training.run import Gradients, StepFigures, TrainRun
 from saekit.training.spliced import SplicedModel, model_terms
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 __all__ = ["EndToEndRun", "check_end_to_end"]
 
@@ -69,8 +67,8 @@ class EndToEndRun(TrainRun):
         config: TrainConfig,
         *,
         normalization: Normalization,
-        accelerator: "Accelerator",
         lm: LanguageModel,
+        layout: Layout | None = None,
     ) -> None:
         """Takes an SAE of normalised activations and trains it in place; measures the model on the first rows.
 
@@ -78,7 +76,7 @@ class EndToEndRun(TrainRun):
             HookPointError: no layer behind the hook point to compare.
             ConfigError: `micro_batch_size` holds no whole row.
         """
-        super().__init__(sae, source, config, normalization=normalization, accelerator=accelerator)
+        super().__init__(sae, source, config, normalization=normalization, layout=layout)
         assert config.objective is not None
         self.kind: EndToEndConfig = config.objective
         context_len = source.view.store.context_len
@@ -117,7 +115,7 @@ class EndToEndRun(TrainRun):
 
     def add_gradients(self, dead: Tensor, coefficient: float) -> Gradients:
         """See `TrainRun`; the mean over processes of what is added is the gradient of the batch's loss."""
-        rows = self.source.next_rows().to(self.accelerator.device)
+        rows = self.source.next_rows().to(self.layout.device)
         self.timer.mark("read")
         parts = rows.split(self._part_rows)
         raw = [part.hidden[part.is_replaced] for part in parts]
@@ -132,6 +130,8 @@ class EndToEndRun(TrainRun):
             means = torch.stack([sums[0] / num_counted, sums[1] / num_counted, sums[2] / num_replaced])
             weights = means.new_tensor([self.kl_weight, self.kind.ce_weight, self._downstream_weight])
             loss = result.loss * share + (means * weights).sum().to(result.loss.device)
+            if own is x[-1]:
+                self.reducer.arm(1.0)
             loss.backward()  # type: ignore[no-untyped-call]  # torch's own
             terms += means.detach().to(terms)
             results.append(
@@ -146,8 +146,8 @@ class EndToEndRun(TrainRun):
     def _counts(self, rows: RowBatch) -> tuple[float, float]:
         """Returns the replaced and the counted positions of the whole batch, for each process."""
         own = torch.stack([rows.is_replaced.sum(), rows.is_counted.sum()]).double()
-        replaced, counted = (self._sum(own) / self.accelerator.num_processes).tolist()
-        return replaced, max(counted, 1 / self.accelerator.num_processes)
+        replaced, counted = (self.layout.data.sum(own) / self.layout.data.size).tolist()
+        return replaced, max(counted, 1 / self.layout.data.size)
 
     def _terms(self, part: RowBatch, x_hat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the sums of `model_terms` with normalised reconstructions x_hat [n, d_in] in the rows."""
@@ -160,8 +160,8 @@ class EndToEndRun(TrainRun):
     def _first_rows(self) -> list[RowBatch]:
         """Returns the first rows of this process in parts, and moves the source back."""
         position, found, num_positions = self.source.state_dict(), [], 0
-        while num_positions < MEASURED_POSITIONS // self.accelerator.num_processes:
-            rows = self.source.next_rows().to(self.accelerator.device)
+        while num_positions < MEASURED_POSITIONS // self.layout.data.size:
+            rows = self.source.next_rows().to(self.layout.device)
             found += rows.split(self._part_rows)
             num_positions += rows.tokens.numel()
         self.source.load_state_dict(position)
@@ -186,18 +186,18 @@ class EndToEndRun(TrainRun):
                 for part in parts
             ]
         ).sum(0)
-        moments = self._sum(moments.to(self.accelerator.device))
+        moments = self.layout.data.sum(moments.to(self.layout.device))
         means = moments[:, :-1] / moments[:, -1:]
         return means[:, -1] - means[:, :-1].square().sum(1)
 
     @torch.no_grad()
     def _balanced_weight(self, parts: list[RowBatch]) -> float:
         """Returns the reconstruction's term over the KL, with the SAE as it is."""
-        sums = torch.zeros(4, dtype=torch.float64, device=self.accelerator.device)
+        sums = torch.zeros(4, dtype=torch.float64, device=self.layout.device)
         for part in parts:
             x = self.normalization.apply(part.hidden[part.is_replaced])
             x_hat = self.sae(x).x_hat
             figures = [self._terms(part, x_hat)[0], part.is_counted.sum(), (x - x_hat).square().sum(), len(x)]
             sums += torch.tensor([float(figure) for figure in figures], dtype=torch.float64, device=sums.device)
-        kl, counted, squares, replaced = self._sum(sums).tolist()
+        kl, counted, squares, replaced = self.layout.data.sum(sums).tolist()
         return squares / replaced / self.normalization.total_variance * counted / kl if kl > 0 else 1.0

@@ -27,38 +27,31 @@ def finish_weights(run: TrainRun, held_out: Tensor | None) -> dict[str, object]:
     run.objective.finish()
     if isinstance(run.sae, JumpReLUSAE | ReLUSAE | GatedSAE):
         if held_out is not None:
-            facts["l0_before_calibration"] = evaluate_heldout(run.sae, held_out, run.normalization).l0
+            found = evaluate_heldout(run.sae, held_out, run.normalization, layout=run.layout, cfg=run.cfg)
+            facts["l0_before_calibration"] = found.l0
         facts |= _calibrate(run, run.sae)
     elif isinstance(run.sae, BatchTopKSAE) and run.average.is_on:
         # The threshold followed the weights that were trained, and the averaged ones keep other entries.
-        init_shared_threshold(run.sae, _sample(run))
-        run.sae.threshold.data.fill_(_mean(run, float(run.sae.threshold)))
+        init_shared_threshold(run.sae, _sample(run), run.layout, run.cfg)
     run.normalization.fold(run.sae)
     if held_out is not None:
-        facts |= heldout_figures(run.sae, held_out)
+        facts |= heldout_figures(run.sae, held_out, layout=run.layout, cfg=run.cfg)
     return facts
 
 
 def _calibrate(run: TrainRun, sae: JumpReLUSAE | ReLUSAE | GatedSAE) -> dict[str, object]:
     """Moves what pre-activations are compared with, by one number for all features, to the target L0 on training tokens."""
     assert sae.cfg.target_l0 is not None
-    batches = torch.split(_sample(run), 2048)
+    batches, latents = torch.split(_sample(run), 2048), run.layout.latents
     if isinstance(sae, JumpReLUSAE):
-        factor = _mean(run, calibration_factor(sae, batches, sae.cfg.target_l0))
+        factor = calibration_factor(sae, batches, sae.cfg.target_l0, latents=latents)
         sae.scale_thresholds(factor)
         return {"threshold_factor": factor}
-    shift = _mean(run, calibration_shift(sae, batches, sae.cfg.target_l0))
+    shift = calibration_shift(sae, batches, sae.cfg.target_l0, latents=latents)
     sae.b_enc.data.add_(shift)
     return {"bias_shift": shift}
 
 
 def _sample(run: TrainRun) -> Tensor:
-    """Returns normalised training tokens of this process [n, d_in]."""
-    sample = read_sample(run.source, SAMPLE_TOKENS // run.accelerator.num_processes)
-    return run.normalization.apply(sample.to(run.sae.b_dec.device))
-
-
-def _mean(run: TrainRun, value: float) -> float:
-    """Returns the mean of a number over processes."""
-    own = torch.tensor(value, dtype=torch.float64, device=run.sae.b_dec.device)
-    return float(run.accelerator.reduce(own, reduction="mean"))
+    """Returns normalised training tokens of all processes [n, d_in]."""
+    return run.normalization.apply(read_sample(run.source, SAMPLE_TOKENS, run.layout))

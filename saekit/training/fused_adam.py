@@ -1,13 +1,16 @@
 """Adam that reads and writes each row once: projection, clipping, the step and the renormalisation of unit rows together."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, overload
 
 import torch
 from saekit_kernels import AdamStep, adam_step, gradient_square
 from torch import Tensor
 
-__all__ = ["FusedAdam", "in_rows"]
+from saekit.training.axis import Axis
+from saekit.training.features import PER_FEATURE
+
+__all__ = ["FusedAdam", "in_rows", "total_square"]
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -42,16 +45,20 @@ class FusedAdam(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
 
     @torch.no_grad()
-    def gradient_norm(self) -> Tensor:
-        """Returns the norm of all gradients together, projected and not yet scaled: a scalar, float64."""
-        squares = []
+    def gradient_norm(self, latents: Axis | None = None) -> Tensor:
+        """Returns the norm of all gradients together, projected and not yet scaled: a scalar, float64.
+
+        Args:
+            latents: processes that hold the other features; None = nobody.
+        """
+        squares = {}
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     weight = in_rows(parameter, parameter)
                     rows = weight if group["name"] in self.unit_rows else None
-                    squares.append(gradient_square(in_rows(parameter.grad, parameter), rows))
-        return torch.stack(squares).sum().sqrt()
+                    squares[group["name"]] = gradient_square(in_rows(parameter.grad, parameter), rows)
+        return total_square(squares, latents).sqrt()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -97,6 +104,15 @@ class FusedAdam(torch.optim.Optimizer):
             step=step,
             scale=self.gradient_scale,
         )
+
+
+def total_square(squares: Mapping[str, Tensor], latents: Axis | None) -> Tensor:
+    """Returns the sum of squares [] of named parts, those that belong to features over all processes that hold some."""
+    if latents is None or latents.size == 1:
+        return torch.stack(list(squares.values())).sum()
+    own = [square.double() for name, square in squares.items() if name in PER_FEATURE]
+    alike = [square.double() for name, square in squares.items() if name not in PER_FEATURE]
+    return latents.sum(torch.stack(own).sum()) + torch.stack(alike).sum()
 
 
 def in_rows(tensor: Tensor, parameter: Tensor) -> Tensor:

@@ -76,13 +76,17 @@ class Hardware(Config):
         """Sustained bytes a second from host to device; 0 = nothing is copied."""
         return self.host_gb_s * 1e9 * self.sustained["host"]
 
-    def network_rate(self, num_processes: int) -> float:
+    def network_rate(self, num_processes: int, *, rings: int = 1) -> float:
         """Returns sustained bytes a second of a ring over the first `num_processes` devices, nodes filled one by one.
 
         Between nodes the rings use the network cards of all devices of a node, and no ring is faster than a node's inside.
+
+        Args:
+            num_processes: devices of all rings.
+            rings: that go on at the same time, each over its own devices.
         """
         inside = self.link_gb_s * self.sustained["link"]
-        across = self.nic_gb_s * self.sustained["nic"] * self.gpus_per_node
+        across = self.nic_gb_s * self.sustained["nic"] * self.gpus_per_node / rings
         return 1e9 * (inside if num_processes <= self.gpus_per_node else min(inside, across))
 
 

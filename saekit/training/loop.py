@@ -16,6 +16,7 @@ from saekit.training.interrupt import StopRequest
 from saekit.training.metrics import PART_FIELDS, MetricsLog, RunningMeans
 from saekit.training.run import StepFigures, TrainRun
 from saekit.training.shape import shape_of
+from saekit.training.sharded_state import written_state
 from saekit.training.timing import memory_peak, peak_flops, utilisation
 
 __all__ = ["TrainingLoop"]
@@ -63,7 +64,10 @@ class TrainingLoop:
         self._written: Future[None] | None = None
         self._resume(state)
         self._since = (time.perf_counter(), run.step)
-        self._peak, self._shape = peak_flops(run.accelerator.device), shape_of(run.sae.cfg)
+        self._counted = run.step
+        # What was sent to measure the data belongs to no step.
+        run.layout.traffic.take()
+        self._peak, self._shape = peak_flops(run.layout.device), shape_of(run.cfg)
         self._shown: dict[str, float] = {}
 
     @property
@@ -94,7 +98,7 @@ class TrainingLoop:
                     self.progress.say(message)
                     raise KeyboardInterrupt(message)
             # Asked in the last step, when no further step hands it round: one process can still answer by itself.
-            if stop.is_set and run.accelerator.num_processes == 1:
+            if stop.is_set and run.layout.num_processes == 1:
                 self.save()
                 self.wait()
                 raise KeyboardInterrupt(f"interrupted after {run.tokens:,} tokens, checkpoint written")
@@ -119,10 +123,11 @@ class TrainingLoop:
         shared = {
             "means": self.means.state_dict(),
             "metrics_position": self.metrics.position if self.metrics is not None else 0,
-            "num_processes": run.accelerator.num_processes,
+            "num_processes": run.layout.num_processes,
         }
         own = {"source": run.source.state_dict(), "rng": torch.get_rng_state()}
-        self._written = self._writer.write(self.out, run.step, state=run.state_dict(), shared=shared, own=own)
+        state = written_state(run.state_dict(), run.layout, run.cfg.d_sae)
+        self._written = self._writer.write(self.out, run.step, state=state, shared=shared, own=own)
         run.timer.add("checkpoint", time.perf_counter() - before)
 
     def wait(self) -> None:
@@ -140,7 +145,7 @@ class TrainingLoop:
         return self._written is not None and self._written.done() and self._written.exception() is not None
 
     def _resume(self, state: Mapping[str, Any] | None) -> None:
-        run, accelerator = self.run, self.run.accelerator
+        run, layout = self.run, self.run.layout
         position = 0
         if state is not None:
             run.load_state_dict(state["run"])
@@ -148,10 +153,10 @@ class TrainingLoop:
             position = state["metrics_position"]
             run.source.load_state_dict(state["source"])
             torch.set_rng_state(state["rng"])
-            before, now = state.get("num_processes"), accelerator.num_processes
+            before, now = state.get("num_processes"), layout.num_processes
             others = f", with {now} processes in place of {before}" if before not in {None, now} else ""
             self.progress.say(f"going on after {run.tokens:,} tokens{others}")
-        if accelerator.is_main_process:
+        if layout.is_main_process:
             self.metrics = MetricsLog(self.out, position=position)
 
     def _record(self, figures: StepFigures) -> None:
@@ -163,15 +168,15 @@ class TrainingLoop:
         is_last = run.step == run.config.num_steps
         if run.step % self.log_steps == 0 or is_last:
             row = {"dead_fraction": figures.dead_fraction, "lr": figures.lr, "l0_coefficient": figures.coefficient}
-            self._write("train", self.means.take() | row | self._speed())
+            self._write("train", {**self.means.take(), **row, **self._speed(), **self._sent()})
         if self.held_out is not None and (run.step % self.eval_steps == 0 or is_last):
             before = time.perf_counter()
-            with run.average.taken():
-                found = heldout_figures(run.sae, self.held_out, run.normalization)
+            with run.average.taken(), run.layout.traffic.paused():
+                found = heldout_figures(run.sae, self.held_out, run.normalization, layout=run.layout, cfg=run.cfg)
             self._write("test", found)
             took = time.perf_counter() - before
             run.timer.add("evaluation", took)
-            # Time spent here is not training time.
+            # Time spent here is not training time, as what was sent is not counted.
             self._since = (self._since[0] + took, self._since[1])
 
     def _speed(self) -> dict[str, float]:
@@ -187,12 +192,20 @@ class TrainingLoop:
         row["stall_fraction"] = parts.get("read", 0.0) / seconds
         self._shown = {"stall": row["stall_fraction"]}
         if self._peak is not None:
-            processes = run.accelerator.num_processes
+            processes = run.layout.num_processes
             row["mfu"] = utilisation(
                 self._shape, run.config, seconds=seconds / steps, num_processes=processes, peak=self._peak
             )
             self._shown["mfu"] = row["mfu"]
-        return row | {"memory_peak_bytes": memory_peak(run.accelerator.device)}
+        return row | {"memory_peak_bytes": memory_peak(run.layout.device)}
+
+    def _sent(self) -> Mapping[str, object]:
+        """Returns what this process sent in a step, on average since the last row; nothing where it is alone."""
+        steps, self._counted = self.run.step - self._counted, self.run.step
+        sent = {purpose: count / steps for purpose, count in self.run.layout.traffic.take().items()}
+        if self.run.layout.num_processes == 1:
+            return {}
+        return {"bytes_per_step": sum(sent.values()), "bytes_per_step_by_purpose": sent}
 
     def _write(self, split: str, figures: Mapping[str, object]) -> None:
         if self.metrics is not None:

@@ -1,6 +1,5 @@
 """The objective of transcoders: another place's activations are predicted from those that are read."""
 
-from saekit_kernels import decode
 from torch import Tensor, nn
 
 from saekit.sae.losses import reconstruction_loss
@@ -17,7 +16,7 @@ class TranscoderObjective(TopKObjective):
 
     def reconstruct(self, inputs: Tensor, target: Tensor, code: Code) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the prediction term with its graph, the same as FVU, and target less prediction [N, d_out]."""
-        predicted = decode(code.values, code.indices, self.sae.W_dec, self.sae.b_dec) + self.sae.skip(inputs)
+        predicted = self.decode(code.values, code, self.sae.W_dec, self.sae.b_dec) + self.sae.skip(inputs)
         error = target - predicted
         fvu = reconstruction_loss(error, self.total_variance)
         return fvu, fvu, error

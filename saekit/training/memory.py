@@ -44,12 +44,18 @@ def memory_parts(
     }
 
 
-def training_bytes(sae: SAE, config: TrainConfig, *, num_processes: int = 1) -> int:
+def training_bytes(sae: SAE, config: TrainConfig, *, num_processes: int = 1, parts: int = 1) -> int:
     """Returns about how many bytes a process needs to train the SAE, apart from the data that it reads.
 
     Weights, gradients, optimizer state, averages; and what is computed for the tokens taken at a time.
+
+    Args:
+        sae: the whole one.
+        config: its training.
+        num_processes: that share a batch.
+        parts: processes that share the features.
     """
-    numbers = sum(parameter.numel() for parameter in sae.parameters())
+    numbers = sum(parameter.numel() for parameter in sae.parameters()) // parts
     row_width = num_samples(sae) * max(sae.widths)
     tokens = tokens_at_a_time(config, num_processes)
     return sum(memory_parts(numbers, 0, row_width, config, tokens=tokens).values())

@@ -1,11 +1,10 @@
 """Objectives of Matryoshka SAEs: every prefix of feature groups has to reconstruct by itself."""
 
 import torch
-from saekit_kernels import decode
 from torch import Tensor
 
 from saekit.sae.losses import reconstruction_loss
-from saekit.sae.matryoshka import MatryoshkaBatchTopKSAE, MatryoshkaTopKSAE
+from saekit.sae.matryoshka import MatryoshkaBatchTopKSAE, MatryoshkaConfig, MatryoshkaTopKSAE
 from saekit.training.objective import BatchTopKObjective, Code, Objective, TopKObjective
 
 __all__ = ["MatryoshkaBatchTopKObjective", "MatryoshkaTopKObjective", "group_code"]
@@ -28,6 +27,7 @@ class _Nested(Objective):
     """Adds the prefixes' reconstructions to an objective that selects entries."""
 
     sae: MatryoshkaTopKSAE | MatryoshkaBatchTopKSAE
+    cfg: MatryoshkaConfig
 
     def reconstruct(self, inputs: Tensor, target: Tensor, code: Code) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the weighted mean of the prefixes' reconstruction terms, and the FVU and error of all features [N, d_in].
@@ -37,11 +37,11 @@ class _Nested(Objective):
 
         Source: Bussmann et al. 2025, "Learning multi-level features with Matryoshka sparse autoencoders", equation 4.
         """
-        error = target - self.sae.b_dec
+        error, first = target - self.sae.b_dec, self.layout.features(self.cfg.d_sae).start
         total, fvu, start = target.new_zeros(()), target.new_zeros(()), 0
-        for end, weight in self.sae.cfg.prefixes():
-            group = group_code(code, start, end)
-            error = error - decode(group.values, group.indices, self.sae.W_dec, offsets=group.offsets)
+        for end, weight in self.cfg.prefixes():
+            group = group_code(code, start - first, end - first)
+            error = error - self.decode(group.values, group, self.sae.W_dec)
             fvu = reconstruction_loss(error, self.total_variance)
             total = total + weight * fvu
             start = end
@@ -52,9 +52,11 @@ class MatryoshkaTopKObjective(_Nested, TopKObjective):
     """Nested reconstruction of each token's k largest entries, and AuxK."""
 
     sae: MatryoshkaTopKSAE
+    cfg: MatryoshkaConfig
 
 
 class MatryoshkaBatchTopKObjective(_Nested, BatchTopKObjective):
     """Nested reconstruction of a batch's N * k largest entries, and AuxK."""
 
     sae: MatryoshkaBatchTopKSAE
+    cfg: MatryoshkaConfig

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from saekit.training.axis import Axis
 from saekit.training.config import TrainConfig
-from saekit.training.fused_adam import FusedAdam
+from saekit.training.fused_adam import FusedAdam, total_square
 from saekit.training.low_bit import LowBitAdamW
 from saekit.training.muon import Muon
 from saekit.training.schedule_free import ScheduleFreeSignum
@@ -78,10 +79,19 @@ class GradientClip:
         self.mean: float | None = None
 
     @torch.no_grad()
-    def apply(self, parameters: Mapping[str, nn.Parameter]) -> Tensor:
-        """Scales all gradients together where their norm is too large; returns the norm before, a scalar."""
-        gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
-        norm: Tensor = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    def apply(self, parameters: Mapping[str, nn.Parameter], latents: Axis | None = None) -> Tensor:
+        """Scales all gradients together where their norm is too large; returns the norm before, a scalar.
+
+        Args:
+            parameters: by name.
+            latents: processes that hold the other features; None = nobody.
+        """
+        found = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+        gradients = list(found.values())
+        if latents is None or latents.size == 1:
+            norm: Tensor = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        else:
+            norm = total_square({name: gradient.square().sum() for name, gradient in found.items()}, latents).sqrt()
         if self.factor is not None and self.mean is not None:
             scale = (self.factor * self.mean / (norm + torch.finfo(norm.dtype).tiny)).clamp(max=1.0)
             for gradient in gradients:

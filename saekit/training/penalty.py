@@ -4,9 +4,10 @@ import math
 from abc import abstractmethod
 
 import torch
-from saekit_kernels import decode, encode_threshold
+from saekit_kernels import encode_threshold
 from torch import Tensor, nn
 
+from saekit.sae.base import SAEConfig
 from saekit.sae.gated import GatedSAE
 from saekit.sae.jumprelu import JumpReLUSAE
 from saekit.sae.losses import (
@@ -18,9 +19,12 @@ from saekit.sae.losses import (
     step_penalty,
     tanh_penalty,
 )
+from saekit.sae.penalized import PenalizedConfig
 from saekit.sae.relu import ReLUSAE
 from saekit.training.config import TrainConfig
-from saekit.training.objective import Code, Objective, SumOverProcesses
+from saekit.training.layout import Layout
+from saekit.training.objective import Code, Objective
+from saekit.training.partial import total
 from saekit.training.sparsity import wanted_l0
 
 __all__ = ["GatedObjective", "JumpReLUObjective", "PenalizedObjective", "ReLUObjective"]
@@ -30,11 +34,23 @@ class PenalizedObjective(Objective):
     """Reconstruction, a penalty whose weight is steered to a wanted L0, and a term for dead features."""
 
     sae: JumpReLUSAE | ReLUSAE | GatedSAE
+    cfg: PenalizedConfig
 
     def wanted_l0(self, progress: float) -> float:
         """Returns the L0 to hold after a part `progress` of training."""
-        assert self.sae.cfg.target_l0 is not None
-        return wanted_l0(progress, self.sae.cfg.target_l0, self.config.sparsity)
+        assert self.cfg.target_l0 is not None
+        return wanted_l0(progress, self.cfg.target_l0, self.config.sparsity)
+
+    def total(self, value: Tensor) -> Tensor:
+        """Returns the sum over all processes' features of what each one's make."""
+        return total(self.layout.latents, value, "figures")
+
+    def mean_over_features(self, values: Tensor) -> float:
+        """Returns the mean of numbers that belong to this process's features [F], over those of all."""
+        latents = self.layout.latents
+        if latents.size == 1:
+            return float(values.mean())
+        return float(latents.sum(values.detach().double().sum())) / self.cfg.d_sae
 
     @abstractmethod
     def natural_coefficient(self) -> float:
@@ -50,9 +66,15 @@ class JumpReLUObjective(PenalizedObjective):
     sae: JumpReLUSAE
 
     def __init__(
-        self, sae: JumpReLUSAE, config: TrainConfig, *, total_variance: float, sum_over_processes: SumOverProcesses
+        self,
+        sae: JumpReLUSAE,
+        config: TrainConfig,
+        *,
+        total_variance: float,
+        layout: Layout | None = None,
+        cfg: SAEConfig | None = None,
     ) -> None:
-        super().__init__(sae, config, total_variance=total_variance, sum_over_processes=sum_over_processes)
+        super().__init__(sae, config, total_variance=total_variance, layout=layout, cfg=cfg)
         self.log_threshold = nn.Parameter(sae.threshold.detach().clamp_min(1e-6).log())
         # A token with twice the wanted entries then pays the natural price for one more, beside the steered one.
         self.register_buffer("quadratic_weight", torch.tensor(self.natural_coefficient() / 4, dtype=torch.float64))
@@ -79,9 +101,11 @@ class JumpReLUObjective(PenalizedObjective):
         assert code.offsets is not None
         if cfg.sparsity == "tanh":
             norms = self.sae.W_dec.norm(dim=1)[code.indices]
-            return coefficient * tanh_penalty(code.values, norms, num_tokens=num_tokens)
+            return coefficient * self.total(tanh_penalty(code.values, norms, num_tokens=num_tokens))
         at = self.log_threshold.exp()[code.indices]
-        count = step_penalty(code.pre_acts, at, cfg.bandwidth, num_tokens=num_tokens, ste_to_input=cfg.ste_to_input)
+        count = self.total(
+            step_penalty(code.pre_acts, at, cfg.bandwidth, num_tokens=num_tokens, ste_to_input=cfg.ste_to_input)
+        )
         if cfg.sparsity == "step":
             return coefficient * count
         square = quadratic_penalty(
@@ -91,17 +115,18 @@ class JumpReLUObjective(PenalizedObjective):
             offsets=code.offsets,
             target_l0=self.wanted_l0(self.progress),
             ste_to_input=cfg.ste_to_input,
+            total=self.total,
         )
         return coefficient * count + self.quadratic_weight.to(square) * square
 
     def natural_coefficient(self) -> float:
         """Returns what an entry at its threshold is worth to the reconstruction."""
-        return float(self.log_threshold.detach().mul(2).exp().mean()) / self.total_variance
+        return self.mean_over_features(self.log_threshold.detach().mul(2).exp()) / self.total_variance
 
     def dead_loss(self, encoder_input: Tensor, error: Tensor, dead: Tensor, code: Code) -> tuple[Tensor, Tensor]:
         """Returns AuxK or the pre-activation loss, of the dead features or of all, bare and weighted."""
         kind = self.config.sparsity.dead_loss
-        if kind == "auxk" or (kind == "pre_act" and dead.numel() == 0):
+        if kind == "auxk" or (kind == "pre_act" and not self._has_dead(dead)):
             return super().dead_loss(encoder_input, error, dead, code)
         assert code.pre_acts is not None
         if kind == "pre_act_all":
@@ -116,7 +141,7 @@ class JumpReLUObjective(PenalizedObjective):
             self.sae.W_dec[dead].norm(dim=1),
         )
         active = (code.pre_acts[kept], place[code.indices[kept]])
-        loss = pre_act_loss(encoder_input.sum(0), weights, active, num_tokens=len(encoder_input))
+        loss = self.total(pre_act_loss(encoder_input.sum(0), weights, active, num_tokens=len(encoder_input)))
         return loss.detach(), self.config.sparsity.pre_act_coefficient * loss
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
@@ -141,9 +166,15 @@ class ReLUObjective(PenalizedObjective):
     sae: ReLUSAE
 
     def __init__(
-        self, sae: ReLUSAE, config: TrainConfig, *, total_variance: float, sum_over_processes: SumOverProcesses
+        self,
+        sae: ReLUSAE,
+        config: TrainConfig,
+        *,
+        total_variance: float,
+        layout: Layout | None = None,
+        cfg: SAEConfig | None = None,
     ) -> None:
-        super().__init__(sae, config, total_variance=total_variance, sum_over_processes=sum_over_processes)
+        super().__init__(sae, config, total_variance=total_variance, layout=layout, cfg=cfg)
         self.has_projected_decoder = self.has_normalized_decoder = not sae.cfg.is_norm_weighted
         self.register_buffer("penalty_ratio", torch.ones((), dtype=torch.float64))
         self.penalty_ratio: Tensor
@@ -168,22 +199,22 @@ class ReLUObjective(PenalizedObjective):
             acts = acts * self.sae.decoder_norms()[code.indices]
         penalty = lp_penalty(acts, p=self.p, num_tokens=num_tokens)
         if self.sae.cfg.p_end == 1.0:
-            return coefficient * penalty
+            return coefficient * self.total(penalty)
         first = lp_penalty(acts.detach(), p=1.0, num_tokens=num_tokens)
         self._norms = self._norms.to(first.device) + torch.stack([first, penalty.detach()]).double() * num_tokens
-        return coefficient * self.penalty_ratio.to(penalty) * penalty
+        return coefficient * self.penalty_ratio.to(penalty) * self.total(penalty)
 
     def natural_coefficient(self) -> float:
         """Returns the reconstruction's slope in an activation of the usual size, that of L0 equal shares of the variance."""
         # What a unit of activation writes: 1, but for rows that are spread over several hook points.
-        written = float((self.sae.W_dec.norm(dim=1) / self.sae.decoder_norms()).mean().detach())
+        written = self.mean_over_features((self.sae.W_dec.norm(dim=1) / self.sae.decoder_norms()).detach())
         return written / math.sqrt(self.wanted_l0(0.0) * self.total_variance)
 
     def after_step(self, *, has_unit_rows: bool = False) -> None:
         """Settles, and measures the penalty."""
         super().after_step(has_unit_rows=has_unit_rows)
         if self.sae.cfg.p_end < 1.0:
-            first, current = self.sum_over_processes(self._norms).tolist()
+            first, current = self.layout.everyone.sum(self._norms.to(self.sae.b_dec.device)).tolist()
             if current > 0:
                 self.penalty_ratio.fill_(first / current)
             self._norms = torch.zeros_like(self._norms)
@@ -216,9 +247,9 @@ class GatedObjective(PenalizedObjective):
         """Returns the weighted L1 norm of the gates, and how badly they reconstruct with today's decoder as a constant."""
         gates = code.pre_acts
         assert gates is not None
-        frozen = decode(gates, code.indices, self.sae.W_dec.detach(), self.sae.b_dec.detach(), offsets=code.offsets)
+        frozen = self.decode(gates, code, self.sae.W_dec.detach(), self.sae.b_dec.detach())
         auxiliary = reconstruction_loss(target - frozen, self.total_variance)
-        return auxiliary + coefficient * lp_penalty(gates, p=1.0, num_tokens=len(encoder_input))
+        return auxiliary + coefficient * self.total(lp_penalty(gates, p=1.0, num_tokens=len(encoder_input)))
 
     def natural_coefficient(self) -> float:
         """Returns the reconstruction's slope in an activation of the usual size, that of L0 equal shares of the variance."""

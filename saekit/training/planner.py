@@ -9,6 +9,7 @@ from saekit.training.config import TrainConfig
 from saekit.training.costs import READER_BYTES, LanguageModelCost, StepCost, StoreSize, step_cost
 from saekit.training.hardware import Hardware
 from saekit.training.memory import FLOAT_BYTES, memory_parts, tokens_at_a_time
+from saekit.training.options import latents_problem
 from saekit.training.shape import SAEShape, shape_of
 from saekit.training.start import SAMPLE_TOKENS
 
@@ -55,7 +56,9 @@ class TrainingPlan:
     step: StepCost
     """In the recommended layout."""
     layouts: tuple[StepCost, ...]
-    """Every number of processes that was compared."""
+    """Every number of data-parallel processes that was compared."""
+    spread: tuple[StepCost, ...]
+    """The layouts that spread features over processes of a node, where the SAE's training can be."""
     fits: bool
     """Whether the device holds it."""
     why: str
@@ -74,21 +77,24 @@ def memory_of(
     *,
     store: StoreSize,
     num_processes: int = 1,
+    latents: int = 1,
     lm: LanguageModelCost | None = None,
 ) -> Memory:
-    """Returns what each of `num_processes` processes holds; data-parallel processes each hold the whole SAE."""
-    tokens = tokens_at_a_time(config, num_processes)
+    """Returns what each of `num_processes` processes holds, of which `latents` share the features."""
+    data = num_processes // latents
+    tokens = tokens_at_a_time(config, data)
     row = shape.samples * max(shape.width_in, shape.width_out)
-    parts = memory_parts(shape.num_trained, shape.num_held, row, config, tokens=tokens)
-    whole = FLOAT_BYTES * tokens * shape.samples * shape.d_sae
-    chunk = CHUNK_BYTES if hardware.host_rate else FLOAT_BYTES * CHUNK_ROWS * shape.d_sae
+    parts = memory_parts(shape.share(latents), -(-shape.num_held // latents), row, config, tokens=tokens)
+    features = -(-shape.d_sae // latents)
+    whole = FLOAT_BYTES * tokens * shape.samples * features
+    chunk = CHUNK_BYTES if hardware.host_rate else FLOAT_BYTES * CHUNK_ROWS * features
     parts["pre-activations"] = min(whole, chunk)
     if lm is not None:
         parts["language model"] = lm.num_bytes + LOGIT_COPIES * FLOAT_BYTES * tokens * lm.vocab_size
-    batch = FLOAT_BYTES * (config.batch_size // num_processes) * shape.batch_width
-    # The sample in float32, and centred in float64.
-    sample = (FLOAT_BYTES + 8) * max(SAMPLE_TOKENS, config.batch_size) // num_processes * shape.batch_width
-    held = min(int(READER_BYTES), store.num_tokens * store.token_bytes) // num_processes if lm is None else 0
+    batch = FLOAT_BYTES * (config.batch_size // data) * shape.batch_width
+    # The sample in float32, and centred in float64; every process measures all of it.
+    sample = (FLOAT_BYTES + 8) * max(SAMPLE_TOKENS, config.batch_size) * shape.batch_width
+    held = min(int(READER_BYTES), store.num_tokens * store.token_bytes) // data if lm is None else 0
     return Memory(parts=parts, start=sample, reader=held + 2 * batch)
 
 
@@ -103,7 +109,8 @@ def plan_training(
 ) -> TrainingPlan:
     """Returns memory, speed and layout of a training on up to `num_nodes` nodes.
 
-    The layouts are those that there are: one process, or data-parallel processes, one a device, that share each batch evenly.
+    The layouts are those that there are for one SAE: one process, data-parallel processes, one a device, that share each batch
+    evenly, and meshes in which processes of a node share the features.
 
     Args:
         cfg: the SAE, with known widths.
@@ -123,25 +130,37 @@ def plan_training(
         step_cost(shape, config, hardware, store=store, num_processes=number, lm=lm)
         for number in _process_counts(config, hardware, num_nodes, lm)
     ]
+    spread = [
+        step_cost(shape, config, hardware, store=store, num_processes=number, latents=latents)
+        for number, latents in _meshes(cfg, config, hardware, num_nodes)
+    ]
+    every = sorted([*layouts, *spread], key=lambda step: (step.num_processes, step.latents))
     memories = {
-        step.num_processes: memory_of(shape, config, hardware, store=store, num_processes=step.num_processes, lm=lm)
-        for step in layouts
+        (step.num_processes, step.latents): memory_of(
+            shape, config, hardware, store=store, num_processes=step.num_processes, latents=step.latents, lm=lm
+        )
+        for step in every
     }
+
+    def memory_with(step: StepCost) -> Memory:
+        return memories[step.num_processes, step.latents]
+
     # Where none fits, the one that needs least is shown.
-    fitting = [step for step in layouts if memories[step.num_processes].device <= hardware.memory_gb * 1e9]
-    possible = fitting or [layouts[-1]]
+    fitting = [step for step in every if memory_with(step).device <= hardware.memory_gb * 1e9]
+    possible = fitting or [min(every, key=lambda step: memory_with(step).device)]
     fastest = min(possible, key=lambda step: step.seconds)
     chosen = next(step for step in possible if step.seconds <= fastest.seconds * WORTH_IT)
-    memory = memories[chosen.num_processes]
+    memory = memory_with(chosen)
     return TrainingPlan(
         shape=shape,
         config=config,
         memory=memory,
-        memory_alone=memories[1],
+        memory_alone=memories[1, 1],
         step=chosen,
         layouts=tuple(layouts),
+        spread=tuple(spread),
         fits=bool(fitting),
-        why=_why(chosen, layouts) if fitting else _why_not(memory, hardware),
+        why=_why(chosen, layouts, memories[1, 1], hardware) if fitting else _why_not(memory, hardware),
     )
 
 
@@ -164,6 +183,20 @@ def _process_counts(config: TrainConfig, hardware: Hardware, num_nodes: int, lm:
     return [number for number in sorted({*within, *nodes}) if number == 1 or shared % number == 0]
 
 
+def _meshes(cfg: SAEConfig, config: TrainConfig, hardware: Hardware, num_nodes: int) -> list[tuple[int, int]]:
+    """Returns (processes, those of them that share the features) of the meshes: features within a node, tokens over rows."""
+    if not hardware.host_rate or latents_problem(cfg, config) is not None:
+        return []
+    most, nodes = hardware.gpus_per_node, range(2, num_nodes + 1)
+    numbers = [*_doublings(most)[1:], *(most * number for number in nodes)]
+    return [
+        (number, latents)
+        for number in numbers
+        for latents in _doublings(min(most, number, cfg.d_sae))[1:]
+        if number % latents == 0 and config.batch_size % (number // latents) == 0
+    ]
+
+
 def _doublings(most: int) -> list[int]:
     numbers = [1]
     while numbers[-1] * 2 <= most:
@@ -171,8 +204,22 @@ def _doublings(most: int) -> list[int]:
     return numbers
 
 
-def _why(chosen: StepCost, layouts: Sequence[StepCost]) -> str:
+def _why(chosen: StepCost, layouts: Sequence[StepCost], memory_alone: Memory, hardware: Hardware) -> str:
     alone, most = layouts[0], layouts[-1]
+    if chosen.latents > 1:
+        rows = chosen.num_processes // chosen.latents
+        shares = f"features over {chosen.latents} processes" + (
+            f", tokens over {rows} rows of them" if rows > 1 else ""
+        )
+        needs = memory_alone.device
+        if needs > hardware.memory_gb * 1e9:
+            return f"{shares}: one device would need {needs / 1e9:,.1f} GB and has {hardware.memory_gb:,.0f}"
+        best = min(layouts, key=lambda step: step.seconds)
+        return (
+            f"{shares}: {alone.seconds / chosen.seconds:.1f} times as fast as one process,"
+            f" {best.seconds / chosen.seconds:.1f} times as fast as {best.num_processes} that share tokens alone,"
+            f" bound by {_named(best)}"
+        )
     if len(layouts) == 1:
         return "one process: there is one device, or the batch cannot be shared evenly by more"
     faster = alone.seconds / chosen.seconds
@@ -198,5 +245,5 @@ def _named(step: StepCost) -> str:
 def _why_not(memory: Memory, hardware: Hardware) -> str:
     return (
         f"does not fit: needs {memory.device / 1e9:,.1f} GB on each device, {hardware.name} has {hardware.memory_gb:,.0f} GB;"
-        " processes share tokens, not features, so that only a lower d_sae or micro_batch_size helps"
+        " more nodes, or a lower d_sae or micro_batch_size, would help"
     )

@@ -8,15 +8,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
 from saekit.errors import ResourceError
 from saekit.training.background import CheckpointWriter
+from saekit.training.layout import Layout
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["PATIENCE", "checkpoint_writer", "watching"]
+__all__ = ["checkpoint_writer", "make_accelerator", "watching"]
 
 PATIENCE = timedelta(minutes=10)
 """How long a process waits for another in a collective before it takes it for lost."""
@@ -24,23 +26,31 @@ ANSWER_SECONDS = 3.0
 """How long those that are left wait for each other's word; all of them notice a lost connection at once."""
 
 
-def checkpoint_writer(accelerator: "Accelerator") -> CheckpointWriter:
-    """Returns a writer of checkpoints that all processes of a launch write together."""
-    return CheckpointWriter(rank=accelerator.process_index, world_size=accelerator.num_processes)
+def make_accelerator() -> "Accelerator":
+    """Returns the process's part in the training; off CUDA everything runs on the CPU: other accelerators lack float64."""
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+
+
+def checkpoint_writer(layout: Layout) -> CheckpointWriter:
+    """Returns a writer of checkpoints that all processes of a training write together."""
+    return CheckpointWriter(rank=layout.process_index, world_size=layout.num_processes)
 
 
 @contextlib.contextmanager
-def watching(accelerator: "Accelerator", *folders: Path) -> Iterator[None]:
+def watching(layout: Layout, *folders: Path) -> Iterator[None]:
     """Inside the block, a process that was lost ends the others with one line that names it.
 
     Args:
-        accelerator: of the process.
+        layout: who trains with this process.
         folders: of the SAEs, where their checkpoints are.
 
     Raises:
         ResourceError: another process was lost.
     """
-    rank, world_size = accelerator.process_index, accelerator.num_processes
+    rank, world_size = layout.process_index, layout.num_processes
     try:
         yield
     except Exception as error:

@@ -4,6 +4,8 @@ Source: Bricken et al. 2023, "Towards monosemanticity", appendix "Autoencoder tr
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from saekit.activations.source import ActivationSource
 from saekit.sae.base import SAE
 from saekit.sae.batch import num_samples, split_batch
 from saekit.sae.fold import AnyNormalization
+from saekit.training.axis import Axis
 from saekit.training.config import TrainConfig
 from saekit.training.dead import DeadFeatures
 from saekit.training.features import PER_FEATURE, by_feature
@@ -49,7 +52,7 @@ def is_due(config: TrainConfig, step: int) -> bool:
 @torch.no_grad()
 def resample_features(run: "TrainRun") -> int:
     """Draws silent features anew, the same ones from the same inputs on every process; returns how many."""
-    config, accelerator = run.config, run.accelerator
+    config, data = run.config, run.layout.data
     assert config.resample is not None
     features = silent_features(run.dead, config)
     if not len(features):
@@ -62,10 +65,11 @@ def resample_features(run: "TrainRun") -> int:
         len(features),
         num_batches=math.ceil(tokens / config.batch_size),
         seed=config.seed + run.step,
-        place=(accelerator.process_index, accelerator.num_processes),
+        shares=partial(_place_in_batch, data, run.layout.device),
     )
-    if accelerator.num_processes > 1:
-        keys, draw = largest(accelerator.gather(keys), Draw(*map(accelerator.gather, draw)), len(features))
+    if data.size > 1:
+        everyones = [data.gather(value, "resampling").flatten(0, 1) for value in (keys, *draw)]
+        keys, draw = largest(everyones[0], Draw(*everyones[1:]), len(features))
     features = features[: int(torch.isfinite(keys).sum())]
     draw = Draw(*(rows[: len(features)] for rows in draw))
     renew_features(run.objective, features, draw, encoder_norm=config.resample.encoder_norm)
@@ -92,7 +96,7 @@ def draw_inputs(
     *,
     num_batches: int,
     seed: int,
-    place: tuple[int, int] = (0, 1),
+    shares: Callable[[int], tuple[int, int]] = lambda count: (0, count),
 ) -> tuple[Tensor, Draw]:
     """Draws inputs without replacement from the batches that come next, each as probable as the square of its loss.
 
@@ -104,14 +108,13 @@ def draw_inputs(
         count: inputs to draw; keys of -Inf take the place of those that the batches do not have.
         num_batches: to read.
         seed: of the draw.
-        place: rank of this process and number of processes.
+        shares: of this process's number of tokens, how many come before them in the batch, and how many the batch has.
 
     Returns:
         The keys [count] float64, the largest of all processes being the ones that are drawn, and this process's candidates.
 
     Source: Efraimidis and Spirakis 2006, "Weighted random sampling with a reservoir" (keys log(u) / weight).
     """
-    rank, world_size = place
     samples = num_samples(sae)
     position = source.state_dict()
     device = sae.b_dec.device
@@ -120,9 +123,9 @@ def draw_inputs(
     for number in range(num_batches):
         x = normalization.apply(source.next_batch().to(device))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        share = len(x) * samples
-        uniform = torch.rand(share * world_size, dtype=torch.float64, generator=generator)
-        own = uniform[rank * share : (rank + 1) * share].to(device)
+        start, total = shares(len(x))
+        uniform = torch.rand(total * samples, dtype=torch.float64, generator=generator)
+        own = uniform[start * samples : (start + len(x)) * samples].to(device)
         for part, chance in zip(torch.split(x, PART_TOKENS), torch.split(own, PART_TOKENS * samples), strict=True):
             inputs, target = split_batch(sae, part)
             loss = (target - sae(inputs).x_hat.reshape(target.shape)).double().square().sum(1)
@@ -131,6 +134,12 @@ def draw_inputs(
             keys, draw = largest(torch.cat([keys, chance.log() / weight]), _joined(draw, found), count)
     source.load_state_dict(position)
     return keys, draw
+
+
+def _place_in_batch(data: Axis, device: torch.device, count: int) -> tuple[int, int]:
+    """Returns how many tokens of a batch come before this process's, and how many it has."""
+    counts = data.gather(torch.tensor(count, device=device), "resampling").tolist() if data.size > 1 else [count]
+    return sum(counts[: data.rank]), sum(counts)
 
 
 def _joined(one: Draw, other: Draw) -> Draw:

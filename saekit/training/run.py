@@ -3,14 +3,15 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from saekit.activations.source import ActivationSource
 from saekit.errors import NonFiniteError
-from saekit.sae.base import SAE
+from saekit.sae.base import SAE, SAEConfig
 from saekit.sae.batch import num_samples
 from saekit.sae.crosscoder import Crosscoder
 from saekit.sae.fold import AnyNormalization, normalization_state
@@ -19,24 +20,26 @@ from saekit.training.build import build_objective
 from saekit.training.config import TrainConfig
 from saekit.training.dead import DeadFeatures, default_dead_after
 from saekit.training.fused_adam import FusedAdam
+from saekit.training.layout import Layout
 from saekit.training.micro import backward_in_parts
 from saekit.training.objective import StepResult
 from saekit.training.optim import GradientClip, build_optimizer, project_decoder_gradient, set_learning_rates
 from saekit.training.penalty import PenalizedObjective
+from saekit.training.reducer import GradientReducer
 from saekit.training.resample import is_due, resample_features
 from saekit.training.schedule import default_lr, lr_factor
 from saekit.training.schedule_free import ScheduleFreeSignum
 from saekit.training.sparsity import L0Control
 from saekit.training.timing import StepTimer
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 __all__ = ["Gradients", "StepFigures", "TrainRun"]
 
 
 class Gradients(NamedTuple):
-    """What a process found out while it added up the gradients of its share of a batch."""
+    """What a process found out while it added up the gradients of its share of a batch.
+
+    Figures and gradients of the batch are the means over the data axis by weight.
+    """
 
     result: StepResult
     """Loss and figures, without graph."""
@@ -44,6 +47,8 @@ class Gradients(NamedTuple):
     """The activations that the SAE read [n, d_in]."""
     terms: Mapping[str, Tensor]
     """Further terms of the loss, scalars."""
+    weight: float = 1.0
+    """Of this process: its tokens over its even share of a whole batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,8 +73,8 @@ class StepFigures:
 class TrainRun:
     """Weights, optimizer, counters and data position of a training that goes on step by step.
 
-    Nothing here assumes a single process: a process sees its share of each batch, and figures, gradients and counters are
-    reduced over all of them, so that every process holds the same state.
+    Nothing here assumes a single process: a process sees the share of each batch, and holds the features, that the layout gives
+    it; figures, gradients and counters are reduced over all of them.
     """
 
     def __init__(
@@ -79,19 +84,32 @@ class TrainRun:
         config: TrainConfig,
         *,
         normalization: AnyNormalization,
-        accelerator: "Accelerator",
+        layout: Layout | None = None,
+        cfg: SAEConfig | None = None,
     ) -> None:
-        """Takes an SAE of normalised activations, and trains it in place."""
+        """Takes an SAE of normalised activations, or this process's part of it, and trains it in place.
+
+        Args:
+            sae: with weights.
+            source: of this process's tokens.
+            config: how to train.
+            normalization: of the activations.
+            layout: who holds other tokens and features; None = nobody.
+            cfg: of the whole SAE; None = that of `sae`.
+        """
         self.config = config
+        self.cfg = cfg if cfg is not None else sae.cfg
+        self.layout = layout if layout is not None else Layout.alone(sae.b_dec.device)
         self.source = source
         self.normalization = normalization
-        self.accelerator = accelerator
-        self.sae = sae.to(accelerator.device)
+        self.sae = sae.to(self.layout.device)
         self.objective = build_objective(
-            self.sae, config, total_variance=normalization.total_variance, sum_over_processes=self._sum
-        ).to(accelerator.device)
+            self.sae, config, total_variance=normalization.total_variance, layout=self.layout, cfg=self.cfg
+        ).to(self.layout.device)
         self.parameters = self.objective.trained_parameters()
-        self.peak_lr = config.lr if config.lr is not None else default_lr(sae.d_sae, config.num_steps, config.optimizer)
+        self.peak_lr = (
+            config.lr if config.lr is not None else default_lr(self.cfg.d_sae, config.num_steps, config.optimizer)
+        )
         self.optimizer = build_optimizer(
             self.parameters,
             config,
@@ -101,9 +119,10 @@ class TrainRun:
         )
         self.average = WeightAverage(self.objective, self.optimizer, decay=config.ema_decay)
         self.clip = GradientClip(config.clip_factor)
-        self.dead = DeadFeatures(sae.d_sae, default_dead_after(config), accelerator.device)
+        self.dead = DeadFeatures(sae.d_sae, default_dead_after(config), self.layout.device)
+        self.reducer = GradientReducer(self.parameters, self.layout.data)
         self.control = self._build_control()
-        self.timer = StepTimer(accelerator.device)
+        self.timer = StepTimer(self.layout.device)
         self.step = 0
 
     @property
@@ -126,21 +145,23 @@ class TrainRun:
         coefficient = self.control.coefficient if self.control else 0.0
         self.optimizer.zero_grad(set_to_none=True)
         self.objective.progress = self.step / self.config.num_steps
-        result, raw, terms = self.add_gradients(self.dead.indices, coefficient)
+        result, raw, terms, weight = self.add_gradients(self.dead.indices, coefficient)
         self.timer.mark("compute")
-        self._average_gradients()
+        weights = self.reducer.finish()
         self.timer.mark("reduce")
         norm = self._gradient_norm()
 
-        means = torch.stack([result.loss, result.fvu, result.auxiliary, *terms.values()]).double()
+        means = torch.stack([result.loss, result.fvu, result.auxiliary, *terms.values()]).double() * weight
         counts = [means.new_full((1,), float(count)) for count in (len(raw), stop_asked)]
-        own = torch.cat([*counts, result.num_active.double()[None], means])
-        summed = self._sum(torch.cat([own, result.fired.double()]))
-        silent_tokens, num_dead = self.dead.after(summed[len(own) :] > 0, self.config.batch_size)
+        data, latents = self.layout.data, self.layout.latents
+        summed = data.sum(torch.cat([*counts, result.num_active.double()[None], means]))
+        silent_tokens, own_dead = self.dead.after(data.any(result.fired), self.config.batch_size)
+        # Active entries and dead features are those of this process's features; whoever was asked to stop stops all.
+        by_latents = latents.sum(torch.stack([summed[2], own_dead.double(), summed[1]]))
         # One transfer for all figures of the step, and the only time that it waits for the device.
-        told = torch.cat([norm.double()[None], num_dead.double()[None], summed[: len(own)]]).tolist()
-        gradient_norm, dead_count, num_tokens, stops, num_active = told[:5]
-        loss, fvu, auxiliary, *others = (value / self.accelerator.num_processes for value in told[5:])
+        told = torch.cat([norm.double()[None], own_dead.double()[None], weights[None], by_latents, summed]).tolist()
+        gradient_norm, own_count, total_weight, num_active, num_dead, stops, num_tokens = told[:7]
+        loss, fvu, auxiliary, *others = (value / total_weight for value in told[9:])
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             raise self._non_finite(raw)
 
@@ -150,12 +171,13 @@ class TrainRun:
         self.optimizer.step()
         self.objective.after_step(has_unit_rows=isinstance(self.optimizer, FusedAdam | ScheduleFreeSignum))
         self.average.update()
-        self.dead.take(silent_tokens, int(dead_count))
+        self.dead.take(silent_tokens, int(own_count))
+        self.objective.num_dead = int(num_dead)
         self.step += 1
         l0 = num_active / (num_tokens * num_samples(self.sae))
         if self.control:
             self.control.update(l0, self._wanted_l0())
-        dead_fraction = self.dead.num_dead / self.sae.d_sae
+        dead_fraction = num_dead / self.cfg.d_sae
         resampled = resample_features(self) if is_due(self.config, self.step) else 0
         self.timer.mark("update")
         return StepFigures(
@@ -179,14 +201,24 @@ class TrainRun:
             dead: indices of the dead features.
             coefficient: weight of the sparsity penalty.
         """
-        raw = self.source.next_batch().to(self.accelerator.device, non_blocking=True)
+        raw = self.source.next_batch().to(self.layout.device, non_blocking=True)
         self.timer.mark("read")
         x = self.normalization.apply(raw)
-        result = backward_in_parts(self.objective, x, dead, coefficient, part_tokens=self.config.micro_batch_size)
-        return Gradients(result, raw, {})
+        # A short batch at the end of the data counts as much as it has tokens, wherever it is short.
+        weight = len(raw) * self.layout.data.size / self.config.batch_size if self.layout.data.size > 1 else 1.0
+        result = backward_in_parts(
+            self.objective,
+            x,
+            dead,
+            coefficient,
+            part_tokens=self.config.micro_batch_size,
+            weight=weight,
+            before_last=partial(self.reducer.arm, weight),
+        )
+        return Gradients(result, raw, {}, weight)
 
     def state_dict(self) -> dict[str, object]:
-        """Returns what is the same on every process, exactly."""
+        """Returns the exact state, the same on every process that holds the same features."""
         return {
             "step": self.step,
             "normalization": normalization_state(self.normalization),
@@ -205,30 +237,22 @@ class TrainRun:
         self.optimizer.load_state_dict(state["optimizer"])
         self.clip.mean = state["gradient_norm"]
         self.dead.take(state["silent_tokens"])
+        self._count_dead()
         self.average.load_state_dict(state["average"])
         if self.control:
             self.control.load_state_dict(state["control"])
 
-    def _sum(self, value: Tensor) -> Tensor:
-        total: Tensor = self.accelerator.reduce(value, reduction="sum")
-        return total
+    def _count_dead(self) -> None:
+        own = torch.tensor(self.dead.num_dead, device=self.layout.device)
+        self.objective.num_dead = int(self.layout.latents.sum(own))
 
     def _gradient_norm(self) -> Tensor:
         """Returns the norm of the projected gradient before clipping; what does not clip by itself is clipped here."""
         if isinstance(self.optimizer, FusedAdam):
-            return self.optimizer.gradient_norm()
+            return self.optimizer.gradient_norm(self.layout.latents)
         if self.objective.has_projected_decoder:
             project_decoder_gradient(self.sae.W_dec)
-        return self.clip.apply(self.parameters)
-
-    def _average_gradients(self) -> None:
-        if self.accelerator.num_processes == 1:
-            return
-        for name, parameter in self.parameters.items():
-            assert parameter.grad is not None
-            # W_enc is a transposed view; collectives want memory in order.
-            gradient = parameter.grad.T if name == "W_enc" else parameter.grad
-            gradient.copy_(self._sum(gradient) / self.accelerator.num_processes)
+        return self.clip.apply(self.parameters, self.layout.latents)
 
     def _build_control(self) -> L0Control | None:
         if not isinstance(self.objective, PenalizedObjective):

@@ -13,6 +13,9 @@ from saekit.sae.transcoder import TranscoderConfig
 
 __all__ = ["SAEShape", "shape_of"]
 
+MORE_PER_FEATURE = {"jumprelu": 1, "gated": 2}
+"""Logarithms of the thresholds; gains and biases of the magnitudes."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SAEShape:
@@ -40,6 +43,14 @@ class SAEShape:
     """Numbers that the optimizer moves."""
     num_held: int
     """Numbers of the SAE that no gradient belongs to: thresholds that follow others, means and scales of hook points."""
+
+    subtracts_b_dec: bool
+    """Whether the encoder reads what is left without b_dec."""
+
+    def share(self, processes: int) -> int:
+        """Returns the trained numbers of the largest of some processes that share the features; biases of the output are on all."""
+        each = self.width_in + self.width_out + 1 + MORE_PER_FEATURE.get(self.kind, 0)
+        return self.num_trained - (self.d_sae - -(-self.d_sae // processes)) * each
 
     @property
     def num_matrix(self) -> int:
@@ -72,6 +83,7 @@ def shape_of(cfg: SAEConfig) -> SAEShape:
         groups=len(cfg.prefixes()) if isinstance(cfg, MatryoshkaConfig) else 1,
         num_trained=d_sae * (width_in + width_out + 1) + width_out + _more_trained(cfg, d_in, d_out),
         num_held=_held(cfg, d_in, sites),
+        subtracts_b_dec=cfg.apply_b_dec_to_input,
     )
 
 
@@ -86,8 +98,7 @@ def _active(cfg: SAEConfig) -> float:
 def _more_trained(cfg: SAEConfig, d_in: int, d_out: int) -> int:
     if isinstance(cfg, TranscoderConfig):
         return d_in * d_out if cfg.has_skip else 0
-    # Logarithms of the thresholds; gains and biases of the magnitudes.
-    return {"jumprelu": cfg.d_sae, "gated": 2 * cfg.d_sae}.get(cfg.kind, 0)
+    return MORE_PER_FEATURE.get(cfg.kind, 0) * cfg.d_sae
 
 
 def _held(cfg: SAEConfig, d_in: int, sites: int) -> int:

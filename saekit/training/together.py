@@ -3,8 +3,8 @@
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from saekit.activations.mixing import measure_mixing
 from saekit.activations.shuffle import ShuffledBatches
@@ -14,14 +14,13 @@ from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae.base import SAE
 from saekit.sae.checkpoint import load_sae_folder
 from saekit.training.interrupt import StopRequest
+from saekit.training.layers import each_its_own, shares
+from saekit.training.layout import Layout
 from saekit.training.loop import TrainingLoop
 from saekit.training.memory import free_bytes, training_bytes
-from saekit.training.processes import checkpoint_writer, watching
+from saekit.training.processes import checkpoint_writer, make_accelerator, watching
 from saekit.training.shared import SharedBatches, Tap
-from saekit.training.trainer import Trainer, make_accelerator
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from saekit.training.trainer import Trainer
 
 __all__ = ["train_together"]
 
@@ -30,7 +29,8 @@ def train_together(trainers: Mapping[str | Path, Trainer], *, progress: Progress
     """Trains SAEs into a folder each; those that read the same tokens in the same order take every batch from one read.
 
     That is so for the same view of a store, batch size and seed. The others are trained one after another. The same call again
-    goes on where each of them ended, also where some were trained alone.
+    goes on where each of them ended, also where some were trained alone. With the layout `layers` every process takes some of
+    them.
 
     Args:
         trainers: folder -> trainer.
@@ -44,16 +44,38 @@ def train_together(trainers: Mapping[str | Path, Trainer], *, progress: Progress
         ConfigError, ResourceError, KeyboardInterrupt: as `Trainer.fit`; the folders stay resumable.
     """
     accelerator = make_accelerator()
-    groups: dict[object, dict[Path, Trainer]] = {}
-    for folder, trainer in trainers.items():
-        groups.setdefault(_order_of(trainer), {})[Path(folder)] = trainer
-    failed: dict[Path, NonFiniteError] = {}
-    for group in groups.values():
-        _Group(group, accelerator, progress).train(failed)
+    layers = {Path(folder): trainer for folder, trainer in trainers.items() if trainer.config.layout == "layers"}
+    others = {Path(folder): trainer for folder, trainer in trainers.items() if Path(folder) not in layers}
+    failed: dict[Path, str] = {}
+    if layers:
+        everyone, own = Layout.of(accelerator, "data"), Layout.alone(accelerator.device)
+        costs = {
+            folder: float(trainer.sae.W_enc.numel()) * t.num_tokens
+            for folder, trainer in layers.items()
+            for t in (trainer.config,)
+        }
+        mine = shares(costs, everyone.num_processes)[everyone.process_index]
+        train = partial(_train_groups, {folder: layers[folder] for folder in layers if folder in mine}, own, progress)
+        for found in each_its_own(everyone, train, list(layers)):
+            failed |= found
+    for layout in dict.fromkeys(trainer.config.layout for trainer in others.values()):
+        those = {folder: trainer for folder, trainer in others.items() if trainer.config.layout == layout}
+        failed |= _train_groups(those, Layout.of(accelerator, layout), progress)
     if failed:
         shown = "; ".join(f"{folder}: {error}" for folder, error in failed.items())
         raise NonFiniteError(f"{len(failed)} of {len(trainers)} trainings failed, the others are finished: {shown}")
     return {Path(folder): trainer.take(load_sae_folder(Path(folder))) for folder, trainer in trainers.items()}
+
+
+def _train_groups(trainers: Mapping[Path, Trainer], layout: Layout, progress: Progress) -> dict[Path, str]:
+    """Trains SAEs group by group; returns folder -> why, of those that met NaN or Inf."""
+    groups: dict[object, dict[Path, Trainer]] = {}
+    for folder, trainer in trainers.items():
+        groups.setdefault(_order_of(trainer), {})[folder] = trainer
+    failed: dict[Path, NonFiniteError] = {}
+    for group in groups.values():
+        _Group(group, layout, progress).train(failed)
+    return {folder: str(error) for folder, error in failed.items()}
 
 
 def _order_of(trainer: Trainer) -> object:
@@ -70,13 +92,13 @@ class _Group:
     """Trainings that read the same batches."""
 
     trainers: Mapping[Path, Trainer]
-    accelerator: "Accelerator"
+    layout: Layout
     progress: Progress
 
     def train(self, failed: dict[Path, NonFiniteError]) -> None:
         """Trains all to their end; adds those that met NaN or Inf to `failed`."""
         with contextlib.ExitStack() as stack:
-            writer = stack.enter_context(checkpoint_writer(self.accelerator))
+            writer = stack.enter_context(checkpoint_writer(self.layout))
             shared = self._open(stack)
             loops: dict[Path, TrainingLoop] = {}
             self._say_memory()
@@ -84,28 +106,31 @@ class _Group:
                 source = None if shared is None else Tap(shared)
                 try:
                     loop = trainer.begin(
-                        folder, self.accelerator, stack, writer=writer, source=source, progress=self.progress
+                        folder, self.layout, stack, writer=writer, source=source, progress=self.progress
                     )
                 except NonFiniteError as error:
                     failed[folder] = error
                 else:
                     loops |= {} if loop is None else {folder: loop}
-            with watching(self.accelerator, *loops):
+            with watching(self.layout, *loops):
                 self._run(loops, failed)
 
     def _open(self, stack: contextlib.ExitStack) -> SharedBatches | None:
         first = next(iter(self.trainers.values()))
         if not isinstance(first.train, StoreView) or first.config.objective is not None:
             return None
-        batches = first.open_source(self.accelerator, stack)
+        batches = first.open_source(self.layout, stack)
         assert isinstance(batches, ShuffledBatches)
         if self.accelerator.is_main_process:
             self.progress.say(str(measure_mixing(batches, num_batches=4)))
         return SharedBatches(batches)
 
     def _say_memory(self) -> None:
-        device, processes = self.accelerator.device, self.accelerator.num_processes
-        needed = sum(training_bytes(t.sae, t.config, num_processes=processes) for t in self.trainers.values())
+        device = self.layout.device
+        needed = sum(
+            training_bytes(t.sae, t.config, num_processes=self.layout.data.size, parts=self.layout.latents.size)
+            for t in self.trainers.values()
+        )
         free = free_bytes(device)
         than = ", more than is free: train fewer at a time" if needed > free else ""
         self.progress.say(

@@ -3,11 +3,9 @@
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from saekit.activations.joined import JoinedStore, PairedStore
 from saekit.activations.mixing import measure_mixing
@@ -30,19 +28,20 @@ from saekit.training.config import TrainConfig
 from saekit.training.end_to_end import EndToEndRun, check_end_to_end
 from saekit.training.finish import finish_weights
 from saekit.training.heldout import TokenView, read_evenly
+from saekit.training.layers import each_its_own
+from saekit.training.layout import Layout
 from saekit.training.loop import TrainingLoop
 from saekit.training.low_bit import check_low_bit
 from saekit.training.options import check_options
-from saekit.training.processes import PATIENCE, checkpoint_writer, watching
+from saekit.training.processes import checkpoint_writer, make_accelerator, watching
 from saekit.training.rows import TokenRowBatches
 from saekit.training.run import TrainRun
+from saekit.training.sharded import gather_sae, shard_sae
+from saekit.training.sharded_state import sliced_state
 from saekit.training.start import SAMPLE_TOKENS, fit_start, normalization_of, read_sample
 from saekit.training.state import keep_newest, latest_checkpoint, load_process, load_run
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-__all__ = ["Trainer", "make_accelerator"]
+__all__ = ["Trainer"]
 
 L0_TOLERANCE = 0.05
 """Relative distance from the target L0 on held-out tokens from which on the user is told."""
@@ -116,21 +115,30 @@ class Trainer:
             ResourceError: the folder cannot be written.
             KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
         """
-        accelerator = make_accelerator()
-        out = Path(out)
+        accelerator, out = make_accelerator(), Path(out)
+        layout = Layout.of(accelerator, self.config.layout)
+        if self.config.layout == "layers":
+            # A single SAE is one process's, and the others wait for it.
+            everyone = Layout.of(accelerator, "data")
+            is_mine = everyone.is_main_process
+            each_its_own(everyone, partial(self._fit, out, layout, progress) if is_mine else lambda: None, [out])
+        else:
+            self._fit(out, layout, progress)
+        return self.take(load_sae_folder(out))
+
+    def _fit(self, out: Path, layout: Layout, progress: Progress) -> None:
         with contextlib.ExitStack() as stack:
-            writer = stack.enter_context(checkpoint_writer(accelerator))
-            loop = self.begin(out, accelerator, stack, writer=writer, progress=progress)
+            writer = stack.enter_context(checkpoint_writer(layout))
+            loop = self.begin(out, layout, stack, writer=writer, progress=progress)
             if loop is not None:
-                with self.locating(), watching(accelerator, out):
+                with self.locating(), watching(layout, out):
                     loop.go()
                     self.finish(loop)
-        return self.take(load_sae_folder(out))
 
     def begin(
         self,
         out: Path,
-        accelerator: "Accelerator",
+        layout: Layout,
         stack: contextlib.ExitStack,
         *,
         writer: CheckpointWriter,
@@ -141,7 +149,7 @@ class Trainer:
 
         Args:
             out: folder of the SAE.
-            accelerator: of the process.
+            layout: what this process has to do with the training.
             stack: keeps data and folder open.
             writer: of checkpoints.
             source: activations of the training tokens in their order; None = one of its own.
@@ -158,33 +166,35 @@ class Trainer:
         """
         own = source is None
         if source is None:
-            source = self.open_source(accelerator, stack)
-        if self._claim(out, accelerator) == "complete":
+            source = self.open_source(layout, stack)
+        if self._claim(out, layout) == "complete":
             progress.say(f"{out}: already trained")
             return None
-        if own and isinstance(source, ShuffledBatches) and accelerator.is_main_process:
+        if own and isinstance(source, ShuffledBatches) and layout.is_main_process:
             progress.say(str(measure_mixing(source, num_batches=4)))
         # Taken once for all processes of a run: the others write nothing but their parts of a checkpoint.
-        stack.enter_context(locked(out) if accelerator.is_main_process else contextlib.nullcontext())
-        state = self._checkpoint(out, accelerator)
+        stack.enter_context(locked(out) if layout.is_main_process else contextlib.nullcontext())
+        state = self._checkpoint(out, layout)
         with self.locating():
-            run = self._start(source, accelerator, state["run"].get("normalization") if state else None)
+            run = self._start(source, layout, state["run"].get("normalization") if state else None)
         held_out = None if self._test is None else read_evenly(self._test, self.config.eval_tokens)
         return TrainingLoop(run, out, writer=writer, held_out=held_out, progress=progress, state=state)
 
     def finish(self, loop: TrainingLoop) -> None:
         """Writes the SAE of raw activations after the last step, and marks the folder as complete."""
-        run, out, accelerator = loop.run, loop.out, loop.run.accelerator
+        run, out, layout = loop.run, loop.out, loop.run.layout
         loop.wait()
         facts = finish_weights(run, loop.held_out)
-        if accelerator.is_main_process:
-            run.sae.hook_point, run.sae.source = self._hook_point(), self._source() | facts
-            run.sae.save(out)
+        # Of a mesh, the first row holds all features; the others hold the same.
+        sae = gather_sae(run.sae, run.cfg, layout) if layout.data.rank == 0 else run.sae
+        if layout.is_main_process:
+            sae.hook_point, sae.source = self._hook_point(), self._source() | facts
+            sae.save(out)
             keep_newest(out, 1)
             finish_stage(out, {"tokens": run.tokens, "steps": run.step, **facts})
-            self._say_fvu_by_site(run.sae, facts, loop.progress)
+            self._say_fvu_by_site(sae, facts, loop.progress)
             self._say_if_l0_is_missed(facts.get("l0"), loop.progress)
-        accelerator.wait_for_everyone()
+        layout.wait_for_everyone()
 
     @contextlib.contextmanager
     def locating(self) -> Iterator[None]:
@@ -201,12 +211,10 @@ class Trainer:
         self.sae.hook_point, self.sae.source = trained.hook_point, trained.source
         return self.sae.eval()
 
-    def _claim(self, out: Path, accelerator: "Accelerator") -> StageState:
-        from accelerate.utils import broadcast_object_list
-
-        state: list[StageState | None] = [None]
-        if accelerator.is_main_process:
-            values: dict[str, object] = {"sae": self.sae.cfg.to_dict(), "training": self.config.to_dict()}
+    def _claim(self, out: Path, layout: Layout) -> StageState:
+        state: StageState | None = None
+        if layout.is_main_process:
+            values: dict[str, object] = {"sae": self.sae.cfg.to_dict(), "training": self.config.identity}
             inputs: dict[str, str] = {}
             if isinstance(self.train, StoreView):
                 values |= {"hook_point": self.train.store.hook_point, "split": self.train.origin}
@@ -215,34 +223,33 @@ class Trainer:
                 inputs |= {"cache": self.train.store.sha256, "training tokens": self.train.fingerprint}
             if isinstance(self._test, StoreView):
                 inputs["held-out tokens"] = self._test.fingerprint
-            state[0] = begin_stage(out, "train", values, inputs)
-        broadcast_object_list(state)
-        assert state[0] is not None
-        return state[0]
+            state = begin_stage(out, "train", values, inputs)
+        state = layout.told(state)
+        assert state is not None
+        return state
 
-    def _checkpoint(self, out: Path, accelerator: "Accelerator") -> dict[str, Any] | None:
+    def _checkpoint(self, out: Path, layout: Layout) -> dict[str, Any] | None:
         """Returns the state of the newest checkpoint, with what belongs to this process; None where there is none."""
-        from accelerate.utils import broadcast_object_list
-
         # One process looks, so that all go on from the same.
-        found = [latest_checkpoint(out) if accelerator.is_main_process else None]
-        broadcast_object_list(found)
-        checkpoint = found[0]
-        return (
-            None if checkpoint is None else load_run(checkpoint) | load_process(checkpoint, accelerator.process_index)
-        )
+        checkpoint = layout.told(latest_checkpoint(out) if layout.is_main_process else None)
+        if checkpoint is None:
+            return None
+        state = load_run(checkpoint)
+        if layout.is_sharded:
+            state["run"] = sliced_state(state["run"], layout.features(self.sae.d_sae))
+        return state | load_process(checkpoint, layout.process_index)
 
-    def open_source(self, accelerator: "Accelerator", stack: contextlib.ExitStack) -> ActivationSource:
+    def open_source(self, layout: Layout, stack: contextlib.ExitStack) -> ActivationSource:
         """Returns this process's share of the training tokens, in their order.
 
         Raises:
             ConfigError: the batch cannot be shared evenly by the processes.
         """
-        share, rest = divmod(self.config.batch_size, accelerator.num_processes)
+        rank, world_size = layout.data.rank, layout.data.size
+        share, rest = divmod(self.config.batch_size, world_size)
         if rest:
-            processes = accelerator.num_processes
             raise ConfigError(
-                f"training: batch_size {self.config.batch_size}, needs a multiple of {processes} processes"
+                f"training: batch_size {self.config.batch_size}, needs a multiple of {world_size} processes"
             )
         if not isinstance(self.train, StoreView):
             return self.train
@@ -251,57 +258,48 @@ class Trainer:
                 self.train,
                 batch_size=self.config.batch_size,
                 seed=self.config.seed,
-                rank=accelerator.process_index,
-                world_size=accelerator.num_processes,
+                rank=rank,
+                world_size=world_size,
             )
         return stack.enter_context(
             ShuffledBatches(
                 self.train,
                 batch_size=share,
                 seed=self.config.seed,
-                rank=accelerator.process_index,
-                world_size=accelerator.num_processes,
-                device=accelerator.device,
+                rank=rank,
+                world_size=world_size,
+                device=layout.device,
             )
         )
 
-    def _start(
-        self, source: ActivationSource, accelerator: "Accelerator", measured: Mapping[str, Any] | None
-    ) -> TrainRun:
-        """Measures the data and sets the first weights, the same on every process.
+    def _start(self, source: ActivationSource, layout: Layout, measured: Mapping[str, Any] | None) -> TrainRun:
+        """Measures the data and sets the first weights, of this process's features those of a single process.
 
         Args:
             source: of this process's tokens.
-            accelerator: of the process.
+            layout: who holds other tokens and features.
             measured: the normalisation of the run that goes on, whose weights need no start; None = to be measured.
         """
-
-        def sum_over_processes(value: Tensor) -> Tensor:
-            total: Tensor = accelerator.reduce(value, reduction="sum")
-            return total
-
-        sae = copy.deepcopy(self.sae).float().to(accelerator.device)
+        sae, cfg = copy.deepcopy(self.sae).float(), self.sae.cfg
         if measured is not None:
-            return self._run(sae, source, accelerator, normalization_of_state(measured))
-        sample = read_sample(source, SAMPLE_TOKENS // accelerator.num_processes).to(accelerator.device)
-        normalization = normalization_of(sample, self.sae, sum_over_processes)
+            return self._run(shard_sae(sae, layout), source, normalization_of_state(measured), layout)
+        sample = read_sample(source, SAMPLE_TOKENS, layout)
+        normalization = normalization_of(sample, self.sae)
         if self.config.init == "given":
+            sae = shard_sae(sae, layout)
             normalization.unfold(sae)
         else:
             sae.reset_parameters(self.config.seed)
-            fit_start(sae, normalization.apply(sample), self.config.sparsity, sum_over_processes)
-        return self._run(sae, source, accelerator, normalization)
+            sae = shard_sae(sae, layout)
+            fit_start(sae, normalization.apply(sample), self.config.sparsity, layout, cfg)
+        return self._run(sae, source, normalization, layout)
 
-    def _run(
-        self, sae: SAE, source: ActivationSource, accelerator: "Accelerator", normalization: AnyNormalization
-    ) -> TrainRun:
+    def _run(self, sae: SAE, source: ActivationSource, normalization: AnyNormalization, layout: Layout) -> TrainRun:
         if isinstance(source, TokenRowBatches):
             assert self._lm is not None
             assert isinstance(normalization, Normalization)
-            return EndToEndRun(
-                sae, source, self.config, normalization=normalization, accelerator=accelerator, lm=self._lm
-            )
-        return TrainRun(sae, source, self.config, normalization=normalization, accelerator=accelerator)
+            return EndToEndRun(sae, source, self.config, normalization=normalization, lm=self._lm, layout=layout)
+        return TrainRun(sae, source, self.config, normalization=normalization, layout=layout, cfg=self.sae.cfg)
 
     def _say_fvu_by_site(self, sae: SAE, facts: dict[str, object], progress: Progress) -> None:
         found = facts.get("fvu_by_site")
@@ -341,11 +339,3 @@ def _check_sites(sae: SitesSAE, store: JoinedStore) -> None:
     widths = [each.d_in for each in store.stores]
     if widths != [sae.d_in] * sae.num_sites:
         raise ConfigError(f"hook points {store.hook_point}: widths {widths}, needs {sae.num_sites} of {sae.d_in}")
-
-
-def make_accelerator() -> "Accelerator":
-    """Returns the process's part in the training; off CUDA everything runs on the CPU: other accelerators lack float64."""
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
-
-    return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])

@@ -39,7 +39,7 @@ class FakeWorkers(Workers):
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[Study, FakeWorkers]]:
     """A function: a study on the results so far, of libraries for which the second learning rate is the best."""
 
-    def figures(folder: Path, data: Path, own: dict[str, float], *, k: int) -> dict[str, Any]:
+    def figures(folder: Path, data: Path, own: dict[str, float], *, k: int, **places: object) -> dict[str, Any]:
         job = workers[-1].jobs[-1][1]
         l0 = 4.0 if job["coefficient"] is None else 0.5 / job["coefficient"]
         fvu = 0.3 + abs(math.log(job["lr"] / 1e-2)) / 100 if job["lr"] else 0.2

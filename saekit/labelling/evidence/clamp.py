@@ -18,7 +18,43 @@ from saekit.models import LanguageModel, capture
 from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae import SAE, SitesSAE
 
-__all__ = ["clamped_token_change"]
+__all__ = ["Reconstruction", "clamped_token_change"]
+
+
+class Reconstruction:
+    """Contexts in which the dictionary's reconstruction stands where it writes, without its error.
+
+    Attributes:
+        contexts: the same with the model's own hidden states.
+        x_hat: the reconstruction, float32 [B, T, D].
+    """
+
+    def __init__(self, lm: LanguageModel, sae: SAE, tokens: Tensor, *, where: str = "token change") -> None:
+        """Runs the clean forward.
+
+        Raises:
+            ConfigError: the dictionary does not say its hook point, or has several.
+        """
+        if isinstance(sae, SitesSAE):
+            raise ConfigError(
+                f"{where}: a {sae.cfg.kind} reads several hook points, match = 'clamp' needs one; use match = 'kl'"
+            )
+        self.contexts = SteeredContexts(lm, sae, tokens, where=where)
+        assert sae.hook_point is not None, "a dictionary that says where it writes says where it reads"
+        read = capture(lm, tokens, [sae.hook_point])[sae.hook_point]
+        with torch.no_grad():
+            self._code = sae(read.reshape(-1, read.shape[-1]).to(sae.W_enc.device, sae.W_enc.dtype))
+        self._sae = sae
+        self.x_hat = self._code.x_hat.float().reshape(*read.shape[:2], -1).to(self.contexts.clean.device)
+
+    def clamped(self, features: Tensor, values: Tensor) -> Tensor:
+        """Returns the reconstruction with the activation of `features` [n] set to `values` [n] everywhere, [n, B, T, D]."""
+        rows = self._sae.written_rows(features.to(self._sae.W_dec.device)).detach().float().to(self.x_hat.device)
+        code = self._code
+        own = (code.top_acts * (code.top_indices == features.to(code.top_indices.device)[:, None, None])).sum(-1)
+        acts = own.float().reshape(len(features), *self.x_hat.shape[:2], 1).to(self.x_hat.device)  # [n, B, T, 1]
+        clamped: Tensor = self.x_hat + (values.to(acts)[:, None, None, None] - acts) * rows[:, None, None]
+        return clamped
 
 
 def clamped_token_change(
@@ -42,34 +78,24 @@ def clamped_token_change(
     Raises:
         ConfigError: the dictionary does not say its hook point, has several, or lacks one of the features.
     """
-    if isinstance(sae, SitesSAE):
-        raise ConfigError(
-            f"token change: a {sae.cfg.kind} reads several hook points, match = 'clamp' needs one; use match = 'kl'"
-        )
     chosen = torch.from_numpy(chosen_features(sae, features))
-    contexts = SteeredContexts(lm, sae, tokens)
-    assert sae.hook_point is not None, "a dictionary that says where it writes says where it reads"
-    read = capture(lm, tokens, [sae.hook_point])[sae.hook_point]
+    reconstruction = Reconstruction(lm, sae, tokens)
+    contexts = reconstruction.contexts
     parts: dict[int, list[TokenEffects]] = {1: [], -1: []}
     with torch.no_grad(), progress.task("token change", 2 * len(chosen), "clamps") as task:
-        code = sae(read.reshape(-1, read.shape[-1]).to(sae.W_enc.device, sae.W_enc.dtype))
-        x_hat = code.x_hat.float().reshape(*read.shape[:2], -1).to(contexts.clean.device)
-        before = _mean_normed(contexts, x_hat[None])
+        before = _mean_normed(contexts, reconstruction.x_hat[None])
         for chunk in torch.split(chosen, config.batch_features):
-            rows = sae.written_rows(chunk.to(sae.W_dec.device)).float().to(x_hat.device)
-            own = (code.top_acts * (code.top_indices == chunk.to(code.top_indices.device)[:, None, None])).sum(-1)
-            acts = own.float().reshape(len(chunk), *read.shape[:2], 1).to(x_hat.device)  # [n, B, T, 1]
             for sign in (1, -1):
-                clamped = x_hat + (sign * config.clamp - acts) * rows[:, None, None]
+                values = torch.full((len(chunk),), sign * config.clamp)
+                clamped = reconstruction.clamped(chunk, values)
                 change = contexts.logit_change(_mean_normed(contexts, clamped) - before)
-                strength = torch.full((len(chunk),), sign * config.clamp).numpy()
                 parts[sign].append(
                     TokenEffects.from_logits(
                         "tokenchange" if sign > 0 else "tokenchange_down",
                         chunk.numpy(),
                         change,
                         num=config.num_tokens,
-                        strength=strength,
+                        strength=values.numpy(),
                     )
                 )
                 task.advance(len(chunk))

@@ -19,10 +19,11 @@ from saekit.errors import ConfigError, DataError, StoreError
 from saekit.labelling.contexts import FeatureContexts
 from saekit.labelling.evidence.effects import TokenEffects
 from saekit.labelling.evidence.steering import chosen_features
+from saekit.labelling.tokencode import code_of_tokens
 from saekit.manifest import atomic_write
 from saekit.models import LanguageModel, capture, run_from
 from saekit.progress import NO_PROGRESS, Progress
-from saekit.sae import SAE, SitesSAE
+from saekit.sae import SAE
 
 __all__ = ["SIDE_SCORES_NAME", "SideScores", "input_scores", "output_scores"]
 
@@ -151,10 +152,5 @@ def output_scores(
 
 def _largest_act(lm: LanguageModel, sae: SAE, tokens: Tensor) -> float:
     """Returns the largest activation of any feature at the last position of a prompt [1, T]; 0 where none fires."""
-    assert sae.hook_point is not None, "checked by the caller"
-    reads = list(sae.hook_points) if isinstance(sae, SitesSAE) else [sae.hook_point]
-    found = capture(lm, tokens, reads)
-    x = torch.cat([found[name][:, -1] for name in reads], dim=-1)  # [1, D]
-    with torch.no_grad():
-        acts, _ = sae.encode_sparse(x.to(sae.W_enc.device, sae.W_enc.dtype))
+    acts = code_of_tokens(lm, sae, tokens)[0][:, -1]
     return float(acts.max()) if acts.numel() else 0.0

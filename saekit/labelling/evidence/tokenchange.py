@@ -27,7 +27,7 @@ from saekit.models import LanguageModel
 from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae import SAE
 
-__all__ = ["TokenChangeConfig", "steering_contexts", "steering_strengths", "token_change"]
+__all__ = ["TokenChangeConfig", "start_strengths", "steering_contexts", "steering_strengths", "token_change"]
 
 
 class TokenChangeConfig(Config):
@@ -131,6 +131,11 @@ def steering_contexts(view: StoreView, *, config: TokenChangeConfig, seed: int =
 
 def steering_strengths(contexts: FeatureContexts, *, strength: float) -> NDArray[np.float32]:
     """Returns `strength` times each feature's largest activation [F]; silent features get the median of the others."""
-    fires = contexts.max_act > 0
-    usual = float(np.median(contexts.max_act[fires])) if fires.any() else 1.0
-    return (strength * np.where(fires, contexts.max_act, usual)).astype(np.float32)
+    return start_strengths(contexts.max_act, strength=strength)
+
+
+def start_strengths(max_act: NDArray[np.float32], *, strength: float = 1.0) -> NDArray[np.float32]:
+    """Returns `strength` times the largest activations [F]; those of silent features are the median of the others."""
+    fires = max_act > 0
+    usual = float(np.median(max_act[fires])) if fires.any() else 1.0
+    return (strength * np.where(fires, max_act, usual)).astype(np.float32)

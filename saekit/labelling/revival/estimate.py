@@ -1,6 +1,6 @@
 """What a revive run would try and ask, before anything is sent."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,6 +27,8 @@ class RevivalEstimate:
     """If every feature fired, on texts as long as those of other features; None without a labelling model."""
 
     def __str__(self) -> str:
+        if not self.num_features:
+            return "nothing to try, no feature is as rare as revive.max_firings"
         parts = [f"{self.num_features:,} features, {self.num_probes:,} sentences through the model"]
         parts += [f"sentences: {self.writing}"] if self.writing is not None else []
         parts += [f"new labels if all of them fire: {self.relabelling}"] if self.relabelling is not None else []
@@ -36,7 +38,7 @@ class RevivalEstimate:
 def estimate_questions(stage: RevivalStage) -> RevivalEstimate:
     """Returns what a run would take; answers that its ledger has cost nothing."""
     config, own = stage.label.llm, stage.config
-    num_probes = len(stage.local_probes()) + own.num_controls
+    num_probes = len(stage.local_probes()) + own.num_controls if stage.features else 0
     writing = relabelling = None
     if config is not None:
         path = stage.out / LEDGER_NAME
@@ -61,7 +63,12 @@ def estimate_questions(stage: RevivalStage) -> RevivalEstimate:
                 if kind != "concat":
                     explainer = stage.explainer(config, kind, stage.train.store, stage.contexts)
                     shown = likes if kind in {"input", "raw"} else stage.features
-                    requests += [explainer.request(feature) for feature in shown if explainer.has_evidence(feature)]
+                    # One that stands for several counts as many.
+                    requests += [
+                        replace(explainer.request(feature), seed=place)
+                        for place, feature in enumerate(shown)
+                        if explainer.has_evidence(feature)
+                    ]
             relabelling = estimate_requests(requests, config, count=count, ledger=None)
         finally:
             if ledger is not None:

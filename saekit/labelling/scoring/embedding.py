@@ -61,10 +61,7 @@ class EmbeddingScorer:
 
     def pieces(self, feature: int) -> list[Piece]:
         """Returns up to `num_pieces` active pieces and as many silent ones, in random order."""
-        generator = np.random.default_rng((self._config.seed, feature))
-        pairs, _ = self._table.pairs(feature, self._config.num_pieces, generator)
-        chosen = [piece for pair in pairs for piece in pair]
-        return [chosen[place] for place in generator.permutation(len(chosen))]
+        return self._table.mixed(feature, self._config.num_pieces, seed=self._config.seed)
 
     def texts(self, labels: Sequence[Label], pieces: Sequence[Piece]) -> list[str]:
         """Returns what is to be embedded, one line each: the pieces, then the labels."""

@@ -126,6 +126,13 @@ class PieceTable:
                 break
         return pairs, passed_over
 
+    def mixed(self, feature: int, num: int, *, seed: int) -> list[Piece]:
+        """Returns up to `num` active pieces and as many silent ones, paired as in `pairs`, in random order."""
+        generator = np.random.default_rng((seed, feature))
+        pairs, _ = self.pairs(feature, num, generator)
+        chosen = [piece for pair in pairs for piece in pair]
+        return [chosen[place] for place in generator.permutation(len(chosen))]
+
     def text(self, piece: Piece) -> str:
         """Returns a piece as one line, neighbouring marked tokens in one pair of marks."""
         table, marked = self.held_out.table, set(piece.marked)

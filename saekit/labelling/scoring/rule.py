@@ -41,6 +41,7 @@ class HeldOut:
     """The held-out tokens and every feature's firings on them.
 
     Attributes:
+        view: the documents, also those that were not drawn.
         table: the tokens' rows.
         in_view: which places of the table are held out and scored, bool [L].
         num_tokens: n.
@@ -59,6 +60,7 @@ class HeldOut:
         progress: Progress = NO_PROGRESS,
     ) -> None:
         """Encodes the tokens once; a feature fires where its activation is above zero."""
+        self.view = view
         self.fingerprint = f"{view.fingerprint} {config.max_tokens} {config.seed}"
         rows = np.flatnonzero(draw_rows(view, num_tokens=config.max_tokens, seed=config.seed))
         self.table = TokenTable(view.store, rows, vocabulary)
@@ -89,6 +91,12 @@ class HeldOut:
     def activations(self, feature: int) -> NDArray[np.float32]:
         """Returns a feature's activations at the places of `firings`."""
         return self._acts[self._starts[feature] : self._starts[feature + 1]]
+
+    def largest(self) -> NDArray[np.float32]:
+        """Returns each feature's largest activation, 0 where it never fires [F]."""
+        found = np.zeros(len(self._starts) - 1, dtype=np.float32)
+        np.maximum.at(found, np.repeat(np.arange(len(found)), np.diff(self._starts)), self._acts)
+        return found
 
     def acts_on(self, feature: int, start: int, stop: int) -> NDArray[np.float32]:
         """Returns a feature's activations on the places from `start` to before `stop` [stop - start]."""

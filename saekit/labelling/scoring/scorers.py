@@ -36,7 +36,7 @@ def scoring_setup(held_out: HeldOut, config: LLMConfig) -> str:
 def make_scorers(
     held_out: HeldOut, config: LLMConfig, *, siblings: Mapping[int, Sequence[int]] | None = None
 ) -> list[PieceScorer]:
-    """Returns the scorers that a config names, over the same pieces; none where nothing is to be judged.
+    """Returns the scorers over held-out pieces that a config names; none where nothing is to be judged.
 
     Args:
         siblings: see `siblings_of`.
@@ -51,7 +51,7 @@ def make_scorers(
         "surprisal": lambda: SurprisalScorer(table, config),
         "intruder": lambda: IntruderJudge(table, config),
     }
-    return [known[name]() for name in dict.fromkeys(config.scorers)]
+    return [known[name]() for name in dict.fromkeys(config.scorers) if name in known]
 
 
 def without_reading(scorers: Sequence[PieceScorer]) -> list[PieceScorer]:

@@ -55,10 +55,7 @@ class Simulator:
 
     def pieces(self, feature: int) -> list[Piece]:
         """Returns up to `num_simulated` active pieces and as many silent ones, in random order."""
-        generator = np.random.default_rng((self._config.seed, feature))
-        pairs, _ = self._table.pairs(feature, self._config.num_simulated, generator)
-        chosen = [piece for pair in pairs for piece in pair]
-        return [chosen[place] for place in generator.permutation(len(chosen))]
+        return self._table.mixed(feature, self._config.num_simulated, seed=self._config.seed)
 
     def requests(self, label: Label, pieces: Sequence[Piece], *, attempt: int = 0) -> list[ChatRequest]:
         """See `PieceScorer.requests`."""

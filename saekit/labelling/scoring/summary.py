@@ -7,12 +7,13 @@ import numpy as np
 
 from saekit.labelling.records import Score
 
-__all__ = ["summarise_scores", "summary_lines"]
+__all__ = ["FIGURES", "is_scored", "summarise_scores", "summary_lines"]
 
 FIGURES = (
     *("f1", "auprc", "f1_natural", "auprc_natural", "balanced_accuracy", "accuracy"),
     *("pearson", "pearson_natural", "r2", "gain", "specificity_near", "f1_near", "auprc_near"),
 )
+"""In the order of a report."""
 RATES = ("base_rate", "natural_rate")
 NUM_BOOTSTRAP = 1000
 
@@ -43,8 +44,13 @@ def summarise_scores(
     ]
 
 
+def is_scored(score: Score) -> bool:
+    """Returns whether a score has figures."""
+    return bool(score.right) or score.f1 is not None
+
+
 def _entry(scorer: str, labeler: str, judge: str | None, scores: Sequence[Score], seed: int) -> Summary:
-    judged = [score for score in scores if score.right or score.f1 is not None]
+    judged = [score for score in scores if is_scored(score)]
     entry: Summary = {
         "scorer": scorer,
         "labeler": labeler,

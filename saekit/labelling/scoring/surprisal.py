@@ -43,10 +43,7 @@ class SurprisalScorer:
 
     def pieces(self, feature: int) -> list[Piece]:
         """Returns up to `num_judged` active pieces and as many silent ones, in random order."""
-        generator = np.random.default_rng((self._config.seed, feature))
-        pairs, _ = self._table.pairs(feature, self._config.num_judged, generator)
-        chosen = [piece for pair in pairs for piece in pair]
-        return [chosen[place] for place in generator.permutation(len(chosen))]
+        return self._table.mixed(feature, self._config.num_judged, seed=self._config.seed)
 
     def requests(self, label: Label, pieces: Sequence[Piece], *, attempt: int = 0) -> list[ChatRequest]:
         """See `PieceScorer.requests`: every text after the label, then every text after none, which all labels share."""
@@ -55,18 +52,8 @@ class SurprisalScorer:
 
     def _read(self, feature: int, says: str, piece: Piece) -> ChatRequest:
         head = self._template.replace("{description}", says)
-        return ChatRequest(
-            model=self._config.model,
-            system="",
-            user=f"{head}\n{self._table.text(piece)}",
-            schema_name="",
-            schema={},
-            temperature=0.0,
-            max_output_tokens=1,
-            reads=True,
-            purpose=f"score:{self.name}",
-            feature=feature,
-        )
+        text = f"{head}\n{self._table.text(piece)}"
+        return ChatRequest.reading(self._config.model, text, purpose=f"score:{self.name}", feature=feature)
 
     def score(self, label: Label, pieces: Sequence[Piece], answers: Sequence[Answer], *, is_last: bool) -> Score | None:
         """See `PieceScorer.score`; a text that could not be read is not read again."""
@@ -92,16 +79,16 @@ class SurprisalScorer:
         return score_graded(label, pieces, saved, judged).model_copy(update={"gain": gain})
 
 
-def text_logprob(reply: ChatReply) -> float | None:
-    """Returns the log-likelihood of what stands behind `MARK` in a text that was read, in nats.
+def text_logprob(reply: ChatReply, *, mark: str = MARK) -> float | None:
+    """Returns the log-likelihood of what stands behind a mark in a text that was read, in nats.
 
     None where the mark is not in the tokens that came back, nothing stands behind it, or a token there has no number.
     """
     joined = "".join(token.text for token in reply.logprobs)
-    at = joined.rfind(MARK)
+    at = joined.rfind(mark)
     if at < 0:
         return None
-    border, place, total = at + len(MARK), 0, 0.0
+    border, place, total = at + len(mark), 0, 0.0
     is_empty = True
     for token in reply.logprobs:
         place += len(token.text)

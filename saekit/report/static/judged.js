@@ -3,13 +3,17 @@
 // Scores of labels, of whatever scorer: one feature's tables, and the run's means beside labels that know nothing.
 saekit.judged = (() => {
   const { h, isNumber, number, fixed, integer, NONE } = saekit;
-  const FIGURES = { f1: "F1", auprc: "AUPRC", f1_natural: "F1 at natural rate", auprc_natural: "AUPRC at natural rate", accuracy: "accuracy", balanced_accuracy: "balanced accuracy" };
+  const FIGURES = { f1: "F1", auprc: "AUPRC", f1_natural: "F1 at natural rate", auprc_natural: "AUPRC at natural rate", accuracy: "accuracy", balanced_accuracy: "balanced accuracy", pearson: "correlation", pearson_natural: "correlation at natural rate", r2: "explained variance", gain: "gain, nats a token", f1_near: "F1, near negatives", auprc_near: "AUPRC, near negatives", specificity_near: "near ones judged silent" };
   /** What a figure of a label that says nothing would be. */
   const REFERENCES = { auprc: ["base_rate", "base rate"], auprc_natural: ["natural_rate", "natural rate"], accuracy: ["base_rate", "chance"] };
+  /** Figures with an interval of their own. */
+  const INTERVALS = { pearson: ["pearson_low", "pearson_high"], specificity_near: ["near_low", "near_high"] };
+  /** Which figure `low` and `high` belong to, where that is not a score's first. */
+  const MAIN = { input: "auprc" };
   /** Numbers that are no figures of their own. */
-  const BESIDE = new Set(["low", "high", "base_rate", "natural_rate", "precision", "recall", "balanced_accuracy", "num_positive", "num_negative", "num_unparsed"]);
+  const BESIDE = new Set(["low", "high", "base_rate", "natural_rate", "precision", "recall", "balanced_accuracy", "num_positive", "num_negative", "num_near", "num_unparsed", ...Object.values(INTERVALS).flat()]);
   const NAMES = { rule: "Token rule", "control:no label": "no label: texts alone", "control:empty": "empty label", "control:random": "random words", "control:shuffled": "another feature's label" };
-  const UNITS = { rule: "held-out tokens", intruder: "groups of texts" };
+  const UNITS = { input: "sentences", rule: "held-out tokens", intruder: "groups of texts", output: "trials", intervention: "pairs of texts" };
 
   const spaced = (name) => name.replaceAll("_", " ");
   const figureName = (name) => FIGURES[name] ?? spaced(name);
@@ -28,12 +32,13 @@ saekit.judged = (() => {
   function scoreTable(score, controls) {
     const figures = figuresOf(score);
     const total = score.num_positive + score.num_negative;
+    const near = score.num_near ? `, ${integer(score.num_near)} near ones are silent` : "";
     const unusable = score.num_unparsed ? `, ${integer(score.num_unparsed)} answers unusable` : "";
-    const positives = total ? `${integer(score.num_positive)} of ${integer(total)} ${UNITS[score.scorer] ?? "held-out contexts"} ${score.scorer === "intruder" ? "judged" : "fire"}${unusable}` : "";
-    const line = (name, n) => {
+    const positives = total ? `${integer(score.num_positive)} of ${integer(total)} ${UNITS[score.scorer] ?? "held-out contexts"} ${score.scorer === "input" ? "should activate it" : score.scorer in UNITS && score.scorer !== "rule" ? "judged" : "fire"}${near}${unusable}` : "";
+    const main = MAIN[score.scorer] ?? figures[0];
+    const line = (name) => {
       const [key, referenceName] = REFERENCES[name] ?? [];
-      // The interval is that of a score's first figure.
-      const [low, high] = n === 0 ? [score.low, score.high] : [];
+      const [low, high] = (INTERVALS[name] ?? (name === main ? ["low", "high"] : [])).map((end) => score[end]);
       const reference = key && isNumber(score[key]) ? score[key] : undefined;
       const details = [range(low, high) && `95 %: ${range(low, high)}`, isNumber(reference) && `${referenceName} ${number(reference, 2)}`].filter(Boolean);
       const isShare = score[name] >= 0 && score[name] <= 1;
@@ -86,7 +91,7 @@ saekit.judged = (() => {
     const parts = [
       llm.model, `${integer(llm.requests_sent)} requests`, `${integer(llm.input_tokens)} input and ${integer(llm.output_tokens)} output tokens`,
       isNumber(llm.cost) ? `$${number(llm.cost, 3)}` : "no price known", isNumber(llm.cost_per_feature) && `$${number(llm.cost_per_feature, 2)} a feature`,
-      llm.interrupted_requests > 0 && `${integer(llm.interrupted_requests)} requests cut off${isNumber(llm.interrupted_cost_at_most) ? `, at most $${number(llm.interrupted_cost_at_most, 2)}` : ""}`,
+      llm.interrupted_requests > 0 && `${integer(llm.interrupted_requests)} ${llm.interrupted_requests === 1 ? "request" : "requests"} cut off${isNumber(llm.interrupted_cost_at_most) ? `, at most $${number(llm.interrupted_cost_at_most, 2)}` : ""}`,
     ].filter(Boolean);
     return h("p", { class: "small money", text: `Labelling model: ${parts.join(" \u00b7 ")}` });
   }

@@ -186,10 +186,10 @@ saekit.overview = (() => {
     const rows = run.labelers.flatMap((labeler) => {
       const scorers = Object.entries(labeler.scorers);
       return (scorers.length ? scorers : [[null, null]]).map(([scorer, figures]) =>
-        h("tr", {}, h("th", { scope: "row", class: "left", text: labeler.name }), h("td", { text: integer(labeler.done) }), h("td", { text: integer(labeler.failed) }), h("td", { class: "left", text: scorer ?? "not scored" }), h("td", { text: figures ? integer(figures.scored) : NONE }), h("td", { text: fixed(figures?.f1, 3) }), h("td", { text: fixed(figures?.auprc, 3) }), h("td", { text: number(figures?.base_rate, 2) })),
+        h("tr", {}, h("th", { scope: "row", class: "left", text: labeler.name }), h("td", { text: integer(labeler.done) }), h("td", { text: integer(labeler.failed) }), h("td", { class: "left", text: scorer ?? "not scored" }), h("td", { text: figures ? integer(figures.scored) : NONE }), h("td", { text: fixed(figures?.f1, 3) }), h("td", { text: fixed(figures?.auprc, 3) }), h("td", { text: fixed(figures?.accuracy, 3) }), h("td", { text: fixed(figures?.pearson, 3) }), h("td", { text: fixed(figures?.gain, 3) }), h("td", { text: fixed(figures?.auprc_near, 3) }), h("td", { text: number(figures?.base_rate, 2) })),
       );
     });
-    const head = h("tr", {}, [["labeler", "left"], ["labels"], ["failed"], ["scorer", "left"], ["scored"], ["median F1"], ["median AUPRC"], ["median base rate"]].map(([text, side]) => h("th", { scope: "col", class: side, text })));
+    const head = h("tr", {}, [["labeler", "left"], ["labels"], ["failed"], ["scorer", "left"], ["scored"], ["median F1"], ["median AUPRC"], ["median accuracy"], ["median correlation"], ["median nats gained"], ["median AUPRC, near"], ["median base rate"]].map(([text, side]) => h("th", { scope: "col", class: side, text })));
     return h("div", { class: "scroll-x", tabindex: "0", role: "region", "aria-label": "Labelers" }, h("table", { class: "figures" }, h("thead", {}, head), h("tbody", {}, rows)));
   }
 

@@ -15,6 +15,7 @@ from saekit.labelling import (
     Score,
     collect_contexts,
 )
+from saekit.labelling.chat import ChatClient
 from saekit.labelling.evidence.wording import EffectsOf
 from saekit.labelling.examples import ExampleReader
 from saekit.labelling.explain import Explainer
@@ -27,6 +28,7 @@ from saekit.labelling.scoring.rule import HeldOut
 from saekit.labelling.scoring.scorers import make_scorers, scoring_setup, siblings_of
 from saekit.labelling.store import RecordFile
 from saekit.labelling.vocabulary import Vocabulary
+from tests.saekit.labelling.inprocess import InProcess
 from tests.saekit.labelling.planted import WordTokenizer, World
 from tests.saekit.labelling.stub import StubServer
 
@@ -102,11 +104,15 @@ class Bench:
             setup=scoring_setup(self.held_out, self.config),
         )
 
-    def run(self, server: StubServer, features: list[int]) -> Ledger:
+    def run(self, server: StubServer | InProcess, features: list[int]) -> Ledger:
         """Labels and judges; the ledger is open when it returns, and closed where it raises."""
-        self.config = self.config.model_copy(update={"base_url": server.url})
-        ledger = Ledger(self.folder / "ledger.sqlite")
-        model = LabellingModel(OpenAIChat(self.config), ledger, self.config)
+        client: ChatClient
+        if isinstance(server, InProcess):
+            ledger, client = Ledger(":memory:"), server
+        else:
+            self.config = self.config.model_copy(update={"base_url": server.url})
+            ledger, client = Ledger(self.folder / "ledger.sqlite"), OpenAIChat(self.config)
+        model = LabellingModel(client, ledger, self.config)
         try:
             explain_and_judge(
                 model,

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,9 @@ class FakeStore:
     def check_model(self, lm: object) -> None:
         """Any model will do."""
 
-    def __init__(self, tokens: NDArray, documents: NDArray, x: torch.Tensor, kinds: NDArray | None = None) -> None:
+    def __init__(
+        self, tokens: NDArray[Any], documents: NDArray[Any], x: torch.Tensor, kinds: NDArray[Any] | None = None
+    ) -> None:
         self._tokens = tokens.astype(np.int32)
         self._documents = documents.astype(np.int32)
         self._kinds = np.zeros(tokens.shape, dtype=np.uint8) if kinds is None else kinds
@@ -59,23 +62,23 @@ class FakeStore:
         self.d_in = x.shape[2]
         self.statistics = SimpleNamespace(mean_norm_centred=4.0)
 
-    def tokens(self) -> NDArray:
+    def tokens(self) -> NDArray[Any]:
         return self._tokens
 
-    def documents(self) -> NDArray:
+    def documents(self) -> NDArray[Any]:
         return self._documents
 
-    def kinds(self) -> NDArray:
+    def kinds(self) -> NDArray[Any]:
         return self._kinds
 
-    def read_rows(self, rows: NDArray) -> torch.Tensor:
+    def read_rows(self, rows: NDArray[Any]) -> torch.Tensor:
         return self.x[torch.as_tensor(np.asarray(rows))]
 
 
 class FakeView:
     """Some tokens of a `FakeStore`."""
 
-    def __init__(self, store: FakeStore, mask: NDArray) -> None:
+    def __init__(self, store: FakeStore, mask: NDArray[Any]) -> None:
         self.store = store
         self.mask = mask
         self.d_in = store.d_in
@@ -83,7 +86,7 @@ class FakeView:
         self.documents = np.unique(store.documents()[mask])
         self.fingerprint = hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()
 
-    def rows(self) -> NDArray:
+    def rows(self) -> NDArray[Any]:
         return np.flatnonzero(self.mask.any(axis=1))
 
 
@@ -96,7 +99,7 @@ class World:
     test: FakeView
     sae: TopKSAE
     tokenizer: WordTokenizer
-    acts: NDArray
+    acts: NDArray[Any]
     names: list[str]
 
     def feature(self, name: str) -> int:
@@ -119,7 +122,7 @@ def sentence(generator: np.random.Generator, topic: Sequence[str]) -> list[str]:
     return [*words, "."]
 
 
-def packed(num_documents: int, seed: int) -> tuple[NDArray, NDArray]:
+def packed(num_documents: int, seed: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Documents packed into rows: (tokens, documents), both [R, T]."""
     generator = np.random.default_rng(seed)
     ids: list[int] = []
@@ -136,7 +139,7 @@ def packed(num_documents: int, seed: int) -> tuple[NDArray, NDArray]:
     return np.array(ids[: rows * CONTEXT_LEN]).reshape(shape), np.array(owners[: rows * CONTEXT_LEN]).reshape(shape)
 
 
-def planted_masks(tokens: NDArray, documents: NDArray, seed: int) -> dict[str, NDArray]:
+def planted_masks(tokens: NDArray[Any], documents: NDArray[Any], seed: int) -> dict[str, NDArray[Any]]:
     """Where each planted feature fires [R, T]."""
     generator = np.random.default_rng(seed)
     text = np.array(WORDS, dtype=object)[tokens]

@@ -90,6 +90,8 @@ def test_what_cannot_be_compared_is_one_line(tmp_path) -> None:
         compare_labels(a, a)
     with pytest.raises(ConfigError, match="needs one of A too"):
         compare_labels(a, b, other="y")
+    with pytest.raises(ConfigError, match="nowhere': no scores in it"):
+        compare_labels(a, tmp_path / "nowhere", labeler="x")
     assert compare_labels(a, b, labeler="x", other="y")[0].labeler_b == "y"
 
 

@@ -123,9 +123,9 @@ def test_reservoirs_in_any_number_and_order_equal_brute_force(
     monkeypatch.setattr(reservoir_module, "LEAST_PENDING", least_pending)
     generator = np.random.default_rng(seed)
     num_groups, size, num_rows = int(generator.integers(1, 70)), int(generator.integers(1, 6)), 20
-    keys = np.sort(
-        generator.choice(num_groups * num_rows * 32, int(generator.integers(1, 1200)), replace=False) % 9_000
-    )
+    num_places = num_groups * num_rows * 32
+    num_events = min(int(generator.integers(1, 1200)), num_places)
+    keys = np.sort(generator.choice(num_places, num_events, replace=False) % 9_000)
     feature, flat = np.divmod(np.unique(keys), num_rows * 32)
     # Few different values, so that ties are everywhere.
     acts = generator.integers(1, 5, len(flat)).astype(np.float32)
@@ -159,6 +159,21 @@ def test_reservoirs_in_any_number_and_order_equal_brute_force(
         near = [values.get((group, p), 0.0) if p // 32 == place // 32 else 0.0 for p in range(place - 4, place + 4)]
         assert found.acts[group, slot] == values[group, place]
         np.testing.assert_array_equal(found.windows[group, slot], np.rint(np.array(near) * (255 / max(near))))
+
+
+@pytest.mark.parametrize(
+    "gap", [1, 2**20, 2**40], ids=["one key holds all", "few bits left", "more bits than a key has"]
+)
+def test_events_are_sorted_by_feature_and_token_whatever_the_numbers(gap: int) -> None:
+    generator = np.random.default_rng(0)
+    token, feature = np.nonzero(generator.random((50, 30)) < 0.3)
+    acts = generator.lognormal(0, 3, len(token)).astype(np.float32)
+    order = generator.permutation(len(token))
+    events = Events(feature[order] * gap, token[order] + 7_000, acts[order], context_len=10)
+    expected = np.lexsort((token, feature))
+    np.testing.assert_array_equal(events.features, feature[expected] * gap)
+    np.testing.assert_array_equal(events.flat, token[expected] + 7_000)
+    np.testing.assert_array_equal(events.acts, acts[expected])
 
 
 def test_finished_pass_is_not_done_again_and_another_config_is_refused(world, tmp_path: Path, monkeypatch) -> None:

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from saekit.activations import ActivationStore, CacheConfig, cache_activations
+from saekit.config import changed_keys
 from saekit.errors import ConfigError, DataError, LabelerError
 from saekit.labelling import (
     FeatureContexts,
@@ -23,7 +24,7 @@ from saekit.labelling import (
     read_scores,
 )
 from saekit.manifest import read_manifest
-from saekit.models import LanguageModel, load_model
+from saekit.models import LanguageModel, ModelConfig, load_model
 from saekit.sae import TopKConfig, TopKSAE
 from tests.saekit.labelling.batchstub import batch_serving
 from tests.saekit.labelling.bench import JUDGED, oracle
@@ -75,6 +76,44 @@ def test_finished_folder_is_left_alone_and_another_config_is_refused(world, tmp_
             out=tmp_path,
             config=LabelConfig.parse(OFFLINE),
         )
+
+
+def _without(values: dict, keys: set[str]) -> dict:
+    """A config as it stood in manifests before there were such keys."""
+    return {k: _without(v, keys) if isinstance(v, dict) else v for k, v in values.items() if k not in keys}
+
+
+def test_folders_from_before_an_option_stay_what_they_are() -> None:
+    later = {
+        "num_candidates",
+        "candidate_temperature",
+        "num_counter_examples",
+        "selection_fraction",
+        "selection_scorer",
+    }
+    later |= {
+        "num_selection",
+        "near_share",
+        "num_simulated",
+        "simulation_form",
+        "intervention_form",
+        "steered",
+        "input_test",
+    }
+
+    def changed(**llm: object) -> list[str]:
+        config = LabelConfig.parse({"llm": {"model": "m", **llm}})
+        return list(changed_keys(_without(config.to_dict(), later | {"concurrency"}), config.identity()))
+
+    operational = set(changed(near_share=0.0))
+    assert not operational & {f"llm.{key}" for key in later}
+    # Near negatives were not there before: with them a folder has other scores.
+    assert set(changed()) - operational == {"llm.near_share"}
+    assert set(changed(num_judged=0)) == operational
+    assert set(changed(near_share=0.0, num_candidates=3)) > operational
+    assert any(key.startswith("llm.steered.") for key in changed(scorers=["output"]))
+    model = ModelConfig.parse({"name": "m"}).to_dict()
+    assert not changed_keys(_without(model, {"random_weights", "random_seed"}), model)
 
 
 def test_max_features_labels_so_many(world, tmp_path) -> None:

@@ -18,6 +18,7 @@ from saekit.labelling.textreading import probe_request
 from saekit.models import load_model, logits
 from saekit.progress import Progress
 from tests.saekit.labelling.bench import Bench
+from tests.saekit.labelling.inprocess import InProcess
 from tests.saekit.labelling.noisyoracle import PATTERNS, UNRELATED, describe
 from tests.saekit.labelling.simulator import Simulating
 from tests.saekit.labelling.stub import serving
@@ -32,8 +33,8 @@ def surprised(world, lab: Bench, oracle: Simulating, labels: dict[str, str]):
         Label(feature=feature, labeler="llm:stub", label=label)
         for feature, label in zip(features, labels.values(), strict=True)
     )
-    with serving(oracle) as server:
-        lab.run(server, features).close()
+    server = InProcess(oracle)
+    lab.run(server, features).close()
     return {world.names[score.feature]: score for score in lab.scores.records}, server
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from saekit.config import changed_keys
 from saekit.models import ModelConfig, load_model
 
 
@@ -31,3 +32,10 @@ def test_embeddings_are_kept_on_demand(tiny_model_dir) -> None:
     same = {key for key, weight in kept.named_parameters() if weight.ndim > 1 and torch.equal(weight, trained[key])}
     embeddings = {key for key in trained if "embed_tokens" in key or "lm_head" in key}
     assert same == embeddings
+
+
+def test_folders_of_before_the_options_are_of_the_same_model() -> None:
+    now = ModelConfig(name="m").to_dict()
+    before = {key: value for key, value in now.items() if not key.startswith("random_")}
+    assert len(before) == len(now) - 2
+    assert changed_keys(before, now) == {}

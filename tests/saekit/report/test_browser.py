@@ -85,7 +85,7 @@ def open_site(browser: Any) -> Iterator[Callable[..., Site]]:
 
     def make(folder: Path, **options: Any) -> Site:
         context = browser.new_context(viewport={"width": 1400, "height": 900}, **options)
-        context.set_default_timeout(15_000)
+        context.set_default_timeout(60_000)
         sites.append(Site(context.new_page(), folder))
         return sites[-1]
 
@@ -564,11 +564,12 @@ def test_judges_and_controls_are_on_the_feature_page(site: Site) -> None:
 def test_a_scorer_that_the_page_does_not_know_is_shown(site: Site) -> None:
     site.open()
     text = site.page.evaluate(
-        "saekit.judged.scoreTable({scorer: 'simulation', judge: 'j', pearson: 0.625, low: 0.5, high: 0.75, nats_gained: -1.5,"
+        "saekit.judged.scoreTable({scorer: 'simulation', judge: 'j', pearson: 0.625, pearson_low: 0.5, pearson_high: 0.75, nats_gained: -1.5, num_near: 2,"
         " num_positive: 3, num_negative: 4, num_unparsed: 0}, [{labeler: 'control:empty', pearson: 0.0625}]).textContent"
     )
     assert "Simulation" in text
-    assert "pearson0.63" in text
+    assert "correlation0.63" in text
+    assert "2 near ones are silent" in text
     assert "95 %: 0.50" in text
     assert "nats gained" in text
     assert "empty label 0.06" in text

@@ -1,12 +1,9 @@
-"""Trainings of planted data in processes that are forked from one that has torch loaded; imported by path, also there."""
+"""Trainings that are stopped, killed and gone on with, in processes of their own."""
 
-import importlib.util
 import os
 import signal
-import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -14,6 +11,8 @@ import torch
 from saekit.sae import TopKConfig, build_sae
 from saekit.training import TrainConfig, Trainer
 from saekit.training import trainer as trainer_module
+from tests.saekit.training.planted import PlantedSource
+from tests.saekit.training.ranks import join
 
 # 60 steps of 120 tokens, which 1 to 4 processes share evenly; a checkpoint is begun in every second step.
 CONFIG = TrainConfig(
@@ -27,29 +26,6 @@ CONFIG = TrainConfig(
 CFG = TopKConfig(d_in=16, d_sae=32, k=2)
 
 
-def planted() -> ModuleType:
-    """tests/saekit/training/planted.py."""
-    spec = importlib.util.spec_from_file_location("planted", Path(__file__).with_name("planted.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def join(rank: int, world_size: int, port: int) -> None:
-    """Makes this process one of several."""
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        ACCELERATE_USE_CPU="true",
-    )
-
-
 def train(out: Path, *, stop_after: int | None = None, kill_at: int | None = None, marker: Path | None = None) -> None:
     """Trains as the process that the environment says, and notes the tokens of every step that it did.
 
@@ -61,7 +37,7 @@ def train(out: Path, *, stop_after: int | None = None, kill_at: int | None = Non
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     trainer_module.SAMPLE_TOKENS = 1200
-    source = planted().PlantedSource(batch_size=120, rank=rank, world_size=world_size)
+    source = PlantedSource(batch_size=120, rank=rank, world_size=world_size)
     step = trainer_module.TrainRun.train_step
 
     def noted(self: trainer_module.TrainRun, *, stop_asked: bool = False) -> object:
@@ -103,7 +79,7 @@ def run_until_killed(out: str, started: str) -> None:
 
     trainer_module.TrainRun.train_step = slow  # type: ignore[method-assign, assignment]  # in this process alone
     trainer_module.SAMPLE_TOKENS = 1200
-    source = planted().PlantedSource(batch_size=120)
+    source = PlantedSource(batch_size=120)
     Trainer(build_sae(CFG), source, CONFIG).fit(Path(out))
     os._exit(0)
 
@@ -120,6 +96,3 @@ def seen(out: Path) -> list[int]:
     """The tokens of all steps that processes did, sorted."""
     found = [np.loadtxt(path, dtype=np.int64) for path in out.glob("seen_*.txt")]
     return sorted(np.concatenate(found).tolist())
-
-
-sys.modules.setdefault("fleet", sys.modules[__name__])

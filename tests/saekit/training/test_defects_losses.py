@@ -20,6 +20,7 @@ from saekit.sae import (
 from saekit.training import TrainConfig
 from saekit.training import nested as nested_module
 from saekit.training import objective as objective_module
+from saekit.training import selection as selection_module
 from saekit.training.build import build_objective
 from saekit.training.objective import Code, Objective
 from saekit.training.penalty import GatedObjective
@@ -43,17 +44,13 @@ EVERY: dict[str, SAEConfig] = {
 }
 
 
-def alone(value: Tensor) -> Tensor:
-    return value
-
-
 def float64_objective(cfg: SAEConfig) -> Objective:
     generator = torch.Generator().manual_seed(4)
     sae = build_sae(cfg).double()
     for name, parameter in sae.named_parameters():
         drawn = 0.5 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
         parameter.data.copy_(0.1 + drawn.abs() if name == "threshold" else drawn)
-    return build_objective(sae, TrainConfig(num_tokens=1000), total_variance=5.0, sum_over_processes=alone)
+    return build_objective(sae, TrainConfig(num_tokens=1000), total_variance=5.0)
 
 
 def batch() -> Tensor:
@@ -186,7 +183,7 @@ def _gradient_through_relu_zeros(patch: pytest.MonkeyPatch) -> None:
         values, indices = torch.topk(x @ W_enc + b_enc, k, dim=1)
         return values + (values.relu() - values).detach(), indices
 
-    patch.setattr(objective_module, "encode_topk", wrong)
+    patch.setattr(selection_module, "encode_topk", wrong)
 
 
 def _prefixes_averaged_twice(patch: pytest.MonkeyPatch) -> None:

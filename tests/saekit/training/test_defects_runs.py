@@ -46,23 +46,18 @@ GATED = GatedConfig.parse(SHAPE | {"target_l0": 3})
 RELU = ReLUConfig.parse(SHAPE | {"target_l0": 3})
 
 
-def alone(value: Tensor) -> Tensor:
-    return value
-
-
 def make_run(planted: ModuleType, cfg: SAEConfig, *, scale: float = 1.0, **changes: object) -> TrainRun:
-    from accelerate import Accelerator
 
     values: dict[str, object] = {"num_tokens": 200 * 96, "batch_size": 96, "lr": 3e-3, "dead_after_tokens": 192}
     source = planted.PlantedSource(batch_size=96, scale=scale)
-    normalization = estimate_normalization(read_sample(source, 2048), alone)
+    normalization = estimate_normalization(read_sample(source, 2048))
     sae = build_sae(cfg, seed=3)
     if "threshold" in dict(sae.named_parameters()):
         sae.get_parameter("threshold").data.fill_(1.0)
     elif cfg in (RELU, GATED):
         sae.b_enc.data.fill_(-1.0)
     config = TrainConfig.parse(values | changes)
-    return TrainRun(sae, source, config, normalization=normalization, accelerator=Accelerator(cpu=True))
+    return TrainRun(sae, source, config, normalization=normalization)
 
 
 # The checks.
@@ -264,14 +259,16 @@ def _accumulation_never_read(patch: pytest.MonkeyPatch) -> None:
     right = micro_module.backward_in_parts
 
     def wrong(objective: Objective, x: Tensor, dead: Tensor, coefficient: float, **kwargs: object) -> StepResult:
-        return right(objective, x, dead, coefficient, part_tokens=None)
+        return right(objective, x, dead, coefficient, **kwargs | {"part_tokens": None})  # type: ignore[arg-type]
 
     patch.setattr(run_module, "backward_in_parts", wrong)
 
 
 def _accumulated_without_shares(patch: pytest.MonkeyPatch) -> None:
-    def wrong(objective: Objective, x: Tensor, dead: Tensor, coefficient: float, *, part_tokens: int) -> StepResult:
-        results = [objective(part, dead, coefficient) for part in torch.split(x, part_tokens or len(x))]
+    def wrong(objective: Objective, x: Tensor, dead: Tensor, coefficient: float, **kwargs: object) -> StepResult:
+        parts = torch.split(x, kwargs["part_tokens"] or len(x))  # type: ignore[arg-type]
+        kwargs["before_last"]()  # type: ignore[operator]
+        results = [objective(part, dead, coefficient) for part in parts]
         for result in results:
             result.loss.backward()
         return results[-1]._replace(loss=results[-1].loss.detach())

@@ -61,7 +61,6 @@ def normalization() -> Normalization:
 def make_run(
     store: ActivationStore, lm: LanguageModel, config: TrainConfig, cfg: SAEConfig | None = None, sae: SAE | None = None
 ) -> EndToEndRun:
-    from accelerate import Accelerator
 
     train, _ = store.split(0.3)
     source = TokenRowBatches(train, batch_size=config.batch_size, seed=config.seed)
@@ -69,7 +68,7 @@ def make_run(
         sae = build_sae(cfg or KINDS["topk"], seed=3)
         if "threshold" in dict(sae.named_parameters()):
             sae.get_parameter("threshold").data.fill_(0.5)
-    return EndToEndRun(sae, source, config, normalization=normalization(), accelerator=Accelerator(cpu=True), lm=lm)
+    return EndToEndRun(sae, source, config, normalization=normalization(), lm=lm)
 
 
 def dense_terms(run: EndToEndRun, x_hat: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:

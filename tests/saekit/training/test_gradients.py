@@ -14,10 +14,6 @@ D_IN, D_SAE, VARIANCE = 7, 13, 5.0
 DEAD = torch.tensor([1, 4, 5, 9])
 
 
-def alone(value: Tensor) -> Tensor:
-    return value
-
-
 def make(k: int, *, bias: float = 0.0) -> tuple[Objective, dict[str, Tensor]]:
     """An objective with random weights, and copies of its parameters for a dense formula."""
     generator = torch.Generator().manual_seed(4)
@@ -26,7 +22,7 @@ def make(k: int, *, bias: float = 0.0) -> tuple[Objective, dict[str, Tensor]]:
         parameter.data.copy_(0.5 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator))
     sae.b_enc.data += bias
     config = TrainConfig(num_tokens=1000, k_aux=2)
-    objective = build_objective(sae, config, total_variance=VARIANCE, sum_over_processes=alone)
+    objective = build_objective(sae, config, total_variance=VARIANCE)
     return objective, {name: p.detach().clone().requires_grad_() for name, p in objective.trained_parameters().items()}
 
 

@@ -37,26 +37,21 @@ UNORDERED = [kind for kind in CONFIGS if kind != "matryoshka"]
 CONFIG = TrainConfig(num_tokens=20 * 256, batch_size=256, lr=3e-3, dead_after_tokens=1024)
 
 
-def alone(value: Tensor) -> Tensor:
-    return value
-
-
 def make_run(planted: ModuleType, kind: str, *, scale: float = 1.0, order: Tensor | None = None) -> TrainRun:
     """A run with the start that a training makes; features are put in another order before it."""
-    from accelerate import Accelerator
 
     source = planted.PlantedSource(batch_size=256, scale=scale)
     sample = read_sample(source, 4096)
-    normalization = estimate_normalization(sample, alone)
+    normalization = estimate_normalization(sample)
     sae = build_sae(CONFIGS[kind], seed=3)
-    fit_start(sae, normalization.apply(sample), CONFIG.sparsity, alone)
+    fit_start(sae, normalization.apply(sample), CONFIG.sparsity)
     if order is not None:
         for name, parameter in sae.named_parameters():
             if name == "W_enc":
                 parameter.data = parameter.data.T[order].T
             elif name != "b_dec" and len(parameter) == 40:
                 parameter.data = parameter.data[order]
-    return TrainRun(sae, source, CONFIG, normalization=normalization, accelerator=Accelerator(cpu=True))
+    return TrainRun(sae, source, CONFIG, normalization=normalization)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind not in {"topk", "jumprelu"}])
@@ -126,7 +121,7 @@ def test_calibration_by_a_shift_is_exact_on_its_tokens(kind: str) -> None:
     sae = build_sae(type(CONFIGS[kind]).parse({"d_in": 12, "d_sae": 1500, "target_l0": 20}))
     assert sae.cfg.kind in {"relu", "gated"}
     x = torch.randn(2000, 12, generator=torch.Generator().manual_seed(1))
-    init_thresholds(sae, torch.randn(4000, 12, generator=torch.Generator().manual_seed(2)), 20.0)  # type: ignore[arg-type]  # one of the two kinds
+    init_thresholds(sae, torch.randn(4000, 12, generator=torch.Generator().manual_seed(2)), 20.0 / sae.d_sae)  # type: ignore[arg-type]  # one of the two kinds
     sae.b_enc.data.add_(0.05)
     if kind == "gated":
         # Magnitudes that are 0 whatever the gate does must not be counted.
@@ -139,7 +134,7 @@ def test_calibration_by_a_shift_is_exact_on_its_tokens(kind: str) -> None:
 def test_calibration_by_a_shift_does_not_reach_far(target: float, sign: float) -> None:
     sae = build_sae(ReLUConfig.parse({"d_in": 12, "d_sae": 1500, "target_l0": 20}))
     x = torch.randn(2000, 12, generator=torch.Generator().manual_seed(1))
-    init_thresholds(sae, x, 20.0)  # type: ignore[arg-type]  # a ReLU SAE
+    init_thresholds(sae, x, 20.0 / sae.d_sae)  # type: ignore[arg-type]  # a ReLU SAE
     z = sae.pre_acts(x[:512]).detach()
     shift = calibration_shift(sae, x.split(512), target)  # type: ignore[arg-type]  # a ReLU SAE
     assert shift == pytest.approx(sign * 0.25 * float(z[z > 0].mean()))

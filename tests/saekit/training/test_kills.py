@@ -1,65 +1,31 @@
 """Kills at any instant, other numbers of processes, and restarts by the launcher: the SAE is that of one run on one process."""
 
-import importlib.util
-import multiprocessing
-import os
 import random
 import signal
-import socket
-import sys
 import time
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 from saekit.sae import load_sae_folder
 from saekit.training.state import latest_checkpoint, load_process, load_run
+from tests.saekit.training import fleet
+from tests.saekit.training.ranks import forks, free_port
 
 
 @pytest.fixture(scope="module")
-def fleet() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fleet", Path(__file__).with_name("fleet.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fleet"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def forks() -> ForkServerContext:
-    """Forks of a process that has loaded torch, and has not run any of it yet."""
-    context = multiprocessing.get_context("forkserver")
-    root = Path(__file__).parents[3]
-    sys.path[:0] = [str(Path(__file__).parent)]
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(root), str(root / "kernels")])
-    context.set_forkserver_preload(["fleet"])
-    return context
-
-
-@pytest.fixture(scope="module")
-def whole(fleet: ModuleType, forks: ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing happened to."""
     out = tmp_path_factory.mktemp("whole")
-    run(forks, fleet, out, 1)
+    run(out, 1)
     return out
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
-def run(forks: ForkServerContext, fleet: ModuleType, out: Path, world_size: int, stop_after: int | None = None) -> None:
+def run(out: Path, world_size: int, stop_after: int | None = None) -> None:
     port = free_port()
     running = [
-        forks.Process(target=fleet.run_rank, args=(str(out), rank, world_size, port, stop_after))
+        forks().Process(target=fleet.run_rank, args=(str(out), rank, world_size, port, stop_after))
         for rank in range(world_size)
     ]
     for process in running:
@@ -69,13 +35,11 @@ def run(forks: ForkServerContext, fleet: ModuleType, out: Path, world_size: int,
         assert process.exitcode == 0
 
 
-def test_twenty_kills_leave_whole_checkpoints_and_change_no_bit(
-    fleet: ModuleType, forks: ForkServerContext, whole: Path, tmp_path: Path
-) -> None:
+def test_twenty_kills_leave_whole_checkpoints_and_change_no_bit(whole: Path, tmp_path: Path) -> None:
     chance, out, kills, steps = random.Random(6), tmp_path / "out", 0, []
     while kills < 20:
         started = tmp_path / f"started_{kills}"
-        process = forks.Process(target=fleet.run_until_killed, args=(str(out), str(started)))
+        process = forks().Process(target=fleet.run_until_killed, args=(str(out), str(started)))
         process.start()
         while process.is_alive() and not started.exists():
             time.sleep(0.001)
@@ -91,15 +55,13 @@ def test_twenty_kills_leave_whole_checkpoints_and_change_no_bit(
     assert kills
     # No kill lost a checkpoint that was whole before it.
     assert steps == sorted(steps)
-    run(forks, fleet, out, 1)
+    run(out, 1)
     assert (out / "sae.safetensors").read_bytes() == (whole / "sae.safetensors").read_bytes()
 
 
-def test_four_two_one_and_three_processes_go_on_from_each_other(
-    fleet: ModuleType, forks: ForkServerContext, whole: Path, tmp_path: Path
-) -> None:
+def test_four_two_one_and_three_processes_go_on_from_each_other(whole: Path, tmp_path: Path) -> None:
     for world_size, stop_after in ((4, 15), (2, 30), (1, 45), (3, None)):
-        run(forks, fleet, tmp_path, world_size, stop_after)
+        run(tmp_path, world_size, stop_after)
         if stop_after is not None:
             checkpoint = latest_checkpoint(tmp_path)
             assert checkpoint is not None
@@ -113,7 +75,7 @@ def test_four_two_one_and_three_processes_go_on_from_each_other(
 
 
 def test_launcher_restarts_processes_when_one_is_killed(
-    fleet: ModuleType, forks: ForkServerContext, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from saekit.errors import ConfigError
 from saekit.sae import (
@@ -46,25 +46,20 @@ CONFIGS: dict[str, SAEConfig] = {
 }
 
 
-def alone(value: Tensor) -> Tensor:
-    return value
-
-
 def make_run(planted: ModuleType, cfg: SAEConfig, **changes: object) -> TrainRun:
-    from accelerate import Accelerator
 
     values: dict[str, object] = {"num_tokens": 200 * 96, "batch_size": 96, "lr": 3e-3, "dead_after_tokens": 192}
     config = TrainConfig.parse(values | changes)
     source = planted.PlantedSource(batch_size=96)
     sae = build_sae(cfg, seed=3)
-    normalization = normalization_of(read_sample(source, 2048), sae, alone)
+    normalization = normalization_of(read_sample(source, 2048), sae)
     if "threshold" in dict(sae.named_parameters()):
         sae.get_parameter("threshold").data.fill_(1.0)
     else:
         sae.b_enc.data.fill_(-1.0)
     # Some features are silent, so that AuxK has work to do.
     sae.b_enc.data[:8] -= 3.5 if isinstance(cfg, ReLUConfig | ReLUCrosscoderConfig | GatedConfig) else 1.5
-    return TrainRun(sae, source, config, normalization=normalization, accelerator=Accelerator(cpu=True))
+    return TrainRun(sae, source, config, normalization=normalization)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -34,17 +34,13 @@ GROUPS: dict[str, object] = {
 PREFIXES = [(3, 0.5), (6, 0.25), (13, 0.25)]
 
 
-def alone(value: Tensor) -> Tensor:
-    return value
-
-
 def make(cfg: SAEConfig) -> tuple[Objective, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(4)
     sae = build_sae(cfg).double()
     for parameter in sae.parameters():
         parameter.data.copy_(0.5 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator))
     config = TrainConfig(num_tokens=1000, k_aux=2)
-    objective = build_objective(sae, config, total_variance=VARIANCE, sum_over_processes=alone)
+    objective = build_objective(sae, config, total_variance=VARIANCE)
     copies = {n: p.detach().clone().requires_grad_() for n, p in objective.trained_parameters().items()}
     return objective, copies
 

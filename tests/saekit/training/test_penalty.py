@@ -18,10 +18,6 @@ DEAD = torch.tensor([1, 4, 5, 9])
 SHAPE: dict[str, object] = {"d_in": D_IN, "d_sae": D_SAE, "target_l0": TARGET}
 
 
-def alone(value: Tensor) -> Tensor:
-    return value
-
-
 def make(cfg: SAEConfig, *, dead_loss: str = "auxk") -> tuple[PenalizedObjective, dict[str, Tensor]]:
     """An objective with random weights, and copies of its parameters for a dense formula of one's own."""
     generator = torch.Generator().manual_seed(4)
@@ -31,7 +27,7 @@ def make(cfg: SAEConfig, *, dead_loss: str = "auxk") -> tuple[PenalizedObjective
         parameter.data.copy_(0.1 + drawn.abs() if name == "threshold" else 0.5 * drawn)
     sparsity = {"dead_loss": dead_loss, "pre_act_coefficient": 0.02, "start_factor": 1.0}
     config = TrainConfig(num_tokens=1000, k_aux=2, sparsity=SparsityConfig.parse(sparsity))
-    objective = build_objective(sae, config, total_variance=VARIANCE, sum_over_processes=alone)
+    objective = build_objective(sae, config, total_variance=VARIANCE)
     assert isinstance(objective, PenalizedObjective)
     copies = {
         name: parameter.detach().clone().requires_grad_() for name, parameter in objective.trained_parameters().items()

@@ -40,21 +40,16 @@ OPTIMIZERS = [
 ]
 
 
-def alone(value: Tensor) -> Tensor:
-    return value
-
-
 def make_run(planted: ModuleType, kind: str = "topk", **changes: object) -> TrainRun:
-    from accelerate import Accelerator
 
     values: dict[str, object] = {"num_tokens": 200 * 96, "batch_size": 96, "lr": 1e-3, "resample": RESAMPLE}
     config = TrainConfig.parse(values | changes)
     source = planted.PlantedSource(batch_size=96)
-    normalization = estimate_normalization(read_sample(source, 2048), alone)
+    normalization = estimate_normalization(read_sample(source, 2048))
     sae = build_sae(CONFIGS[kind], seed=3)
     if "threshold" in dict(sae.named_parameters()):
         sae.get_parameter("threshold").data.fill_(0.3)
-    return TrainRun(sae, source, config, normalization=normalization, accelerator=Accelerator(cpu=True))
+    return TrainRun(sae, source, config, normalization=normalization)
 
 
 def check_resampling(run: TrainRun) -> None:
@@ -225,7 +220,7 @@ def test_the_draw_is_that_of_one_process_however_many_there_are(planted: ModuleT
             planted.PlantedSource(batch_size=96, rank=rank, world_size=2),
             run.normalization,
             12,
-            place=(rank, 2),
+            shares=lambda count, rank=rank: (rank * count, 2 * count),
             **options,
         )
         for rank in (0, 1)

@@ -47,10 +47,6 @@ CONFIGS: dict[str, SitesConfig] = {
 }
 
 
-def alone(value: Tensor) -> Tensor:
-    return value
-
-
 def make(kind: str) -> tuple[Objective, dict[str, Tensor]]:
     sae = build_sae(CONFIGS[kind]).double()
     generator = torch.Generator().manual_seed(4)
@@ -58,7 +54,7 @@ def make(kind: str) -> tuple[Objective, dict[str, Tensor]]:
         if not name.startswith("site_"):
             parameter.data.copy_(0.5 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator))
     config = TrainConfig(num_tokens=1000, k_aux=2)
-    objective = build_objective(sae, config, total_variance=VARIANCE, sum_over_processes=alone)
+    objective = build_objective(sae, config, total_variance=VARIANCE)
     copies = {n: p.detach().clone().requires_grad_() for n, p in objective.trained_parameters().items()}
     return objective, copies
 
@@ -144,16 +140,14 @@ def test_normalisation_of_each_site_or_of_all(is_per_site: bool) -> None:
     x = batch(400) * torch.tensor([[0.1], [1.0], [30.0]]) + torch.tensor([[1.0], [0.0], [-7.0]])
     values = SHAPE | {"k": K, "is_normalized_per_site": is_per_site}
     sae = build_sae(MLSAEConfig.parse(values))
-    normal = normalization_of(x.flatten(1), sae, alone)
+    normal = normalization_of(x.flatten(1), sae)
     made = normal.apply(x.flatten(1)).reshape(-1, S, D)
     if is_per_site:
         torch.testing.assert_close(made.mean(0), torch.zeros(S, D, dtype=torch.float64), atol=1e-9, rtol=0)
         torch.testing.assert_close(made.norm(dim=2).mean(0), torch.full((S,), math.sqrt(D), dtype=torch.float64))
         assert normal.total_variance == pytest.approx(float(made.square().sum(2).mean()))
         crosscoder = build_sae(CONFIGS["topk"])
-        assert normalization_of(x.flatten(1), crosscoder, alone).total_variance == pytest.approx(
-            S * normal.total_variance
-        )
+        assert normalization_of(x.flatten(1), crosscoder).total_variance == pytest.approx(S * normal.total_variance)
     else:
         torch.testing.assert_close(made.mean((0, 1)), torch.zeros(D, dtype=torch.float64), atol=1e-9, rtol=0)
         assert float(made.norm(dim=2).mean()) == pytest.approx(math.sqrt(D))

@@ -49,7 +49,7 @@ def random_sae(d_sae: int = 1500) -> JumpReLUSAE:
 
 def test_first_thresholds_give_the_wanted_l0_with_all_features_alike() -> None:
     sae, x = random_sae(), torch.randn(3000, 12)
-    init_thresholds(sae, x, 30.0)
+    init_thresholds(sae, x, 30.0 / sae.d_sae)
     active = sae.encode(x) > 0
     assert float(active.sum(1).double().mean()) == pytest.approx(30.0, rel=0.03)
     assert active.sum(0).max() <= 61
@@ -59,7 +59,7 @@ def test_first_thresholds_give_the_wanted_l0_with_all_features_alike() -> None:
 @pytest.mark.parametrize("true_factor", [0.93, 1.0, 1.12])
 def test_calibration_is_exact_on_its_tokens(true_factor: float) -> None:
     sae, x = random_sae(), torch.randn(2000, 12)
-    init_thresholds(sae, torch.randn(4000, 12), 20.0)
+    init_thresholds(sae, torch.randn(4000, 12), 20.0 / sae.d_sae)
     sae.scale_thresholds(1 / true_factor)
     factor = calibration_factor(sae, x.split(512), 20.0)
     sae.scale_thresholds(factor)
@@ -71,6 +71,6 @@ def test_calibration_is_exact_on_its_tokens(true_factor: float) -> None:
 def test_calibration_does_not_reach_far(l0: float, expected: float) -> None:
     """A run that missed its target by much is reported, not bent into shape."""
     sae, x = random_sae(), torch.randn(2000, 12)
-    init_thresholds(sae, x, 20.0)
+    init_thresholds(sae, x, 20.0 / sae.d_sae)
     sae.scale_thresholds(0.5 if expected > 1 else 2.0)
     assert calibration_factor(sae, x.split(512), l0) == pytest.approx(expected)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from saekit.errors import NonFiniteError
 from saekit.sae import SAE, JumpReLUConfig, Normalization, TopKConfig, build_sae
 from saekit.training import TrainConfig, optim
+from saekit.training.axis import Axis
 from saekit.training.dead import DeadFeatures, default_dead_after
 from saekit.training.fused_adam import FusedAdam
 from saekit.training.optim import GradientClip, build_optimizer, project_decoder_gradient
@@ -22,21 +23,16 @@ TOPK = TopKConfig(d_in=16, d_sae=40, k=3)
 JUMPRELU = JumpReLUConfig(d_in=16, d_sae=40, target_l0=3, bandwidth=0.3)
 
 
-def alone(value: Tensor) -> Tensor:
-    return value
-
-
 def make_run(
     planted: ModuleType, cfg: TopKConfig | JumpReLUConfig, config: TrainConfig, *, scale: float = 1.0
 ) -> TrainRun:
-    from accelerate import Accelerator
 
     source = planted.PlantedSource(batch_size=config.batch_size, scale=scale)
-    normalization = estimate_normalization(read_sample(source, 2048), alone)
+    normalization = estimate_normalization(read_sample(source, 2048))
     sae = build_sae(cfg, seed=3)
     if cfg is JUMPRELU:
         sae.get_parameter("threshold").data.fill_(1.0)
-    return TrainRun(sae, source, config, normalization=normalization, accelerator=Accelerator(cpu=True))
+    return TrainRun(sae, source, config, normalization=normalization)
 
 
 def check_rows_stay_unit(planted: ModuleType, cfg: TopKConfig | JumpReLUConfig) -> None:
@@ -219,11 +215,25 @@ def test_default_learning_rate(d_sae: int, num_steps: int, expected: float) -> N
     assert default_lr(d_sae, num_steps) == pytest.approx(expected)
 
 
-def check_dead_after_global_tokens(planted: ModuleType, monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
+class Alike(Axis):
+    """An axis whose other processes do the same as this one."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def sum(self, value: Tensor, purpose: str = "figures") -> Tensor:
+        return value * self.size
+
+    def any(self, flags: Tensor, purpose: str = "figures") -> Tensor:
+        return flags
+
+
+def check_dead_after_global_tokens(planted: ModuleType, processes: int) -> None:
     """A feature silent on every process is dead after dead_after_tokens of all processes together."""
     config = TrainConfig(num_tokens=5120, batch_size=256, dead_after_tokens=1024, lr=1e-9)
     run = make_run(planted, TOPK, config)
-    monkeypatch.setattr(type(run.accelerator), "num_processes", processes)
+    run.layout.data = Alike(processes)
     run.sae.b_enc.data[7] = -1e6
     steps = 0
     while run.train_step().dead_fraction == 0.0:
@@ -234,17 +244,15 @@ def check_dead_after_global_tokens(planted: ModuleType, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("processes", [1, 4])
-def test_dead_features_are_counted_in_tokens_of_all_processes(
-    planted: ModuleType, monkeypatch: pytest.MonkeyPatch, processes: int
-) -> None:
-    check_dead_after_global_tokens(planted, monkeypatch, processes)
+def test_dead_features_are_counted_in_tokens_of_all_processes(planted: ModuleType, processes: int) -> None:
+    check_dead_after_global_tokens(planted, processes)
 
 
 def test_counting_tokens_of_one_process_would_be_seen(planted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     right = DeadFeatures.after
     monkeypatch.setattr(DeadFeatures, "after", lambda self, fired, num_tokens: right(self, fired, num_tokens // 4))
     with pytest.raises(AssertionError):
-        check_dead_after_global_tokens(planted, monkeypatch, 4)
+        check_dead_after_global_tokens(planted, 4)
 
 
 def test_a_feature_that_fires_again_is_alive() -> None:
@@ -321,7 +329,7 @@ def test_sample_is_read_without_moving_the_source(planted: ModuleType) -> None:
 
 def test_normalisation_is_that_of_the_sample() -> None:
     x = 3.0 * torch.randn(500, 6) + 7.0
-    found = estimate_normalization(x, alone)
+    found = estimate_normalization(x)
     centred = x.double() - x.double().mean(0)
     expected = Normalization.from_moments(
         x.double().mean(0),
@@ -333,7 +341,7 @@ def test_normalisation_is_that_of_the_sample() -> None:
     assert found.total_variance == pytest.approx(expected.total_variance)
     x[3, 2] = float("inf")
     with pytest.raises(NonFiniteError, match="1 of the first 500 activations have NaN or Inf"):
-        estimate_normalization(x, alone)
+        estimate_normalization(x)
 
 
 @pytest.mark.parametrize("cfg", [TOPK, JUMPRELU], ids=["topk", "jumprelu"])
@@ -344,7 +352,7 @@ def test_scaled_encoder_reconstructs_with_the_best_multiple(cfg: TopKConfig | Ju
     x = 2.0 * torch.randn(3000, 16)
     before = sae(x).x_hat.detach()
     expected = float((before * x).sum() / before.square().sum())
-    assert scale_encoder(sae, x, alone) == pytest.approx(expected, rel=1e-5)
+    assert scale_encoder(sae, x) == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(sae(x).x_hat.detach(), expected * before, rtol=1e-3, atol=1e-4)
 
 
