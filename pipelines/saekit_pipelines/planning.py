@@ -28,6 +28,8 @@ class CacheStage:
     """What it will hold."""
     free_bytes: int
     """On the disk where it will be."""
+    upload_to: str | None
+    """URL where it will be instead."""
     model_bytes: int
     """The language model on the device."""
     tokens_per_second: float
@@ -36,6 +38,11 @@ class CacheStage:
     """The forward, or the disk."""
     is_finished: bool
     """Whether it is there already."""
+
+    @property
+    def fits_disk(self) -> bool:
+        """Whether the disk has room for it, if that is where it will be."""
+        return self.is_finished or self.upload_to is not None or self.size.size_bytes <= self.free_bytes
 
     @property
     def hours(self) -> float:
@@ -107,8 +114,7 @@ class RecipePlan:
     @property
     def is_possible(self) -> bool:
         """Whether disk and devices hold it."""
-        fits_disk = self.cache.is_finished or self.cache.size.size_bytes <= self.cache.free_bytes
-        return fits_disk and all(stage.is_finished or stage.plan.fits for stage in self.train)
+        return self.cache.fits_disk and all(stage.is_finished or stage.plan.fits for stage in self.train)
 
 
 def plan_recipe(
@@ -192,6 +198,7 @@ def _cache_stage(recipe: Recipe, outline: ModelOutline, hardware: Hardware, disk
     return CacheStage(
         size=size,
         free_bytes=free_bytes(disk or recipe.folder),
+        upload_to=None if recipe.storage is None else recipe.storage.url,
         model_bytes=outline.num_bytes,
         tokens_per_second=rates[limit],
         limit=limit,

@@ -17,6 +17,8 @@ from saekit.activations.layout import (
     STATISTICS_NAME,
     TOKENS_RECORD_NAME,
     HookIndex,
+    LocalFiles,
+    PartRecord,
     ShardRecord,
     ShardSpan,
     file_problems,
@@ -25,12 +27,14 @@ from saekit.activations.layout import (
     record_files,
     record_name,
     refuse_earlier,
+    shard_file,
     shard_name,
     shard_spans,
     write_record,
 )
 from saekit.activations.plan import free_bytes, plan_cache
 from saekit.activations.reader import ShardReader
+from saekit.activations.remote import Remote, find_cache
 from saekit.activations.rows import TokenTable, read_token_table, write_token_table
 from saekit.activations.shardfile import ChunkShape, chunk_shape
 from saekit.activations.statistics import Statistics, compute_statistics, tell_massive, write_statistics
@@ -40,7 +44,7 @@ from saekit.activations.verify import reopen_stage, verify_store
 from saekit.activations.writer import Shard, ShardWriter, remove_leftovers, staged
 from saekit.activations.writers import Writers, join_writers
 from saekit.errors import ResourceError, SaekitError, StoreError
-from saekit.manifest import begin_stage, file_sha256, finish_stage, locked, read_manifest
+from saekit.manifest import MANIFEST_NAME, begin_stage, file_sha256, finish_stage, locked, read_manifest
 from saekit.models.hooks import capture, resolve
 from saekit.models.load import LanguageModel, load_model
 from saekit.models.texts import iter_documents, text_fingerprint
@@ -60,6 +64,7 @@ def cache_activations(
     started several processes, each writes its own shards, and the bytes are those that one would write.
 
     Args:
+        out: folder, or `s3://` or `gs://` URL of one: then each shard is sent there when it is finished, and its record last.
         lm: the model of `config.model`, if it is loaded already.
 
     Raises:
@@ -68,33 +73,40 @@ def cache_activations(
         DataError: the text cannot be read or is empty.
         NonFiniteError: NaN or Inf in the activations; says where.
         StoreError: a value that the stored dtype cannot hold; says where.
-        ResourceError: the disk is full or not writable, or another of the processes has ended; what is finished stays.
+        ResourceError: the disk is full or not writable, the URL cannot be reached, or another of the processes has ended; what is
+            finished stays.
+        MissingDependencyError: what writes to URLs is not installed.
     """
-    out = Path(out)
+    out, remote = find_cache(out)
     lm = load_model(config.model) if lm is None else lm
     for hook_point in config.hook_points:
         resolve(lm, hook_point)
     check_context_len(config.tokens.context_len, lm)
     writers = join_writers()
     progress = progress if writers.is_first else NO_PROGRESS
-    if not writers.first(lambda: _claim(config, out, lm, progress)):
+    if not writers.first(lambda: _claim(config, out, remote, lm, progress)):
         with contextlib.ExitStack() as stack:
             writers.first(lambda: stack.enter_context(locked(out)))
-            _Collector(config, out, lm, progress, writers).run()
+            _Collector(config, out, remote, lm, progress, writers).run()
     return ActivationStore.open(out, config.hook_points[0])
 
 
-def _claim(config: CacheConfig, out: Path, lm: LanguageModel, progress: Progress) -> bool:
+def _claim(config: CacheConfig, out: Path, remote: Remote | None, lm: LanguageModel, progress: Progress) -> bool:
     """Returns whether the folder holds the finished cache already; claims it where not."""
+    if remote is not None:
+        remote.sync()
     refuse_earlier(out)
     if read_manifest(out) is None:
-        progress.say(plan_cache(config, out, lm=lm).summary())
+        progress.say(plan_cache(config, out, lm=lm, upload_to=None if remote is None else remote.url).summary())
     inputs = {
         "model": lm.fingerprint,
         "text": text_fingerprint(config.text),
         "tokenizer": lm.tokenizer_fingerprint,
     }
-    if begin_stage(out, "cache", config, inputs) != "complete":
+    state = begin_stage(out, "cache", config, inputs)
+    if state == "new" and remote is not None:
+        remote.push(out / MANIFEST_NAME)
+    if state != "complete":
         return False
     problems = verify_store(out, checksums=False)
     if problems:
@@ -106,11 +118,22 @@ def _claim(config: CacheConfig, out: Path, lm: LanguageModel, progress: Progress
 class _Collector:
     """One run of the cache stage."""
 
-    def __init__(self, config: CacheConfig, out: Path, lm: LanguageModel, progress: Progress, writers: Writers) -> None:
+    def __init__(
+        self,
+        config: CacheConfig,
+        out: Path,
+        remote: Remote | None,
+        lm: LanguageModel,
+        progress: Progress,
+        writers: Writers,
+    ) -> None:
+        if remote is not None and not writers.is_first:
+            remote.sync()
         manifest = read_manifest(out)
         assert manifest is not None, "begin_stage has written it"
         self.config = config
         self.out = out
+        self.remote = remote
         self.lm = lm
         self.progress = progress
         self.writers = writers
@@ -119,6 +142,8 @@ class _Collector:
     def run(self) -> None:
         """Does every missing part, then declares the cache finished."""
         self.writers.first(self._prepare)
+        if self.remote is not None and not self.writers.is_first:
+            self.remote.sync()
         table = read_token_table(self.out, cache=self.cache)
         assert table is not None, "the first process has written it"
         spans = shard_spans(table.num_rows, self.config.shard_rows)
@@ -136,6 +161,9 @@ class _Collector:
         }
         content = {"tokens": file_sha256(self.out / TOKENS_RECORD_NAME)}
         hooks: dict[str, object] = {}
+        if self.remote is not None and self.writers.world_size > 1:
+            # The others' records.
+            self.remote.sync()
         for hook_point in self.config.hook_points:
             statistics, digest = _finish_hook_point(self, hook_point, table, spans)
             content[hook_point] = digest
@@ -145,7 +173,14 @@ class _Collector:
                 "special": statistics.num_special,
                 "massive": statistics.num_massive,
             }
-        self.writers.first(lambda: finish_stage(self.out, counts | {"tokens_by_kind": hooks, "sha256": content}))
+        self.writers.first(lambda: self._finish(counts | {"tokens_by_kind": hooks, "sha256": content}))
+        if self.remote is not None:
+            self.remote.clear()
+
+    def _finish(self, counts: dict[str, object]) -> None:
+        finish_stage(self.out, counts)
+        if self.remote is not None:
+            self.remote.push(self.out / MANIFEST_NAME)
 
     def _prepare(self) -> None:
         """Removes what a stopped run left, and writes the token rows where they are not there."""
@@ -162,6 +197,8 @@ class _Collector:
             num_rows=math.ceil(self.config.num_tokens / context_len),
             context_len=context_len,
         )
+        if self.remote is not None and (record := read_record(self.out / TOKENS_RECORD_NAME, PartRecord)) is not None:
+            self.remote.publish(self.out, TOKENS_RECORD_NAME, record)
         owned = table.documents[table.documents >= 0]
         num_empty = len(table.document_keys) - len(np.unique(owned))
         empty = f", {num_empty:,} of which are empty" if num_empty else ""
@@ -235,7 +272,7 @@ class _Collector:
             return None
         if record is None or record.cache != self.cache or record.span != span or record.hook_point != hook_point:
             return None
-        return None if file_problems(folder, record, verify=False) else record
+        return None if file_problems(folder, record, verify=False, files=self.remote or LocalFiles()) else record
 
 
 class _Buffer:
@@ -258,6 +295,7 @@ class _Buffer:
             d_in=self.d_in,
             activations=self.activations,
             norm=self.norm,
+            remote=run.remote,
         )
 
 
@@ -269,11 +307,14 @@ def _finish_hook_point(
     records = [run._shard_record(hook_point, span) for span in spans]
     shards = [record for record in records if record is not None]
     assert len(shards) == len(spans), "every shard has just been written or checked"
+    if run.remote is not None:
+        for record in shards:
+            run.remote.fetch(folder, record, but=shard_file(record.span.index))
     norms = np.concatenate(
         [read_arrays(folder / shard_name(span.index), "norm")[0] for span in spans], dtype=np.float32
     )
     kinds, threshold = tell_massive(table.kinds, norms, factor=run.config.massive_factor)
-    reader = ShardReader(folder, shards, context_len=table.context_len)
+    reader = ShardReader(folder, shards, context_len=table.context_len, remote=run.remote)
 
     def read_rows(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         values: npt.NDArray[np.float32] = reader.rows(rows).to(torch.float32).numpy()
@@ -297,6 +338,8 @@ def _finish_hook_point(
             files=record_files(folder, KINDS_NAME, STATISTICS_NAME),
         )
         write_record(folder / INDEX_NAME, index)
+        if run.remote is not None:
+            run.remote.publish(folder, INDEX_NAME, index)
         return file_sha256(folder / INDEX_NAME)
 
     return statistics, run.writers.first(write)

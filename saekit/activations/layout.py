@@ -17,7 +17,7 @@ R rows of T tokens; a token's flat index is `row * T + position`. W is D, or D +
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import google_crc32c
 import numpy as np
@@ -26,8 +26,8 @@ from pydantic import Field, ValidationError
 from saekit.activations.codec import StoredDtype
 from saekit.activations.shardfile import ChunkShape, Compression
 from saekit.config import Config
-from saekit.errors import StoreError
-from saekit.manifest import write_json
+from saekit.errors import ResourceError, StoreError
+from saekit.manifest import Manifest, write_json
 
 __all__ = [
     "ACTIVATIONS_NAME",
@@ -38,12 +38,15 @@ __all__ = [
     "TOKENS_NAME",
     "TOKENS_RECORD_NAME",
     "FileRecord",
+    "Files",
     "HookIndex",
+    "LocalFiles",
     "PartRecord",
     "ShardRecord",
     "ShardSpan",
     "file_problems",
     "hook_folder",
+    "hook_points_of",
     "read_record",
     "record_files",
     "record_name",
@@ -134,6 +137,13 @@ def hook_folder(cache: Path, hook_point: str) -> Path:
     return cache / "hooks" / hook_point.replace(":", "@")
 
 
+def hook_points_of(manifest: Manifest) -> list[str]:
+    """Returns the hook points that a cache's config names."""
+    names = manifest.config.get("hook_points")
+    assert isinstance(names, list | tuple), "a cache's config names its hook points"
+    return [str(name) for name in names]
+
+
 def shard_name(index: int) -> str:
     """Returns a shard's folder name."""
     return f"shard-{index:05d}.zarr"
@@ -189,23 +199,75 @@ def record_files(folder: Path, *names: str, known: Mapping[str, str] | None = No
     return records
 
 
-def file_problems(folder: Path, record: PartRecord, *, verify: bool) -> list[str]:
+class Files(Protocol):
+    """The files of a cache, by the paths that they have or would have on this machine."""
+
+    def size(self, path: Path) -> int:
+        """Returns the length of a file; FileNotFoundError where it is not there."""
+
+    def crc32c(self, path: Path) -> str:
+        """Returns the checksum of a file, eight hexadecimal digits."""
+
+    def shards(self, folder: Path) -> list[str]:
+        """Returns the names of the shards in a hook point's folder."""
+
+    def below(self, path: Path) -> list[Path]:
+        """Returns all files below a folder."""
+
+    def remove(self, path: Path) -> None:
+        """Removes a file, if it is there."""
+
+
+class LocalFiles:
+    """Those on this machine."""
+
+    def size(self, path: Path) -> int:
+        """Returns the length of a file."""
+        return path.stat().st_size
+
+    def crc32c(self, path: Path) -> str:
+        """Returns the checksum of a file."""
+        return _file_crc32c(path)
+
+    def shards(self, folder: Path) -> list[str]:
+        """Returns the names of the shards in a hook point's folder."""
+        return sorted(entry.name for entry in folder.glob("shard-*.zarr"))
+
+    def below(self, path: Path) -> list[Path]:
+        """Returns all files below a folder."""
+        return sorted(file for file in path.rglob("*") if file.is_file())
+
+    def remove(self, path: Path) -> None:
+        """Removes a file, if it is there."""
+        path.unlink(missing_ok=True)
+
+
+_LOCAL = LocalFiles()
+
+
+def file_problems(folder: Path, record: PartRecord, *, verify: bool, files: Files = _LOCAL) -> list[str]:
     """Returns one phrase for each file that is not as recorded.
 
     Args:
         verify: read every byte and compare checksums; else only presence and length.
+        files: where they are.
+
+    Raises:
+        ResourceError: files elsewhere cannot be reached.
     """
     problems = []
     for name, expected in record.files.items():
         path = folder / name
         try:
-            size = path.stat().st_size
+            size = files.size(path)
             if size != expected.size_bytes:
                 problems.append(f"{name} has {size:,} bytes, needs {expected.size_bytes:,}")
-            elif verify and _file_crc32c(path) != expected.crc32c:
+            elif verify and files.crc32c(path) != expected.crc32c:
                 problems.append(f"{name} has changed since it was written (crc32c differs)")
         except FileNotFoundError:
             problems.append(f"{name} is missing")
+        except ResourceError:
+            raise
         except OSError as error:
             problems.append(f"{name} cannot be read: {error.strerror or error}")
     return problems

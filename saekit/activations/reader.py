@@ -2,7 +2,8 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from torch import Tensor
 from saekit.activations.codec import CODECS, AnyArray
 from saekit.activations.layout import ShardRecord, shard_file
 from saekit.activations.order import Indices, flat_of
+from saekit.activations.remote import Remote
+from saekit.activations.remote_shard import RemoteShardFile
 from saekit.activations.shardfile import ShardFile, chunk_bounds, shard_mark
 from saekit.errors import StoreError
 
@@ -18,6 +21,9 @@ __all__ = ["ShardReader"]
 
 # The system allows 1,024 open files a process by default.
 _OPEN_SHARDS = 256
+# Elsewhere, what is kept of one is its index; several are read at a time.
+_REMOTE_SHARDS = 4096
+_SHARDS_AT_A_TIME = 8
 # What is not given out is read as well: so much of it at a time.
 _BLOCK_CHUNKS = 256
 
@@ -33,12 +39,15 @@ class ShardReader:
         bounds: `[chunks + 1]` flat index at which each chunk begins, and where the last one ends.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[ShardRecord], *, context_len: int) -> None:
+    def __init__(
+        self, folder: Path, shards: Sequence[ShardRecord], *, context_len: int, remote: Remote | None = None
+    ) -> None:
         """Touches no file.
 
         Args:
             folder: of the hook point.
             shards: in order of rows, at least one.
+            remote: where their activations lie, if that is not in the folder.
         """
         self.context_len = context_len
         self.d_in = shards[0].d_in
@@ -53,7 +62,9 @@ class ShardReader:
             for shard in shards
         ]
         self.bounds: Indices = np.append(np.concatenate(parts), self.num_rows * context_len)
-        self._open_shard = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._open)
+        self._remote = remote
+        self._pool = None if remote is None else ThreadPoolExecutor(_SHARDS_AT_A_TIME, "saekit-shards")
+        self._open_shard = functools.lru_cache(_OPEN_SHARDS if remote is None else _REMOTE_SHARDS)(self._open)
 
     def rows(self, rows: Indices) -> Tensor:
         """Returns `[n, T, D]` decoded, for rows in any order."""
@@ -84,9 +95,8 @@ class ShardReader:
         """Reads all tokens of ascending chunks into `out` `[n, width]`, one chunk after another, in the stored form."""
         ends = np.cumsum(self.bounds[chunks + 1] - self.bounds[chunks])
         edges = [*np.searchsorted(chunks, self._first_chunks).tolist()]
-        for shard, (first, last) in enumerate(itertools.pairwise(edges)):
-            if first == last:
-                continue
+
+        def read(shard: int, first: int, last: int) -> None:
             start = int(ends[first - 1]) if first else 0
             sizes = np.diff(ends[first:last], prepend=start) * out.itemsize * out.shape[1]
             self._open_shard(shard).read_chunks(
@@ -95,11 +105,27 @@ class ShardReader:
                 out[start : int(ends[last - 1])].reshape(-1).view(np.uint8),
             )
 
+        parts = [(shard, *part) for shard, part in enumerate(itertools.pairwise(edges)) if part[0] < part[1]]
+        if self._pool is None:
+            for part in parts:
+                read(*part)
+        else:
+            list(self._pool.map(read, *zip(*parts, strict=True)))
+
     def _open(self, shard: int) -> ShardFile:
         record = self._shards[shard]
         rows, positions = record.chunk
-        return ShardFile(
-            self._folder / shard_file(record.span.index),
+        name = shard_file(record.span.index)
+        path = self._folder / name
+        open_file: Callable[..., ShardFile] = functools.partial(ShardFile, path)
+        if self._remote is not None:
+            open_file = functools.partial(
+                RemoteShardFile,
+                self._remote.objects,
+                self._remote.key(path),
+                size_bytes=record.files[name].size_bytes,
+            )
+        return open_file(
             num_chunks=record.chunk.num_chunks(record.span.num_rows, self.context_len),
             chunk_bytes=rows * positions * self.codec.width(self.d_in) * self.codec.array.itemsize,
             item_bytes=self.codec.array.itemsize,

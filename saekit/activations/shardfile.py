@@ -188,7 +188,14 @@ class ShardFile:
     """The open file of one shard; safe to read from several threads."""
 
     def __init__(
-        self, path: Path, *, num_chunks: int, chunk_bytes: int, item_bytes: int, compression: Compression, mark: bytes
+        self,
+        path: Path | str,
+        *,
+        num_chunks: int,
+        chunk_bytes: int,
+        item_bytes: int,
+        compression: Compression,
+        mark: bytes,
     ) -> None:
         """Opens the file and reads its mark and its index.
 
@@ -203,19 +210,24 @@ class ShardFile:
         self._chunk_bytes = chunk_bytes
         self._codec = _compressor(compression, item_bytes)
         size = num_chunks * 2 * _INDEX_TYPE.itemsize
-        try:
-            self._handle = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise self._unreadable(error.strerror or str(error)) from error
+        end = self._open()
         found = np.empty(len(mark), np.uint8)
         self._read(0, [found])
         if found.tobytes() != mark:
             raise self._unreadable("belongs to another cache, hook point or place, or has changed since it was written")
         index = np.empty(size + _CRC_BYTES, np.uint8)
-        self._read(max(0, os.fstat(self._handle).st_size - len(index)), [index])
+        self._read(max(0, end - len(index)), [index])
         if google_crc32c.value(index[:size]) != _number(index[size:]):
             raise self._unreadable("its index has changed since it was written")
         self._spans: list[list[int]] = index[:size].view(_INDEX_TYPE).reshape(-1, 2).tolist()
+
+    def _open(self) -> int:
+        """Opens the file and returns its length."""
+        try:
+            self._handle = os.open(self._path, os.O_RDONLY)
+            return os.fstat(self._handle).st_size
+        except OSError as error:
+            raise self._unreadable(error.strerror or str(error)) from error
 
     def __del__(self) -> None:
         if hasattr(self, "_handle"):
@@ -259,19 +271,24 @@ class ShardFile:
             first = last
 
     def _read_compressed(self, chunks: list[int], sizes: list[int], out: Bytes) -> None:
-        assert self._codec is not None, "the caller has looked"
         start = 0
         for chunk, size in zip(chunks, sizes, strict=True):
             offset, length = self._spans[chunk]
             stored = np.empty(length, np.uint8)
             self._read(offset, [stored])
-            self._check(chunk, google_crc32c.value(stored[:-_CRC_BYTES]), stored[-_CRC_BYTES:])
-            target = out[start : start + size]
-            is_whole = size == self._chunk_bytes
-            data = self._codec.decode(stored[:-_CRC_BYTES], target if is_whole else None)
-            if not is_whole:
-                target[:] = np.frombuffer(data, np.uint8)[:size]
+            self._take(chunk, stored, out[start : start + size])
             start += size
+
+    def _take(self, chunk: int, stored: Bytes, target: Bytes) -> None:
+        """Checks a chunk as it is in the file, its crc32c included, and puts its first bytes into `target`."""
+        data = stored[:-_CRC_BYTES]
+        self._check(chunk, google_crc32c.value(data), stored[-_CRC_BYTES:])
+        if self._codec is None:
+            target[:] = data[: len(target)]
+        elif len(target) == self._chunk_bytes:
+            self._codec.decode(data, target)
+        else:
+            target[:] = np.frombuffer(self._codec.decode(data), np.uint8)[: len(target)]
 
     def _read(self, offset: int, buffers: Sequence[Bytes]) -> None:
         needed = sum(map(len, buffers))

@@ -24,6 +24,7 @@ from saekit.activations.layout import (
     shard_name,
     write_record,
 )
+from saekit.activations.remote import Remote
 from saekit.activations.shardfile import ChunkShape, Compression, shard_mark, write_shard_file
 from saekit.activations.stored import write_arrays
 from saekit.errors import ResourceError
@@ -115,13 +116,15 @@ class Shard:
     """`[rows, T, width]` in the stored form."""
     norm: npt.NDArray[np.float32]
     """`[rows, T]`."""
+    remote: Remote | None = None
+    """Where it goes when it is finished; None = it stays."""
 
 
 def write_shard(shard: Shard) -> ShardRecord:
     """Writes a shard and then its record.
 
     Raises:
-        ResourceError: the disk is full, or the folder cannot be written.
+        ResourceError: the disk is full, the folder cannot be written, or the shard's place elsewhere cannot be reached.
     """
     name = shard_name(shard.span.index)
     with staged(shard.folder / name) as temporary:
@@ -146,6 +149,9 @@ def write_shard(shard: Shard) -> ShardRecord:
         files=record_files(shard.folder, name, known={shard_file(shard.span.index): crc}),
     )
     write_record(shard.folder / record_name(shard.span.index), record)
+    if shard.remote is not None:
+        shard.remote.publish(shard.folder, record_name(shard.span.index), record)
+        (shard.folder / shard_file(shard.span.index)).unlink()
     return record
 
 
