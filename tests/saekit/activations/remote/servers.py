@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from saekit.activations.objects import Objects
+
 import pytest
 
 from saekit.activations import objects
@@ -16,8 +18,11 @@ moto_server = pytest.importorskip("moto.server")
 
 SECRET = "wJalrXUtnFEMI-do-not-print"
 
+SECRET = "wJalrXUtnFEMI-do-not-print"
+"""Must not be seen anywhere."""
+
 Fault = Callable[[str, str, int], str | None]
-"""Method, path and how often both came before -> `503`, `403`, `drop`, or None for the answer itself."""
+"""Method, path and how often the same was asked for before -> `503`, `403`, `drop`, or None for the answer itself."""
 
 
 class Proxy:
@@ -38,7 +43,7 @@ class Proxy:
 
     def count(self, method: str, path: str, ranged: str | None) -> int:
         with self._lock:
-            before = sum((method, path) == found[:2] for found in self.asked)
+            before = self.asked.count((method, path, ranged))
             self.asked.append((method, path, ranged))
         return before
 
@@ -67,6 +72,7 @@ def proxy(behind: int) -> Iterator[Proxy]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
 
         def handle_any(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -110,6 +116,7 @@ def files(folder: Path, *, ranges: bool = True) -> Iterator[str]:
 
     class Handler(SimpleHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
 
         def __init__(self, *args: object) -> None:
             super().__init__(*args, directory=str(folder))  # type: ignore[arg-type]  # as the server gives them
@@ -133,3 +140,17 @@ def files(folder: Path, *, ranges: bool = True) -> Iterator[str]:
 
     with serving(Handler) as server:
         yield f"http://127.0.0.1:{server.server_port}"
+
+
+def upload(folder: Path, url: str) -> None:
+    """Copies a cache to an object store, as its users do with other tools."""
+    there = Objects(url)
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    there.each(lambda path: there.write(path.relative_to(folder).as_posix(), path.read_bytes()), paths)
+
+
+def contents(url: str) -> dict[str, bytes]:
+    """Returns the bytes of every file there but the manifest, which holds times of day."""
+    there = Objects(url)
+    keys = [key for key in there.sizes() if key != "manifest.json"]
+    return dict(zip(keys, there.each(there.read, keys), strict=True))
