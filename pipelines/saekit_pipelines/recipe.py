@@ -7,7 +7,7 @@ from typing import Annotated, get_args
 from pydantic import Field
 
 from saekit.activations import CacheConfig
-from saekit.activations.remote import RemoteConfig
+from saekit.activations.location import RemoteConfig
 from saekit.config import Config, apply_overrides, read_toml
 from saekit.errors import ConfigError
 from saekit.evaluation import EvaluationConfig

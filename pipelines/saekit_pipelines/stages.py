@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from saekit.activations import ActivationStore, JoinedStore, PairedStore, StoreView, cache_activations, plan_cache
-from saekit.activations.remote import attach
+from saekit.activations.location import attach
 from saekit.errors import ConfigError, SaekitError
 from saekit.evaluation import Evaluation, EvaluationTable, evaluate, read_evaluation, summary_table
 from saekit.hub import load_sae
@@ -307,7 +307,7 @@ class Pipeline:
 
     def _describe(self, stage: str, name: str | None) -> str:
         if stage == "cache":
-            url = self.recipe.storage and self.recipe.storage.url
+            url = None if self.recipe.storage is None else self.recipe.storage.url
             return plan_cache(self.recipe.cache, self.stage_folder("cache"), lm=self.lm, upload_to=url).summary()
         if stage == "train" and name is not None:
             run = self.recipe.train[name]

@@ -32,12 +32,13 @@ from saekit.activations.layout import (
     shard_spans,
     write_record,
 )
+from saekit.activations.location import find_cache
 from saekit.activations.plan import free_bytes, plan_cache
 from saekit.activations.reader import ShardReader
-from saekit.activations.remote import Remote, find_cache
+from saekit.activations.remote import Remote
 from saekit.activations.rows import TokenTable, read_token_table, write_token_table
 from saekit.activations.shardfile import ChunkShape, chunk_shape
-from saekit.activations.statistics import Statistics, compute_statistics, tell_massive, write_statistics
+from saekit.activations.statistics import Statistics, compute_statistics, massive_note, tell_massive, write_statistics
 from saekit.activations.store import ActivationStore, cache_identity
 from saekit.activations.stored import read_arrays, write_arrays
 from saekit.activations.verify import reopen_stage, verify_store
@@ -85,6 +86,8 @@ def cache_activations(
     writers = join_writers()
     progress = progress if writers.is_first else NO_PROGRESS
     if not writers.first(lambda: _claim(config, out, remote, lm, progress)):
+        if remote is not None and not writers.is_first:
+            remote.sync()
         with contextlib.ExitStack() as stack:
             writers.first(lambda: stack.enter_context(locked(out)))
             _Collector(config, out, remote, lm, progress, writers).run()
@@ -127,8 +130,6 @@ class _Collector:
         progress: Progress,
         writers: Writers,
     ) -> None:
-        if remote is not None and not writers.is_first:
-            remote.sync()
         manifest = read_manifest(out)
         assert manifest is not None, "begin_stage has written it"
         self.config = config
@@ -323,7 +324,8 @@ def _finish_hook_point(
     statistics = compute_statistics(
         read_rows, kinds, norms, massive_threshold=threshold, progress=run.progress, writers=run.writers
     )
-    _tell(run.progress, hook_point, statistics)
+    if note := massive_note(statistics):
+        run.progress.say(f"{hook_point}: {note}")
 
     def write() -> str:
         with staged(folder / KINDS_NAME) as temporary:
@@ -343,15 +345,3 @@ def _finish_hook_point(
         return file_sha256(folder / INDEX_NAME)
 
     return statistics, run.writers.first(write)
-
-
-def _tell(progress: Progress, hook_point: str, statistics: Statistics) -> None:
-    if not statistics.num_massive:
-        return
-    counted = statistics.num_tokens - statistics.num_padding
-    progress.say(
-        f"{hook_point}: {statistics.num_massive:,} massive activations of {counted:,} tokens"
-        f" ({statistics.num_massive / counted:.2%}) hold {statistics.massive_variance_share:.0%} of the variance"
-        f" (norm above {statistics.massive_threshold:,.0f}, up to {statistics.max_norm:,.0f}, against a median of"
-        f" {statistics.median_norm:,.0f}): kept in the cache, left out of training and statistics"
-    )

@@ -4,19 +4,16 @@ Token rows, kinds, statistics and records are copied into the folder, so that al
 activations, which are nearly all of it, are read where they lie, in ranges. A cache is written the other way round: a shard is
 finished in the folder, then sent, then declared by its record, and only then removed here. What a cache is, is said by its
 manifest and the checksums in it, never by where it lies.
-
-    remote.json                 in the folder: url and endpoint
 """
 
 import contextlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import google_crc32c
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from saekit.activations.layout import (
     INDEX_NAME,
@@ -30,78 +27,12 @@ from saekit.activations.layout import (
     read_record,
     record_name,
 )
-from saekit.activations.objects import SMALL_BYTES, AccessError, Objects, check_url, is_url
-from saekit.config import Config
-from saekit.errors import ConfigError, ResourceError, StoreError
-from saekit.manifest import MANIFEST_NAME, Manifest, atomic_write, read_manifest, write_json
+from saekit.activations.objects import SMALL_BYTES, Objects
+from saekit.activations.providers import AccessError
+from saekit.errors import ResourceError, StoreError
+from saekit.manifest import MANIFEST_NAME, Manifest, atomic_write, read_manifest
 
-__all__ = ["Remote", "RemoteConfig", "attach", "find_cache"]
-
-REMOTE_NAME = "remote.json"
-
-
-class RemoteConfig(Config):
-    """Where the shards of a cache lie."""
-
-    url: str = Field(min_length=1)
-    """`s3://bucket/folder`, `gs://bucket/folder`, or `http(s)://host/folder`, which can only be read."""
-    endpoint: str | None = None
-    """Of a service that speaks S3 but is not Amazon's; None = AWS_ENDPOINT_URL, or Amazon's own."""
-
-
-def find_cache(path: str | Path) -> "tuple[Path, Remote | None]":
-    """Returns the folder of a cache, and where its shards lie if that is not there.
-
-    Args:
-        path: a folder, or a URL, whose small files go to the user's cache folder.
-
-    Raises:
-        ConfigError: a URL that is not served.
-        StoreError: a folder whose remote.json cannot be read.
-        MissingDependencyError: obstore is not installed.
-    """
-    if is_url(path):
-        url = check_url(str(path))
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = attach(home / "saekit" / "stores" / url.replace("://", "/"), RemoteConfig(url=url))
-    else:
-        folder = Path(path)
-    marker = folder / REMOTE_NAME
-    try:
-        config = RemoteConfig.model_validate_json(marker.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return folder, None
-    except (ValidationError, OSError) as error:
-        raise StoreError(
-            f"{str(marker)!r}: cannot be read, needs url and endpoint; remove it and give the URL anew"
-        ) from error
-    return folder, Remote(config, folder)
-
-
-def attach(folder: Path, config: RemoteConfig | None) -> Path:
-    """Returns a folder after making it the place of the small files of the cache at a URL; as it is, where there is no URL.
-
-    Raises:
-        ConfigError: no such URL, or the folder holds a cache of its own that is not the one there.
-        ResourceError: the folder cannot be written.
-    """
-    if config is None:
-        return folder
-    config = config.model_copy(update={"url": check_url(config.url)})
-    marker = folder / REMOTE_NAME
-    if not marker.is_file() and (folder / MANIFEST_NAME).is_file():
-        try:
-            there = Objects(config.url, endpoint=config.endpoint).read(MANIFEST_NAME)
-        except FileNotFoundError:
-            there = b""
-        if there != (folder / MANIFEST_NAME).read_bytes():
-            raise ConfigError(
-                f"cache {str(folder)!r}: holds a cache of its own, {config.url!r} not the same one; copy the folder there first, or"
-                " use another"
-            )
-    if not marker.is_file() or RemoteConfig.model_validate_json(marker.read_bytes()) != config:
-        write_json(marker, config.to_dict())
-    return folder
+__all__ = ["Remote"]
 
 
 class Remote:
@@ -113,18 +44,21 @@ class Remote:
         objects: its files there.
     """
 
-    def __init__(self, config: RemoteConfig, folder: Path) -> None:
+    def __init__(self, url: str, folder: Path, *, endpoint: str | None = None) -> None:
         """Sends nothing yet; use `find_cache`.
+
+        Args:
+            endpoint: see `RemoteConfig`.
 
         Raises:
             ConfigError: a URL that is not served.
             MissingDependencyError: obstore is not installed.
             ResourceError: no credentials.
         """
-        self.objects = Objects(config.url, endpoint=config.endpoint)
+        self.objects = Objects(url, endpoint=endpoint)
         self.url = self.objects.url
         self.folder = folder
-        self._config = config
+        self._endpoint = endpoint
         # Key -> length, as last listed and written; None where files cannot be listed.
         self._sizes: dict[str, int] | None = None
 
@@ -261,7 +195,7 @@ class Remote:
             ResourceError: no access or no answer.
         """
         with tempfile.TemporaryDirectory(prefix="saekit-records-") as folder:
-            copy = Remote(self._config, Path(folder))
+            copy = Remote(self.url, Path(folder), endpoint=self._endpoint)
             copy._bring_records()
             yield copy
 

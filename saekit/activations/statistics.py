@@ -27,7 +27,15 @@ from saekit.errors import DataError, StoreError
 from saekit.manifest import write_json
 from saekit.progress import NO_PROGRESS, Progress
 
-__all__ = ["QUANTILES", "Statistics", "compute_statistics", "read_statistics", "tell_massive", "write_statistics"]
+__all__ = [
+    "QUANTILES",
+    "Statistics",
+    "compute_statistics",
+    "massive_note",
+    "read_statistics",
+    "tell_massive",
+    "write_statistics",
+]
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 """Of the norm, in this order in `Statistics.norm_quantiles`."""
@@ -222,6 +230,19 @@ def _mean_at_positions(norms: npt.NDArray[np.float32], mask: npt.NDArray[np.bool
     means = np.full(len(counts), np.nan)
     np.divide(sums, counts, out=means, where=counts > 0)
     return means
+
+
+def massive_note(statistics: Statistics) -> str | None:
+    """Returns what is to be known of a hook point's massive activations, as one line; None where it has none."""
+    if not statistics.num_massive:
+        return None
+    counted = statistics.num_tokens - statistics.num_padding
+    return (
+        f"{statistics.num_massive:,} massive activations of {counted:,} tokens"
+        f" ({statistics.num_massive / counted:.2%}) hold {statistics.massive_variance_share:.0%} of the variance"
+        f" (norm above {statistics.massive_threshold:,.0f}, up to {statistics.max_norm:,.0f}, against a median of"
+        f" {statistics.median_norm:,.0f}): kept in the cache, left out of training and statistics"
+    )
 
 
 def write_statistics(path: Path, statistics: Statistics) -> None:

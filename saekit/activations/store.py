@@ -25,8 +25,9 @@ from saekit.activations.layout import (
     read_record,
     refuse_earlier,
 )
+from saekit.activations.location import find_cache
 from saekit.activations.reader import ShardReader
-from saekit.activations.remote import Remote, find_cache
+from saekit.activations.remote import Remote
 from saekit.activations.rows import NORMAL, TokenTable, read_token_table
 from saekit.activations.statistics import Statistics, read_statistics
 from saekit.activations.stored import read_arrays

@@ -20,7 +20,7 @@ from saekit.activations.layout import (
     refuse_earlier,
     shard_name,
 )
-from saekit.activations.remote import find_cache
+from saekit.activations.location import find_cache
 from saekit.activations.store import cache_identity
 from saekit.errors import StoreError
 from saekit.manifest import MANIFEST_NAME, Manifest, file_sha256, read_manifest, write_manifest

@@ -1,13 +1,14 @@
 """An S3 server that tests start, the ways to it, and a small cache to hold what is there against."""
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from saekit.activations import CacheConfig, cache_activations, objects
+from saekit.activations import CacheConfig, cache_activations, objects, providers
 from saekit.models import LanguageModel
 from tests.saekit.activations.remote.servers import SECRET, Proxy, proxy
 
@@ -16,6 +17,7 @@ from tests.saekit.activations.remote.servers import SECRET, Proxy, proxy
 def s3_port() -> Iterator[int]:
     """Of an S3 server with the bucket `bucket`."""
     boto3, moto_server = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     port: int = server.get_host_and_port()[1]
@@ -30,8 +32,8 @@ def s3_port() -> Iterator[int]:
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine of the test's own, with credentials; nothing is retried for long."""
-    monkeypatch.setitem(objects._RETRY, "max_retries", 3)
-    monkeypatch.setitem(objects._RETRY["backoff"], "init_backoff", timedelta(milliseconds=1))
+    monkeypatch.setitem(providers._RETRY, "max_retries", 3)
+    monkeypatch.setitem(providers._RETRY["backoff"], "init_backoff", timedelta(milliseconds=1))
     monkeypatch.setattr(objects, "_FIRST_PAUSE", 0.001)
     for name, value in {
         "XDG_CACHE_HOME": str(tmp_path / "home"),

@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from saekit.activations.objects import Objects
-
 import pytest
 
-from saekit.activations import objects
+from saekit.activations.objects import Objects
 
 boto3 = pytest.importorskip("boto3")
 moto_server = pytest.importorskip("moto.server")
@@ -100,11 +98,11 @@ def proxy(behind: int) -> Iterator[Proxy]:
             if self.command != "HEAD":
                 self.wfile.write(content)
 
-        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
-
         def log_message(self, format: str, *args: object) -> None:
             pass
 
+    for method in ("GET", "PUT", "POST", "HEAD", "DELETE"):
+        setattr(Handler, f"do_{method}", Handler.handle_any)
     with serving(Handler) as server:
         state = Proxy(server.server_port, behind)
         yield state

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from saekit.activations import ActivationStore, CacheConfig, ShuffledBatches, cache_activations, verify_store
+from saekit.activations.location import RemoteConfig, attach
 from saekit.activations.objects import Objects
-from saekit.activations.remote import RemoteConfig, attach
 from saekit.errors import ConfigError, MissingDependencyError, ResourceError, SaekitError, StoreError
 from saekit.models import LanguageModel
 from tests.saekit.activations.remote.servers import SECRET, Proxy, files, no_fault, upload
@@ -187,7 +187,12 @@ def do_nothing(monkeypatch: pytest.MonkeyPatch, way: Proxy) -> None:
 ERRORS = [
     ("s3://bucket/nothing-there", do_nothing, StoreError, "cache 's3://bucket/nothing-there': no cache there"),
     ("s3://no-such-bucket/a", do_nothing, StoreError, "no bucket 'no-such-bucket' there, needs one that exists"),
-    ("s3://bucket/a", forbid, ResourceError, r"a/manifest.json': cannot be read: access denied \(403\), needs credentials"),
+    (
+        "s3://bucket/a",
+        forbid,
+        ResourceError,
+        r"a/manifest.json': cannot be read: access denied \(403\), needs credentials",
+    ),
     ("s3://bucket/a", forget_credentials, ResourceError, "no credentials found, needs AWS_ACCESS_KEY_ID"),
     ("s3://bucket/a", name_profile, ConfigError, "AWS_PROFILE is 'other', needs the name of a profile"),
     ("s3://bucket/a", stop, ResourceError, "cannot be read: the connection is refused; .*run the same command again"),

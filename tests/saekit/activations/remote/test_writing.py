@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from saekit.activations import ActivationStore, CacheConfig, cache_activations, plan_cache, verify_store
+from saekit.activations.location import RemoteConfig, attach
 from saekit.activations.objects import Objects
-from saekit.activations.remote import RemoteConfig, attach
 from saekit.activations.writers import Writers
 from saekit.errors import ConfigError, ResourceError
 from saekit.manifest import manifest_sha256
