@@ -4,8 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from saekit.manifest import manifest_sha256
 from saekit_pipelines.cli import app
