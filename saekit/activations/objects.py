@@ -23,7 +23,8 @@ SMALL_BYTES = 16 * 2**20
 """Of one answer; longer files are read in parts."""
 
 _MAX_PARTS = 9_000
-_IN_FLIGHT = 32
+_PARTS_AHEAD = 8
+_IN_FLIGHT = 96
 # Answers that break off, on top of what obstore repeats.
 _ATTEMPTS = 5
 _FIRST_PAUSE = 0.2
@@ -56,9 +57,13 @@ class Objects:
         self._store = connect(self.url, endpoint)
         self._pool = ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix="saekit-remote")
 
+    def stream(self, function: Callable[[_Work], _Value], work: Iterable[_Work]) -> Iterator[_Value]:
+        """Yields what `function` makes of each piece of work, in order, many at a time; it must not call this in turn."""
+        return self._pool.map(function, work)
+
     def each(self, function: Callable[[_Work], _Value], work: Iterable[_Work]) -> list[_Value]:
-        """Returns what `function` makes of each piece of work, many at a time; it must not call this in turn."""
-        return list(self._pool.map(function, work))
+        """Returns what `stream` yields."""
+        return list(self.stream(function, work))
 
     def read(self, key: str) -> bytes:
         """Returns a small file.
@@ -96,8 +101,8 @@ class Objects:
     def read_parts(self, key: str, size: int) -> Iterator[memoryview]:
         """Yields a large file of known length in parts, several of which are on their way."""
         starts = range(0, size, SMALL_BYTES)
-        for first in range(0, len(starts), _IN_FLIGHT // 4):
-            group = starts[first : first + _IN_FLIGHT // 4]
+        for first in range(0, len(starts), _PARTS_AHEAD):
+            group = starts[first : first + _PARTS_AHEAD]
             yield from self.each(lambda start: self.read_range(key, start, min(start + SMALL_BYTES, size)), group)
 
     def size(self, key: str) -> int:

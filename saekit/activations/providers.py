@@ -17,9 +17,9 @@ __all__ = ["AccessError", "check_url", "connect", "is_url", "needed_credentials"
 
 _SCHEMES = ("s3", "gs", "http", "https")
 _TIMEOUT = "120s"
-# About a minute and a half of pauses altogether.
+# A minute of pauses and more.
 _RETRY: "RetryConfig" = {
-    "max_retries": 12,
+    "max_retries": 20,
     "retry_timeout": timedelta(minutes=4),
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=15), "base": 2},
 }

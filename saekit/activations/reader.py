@@ -23,7 +23,7 @@ __all__ = ["ShardReader"]
 _OPEN_SHARDS = 256
 # Elsewhere, what is kept of one is its index; several are read at a time.
 _REMOTE_SHARDS = 4096
-_SHARDS_AT_A_TIME = 8
+_SHARDS_AT_A_TIME = 16
 # What is not given out is read as well: so much of it at a time.
 _BLOCK_CHUNKS = 256
 

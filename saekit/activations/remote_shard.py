@@ -73,7 +73,7 @@ class RemoteShardFile(ShardFile):
         """
         spans = self._index[chunks].tolist()
         ranges = _ranges(spans)
-        found = self._objects.each(lambda part: self._range(spans[part.start][0], sum(spans[part.stop - 1])), ranges)
+        found = self._objects.stream(lambda part: self._range(spans[part.start][0], sum(spans[part.stop - 1])), ranges)
         start = 0
         for part, data in zip(ranges, found, strict=True):
             for place in part:
