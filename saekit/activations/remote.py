@@ -7,6 +7,7 @@ manifest and the checksums in it, never by where it lies.
 """
 
 import contextlib
+import fcntl
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ from saekit.errors import ResourceError, StoreError
 from saekit.manifest import MANIFEST_NAME, Manifest, atomic_write, read_manifest
 
 __all__ = ["Remote"]
+
+_TURN_NAME = ".pull.lock"
 
 
 class Remote:
@@ -139,6 +142,10 @@ class Remote:
             StoreError: no cache there, or files that are missing or have changed.
             ResourceError: no access or no answer, or the disk is full.
         """
+        with _one_after_another(self.folder):
+            self._pull()
+
+    def _pull(self) -> None:
         here = self.folder / MANIFEST_NAME
         try:
             content = self.objects.read(MANIFEST_NAME)
@@ -300,6 +307,19 @@ class Remote:
         """Removes what is left here of shards that are there."""
         for path in self.folder.glob("hooks/*/shard-*.zarr"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _one_after_another(folder: Path) -> Iterator[None]:
+    """Waits for other processes of this machine that are in such a block for the same folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / _TURN_NAME).open("w")
+    except OSError as error:
+        raise ResourceError(f"{str(folder)!r}: cannot be written: {error.strerror or error}") from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _is_record(key: str) -> bool:

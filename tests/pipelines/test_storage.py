@@ -4,12 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
-
-from saekit.manifest import manifest_sha256
 from saekit_pipelines.cli import app
 from saekit_pipelines.randomised import randomised_recipe
 from saekit_pipelines.recipe import load_recipe
+from typer.testing import CliRunner, Result
+
+from saekit.manifest import manifest_sha256
 from tests.saekit.activations.remote.conftest import here, s3_port, url
 from tests.saekit.activations.remote.servers import SECRET, files
 

@@ -10,7 +10,7 @@ import pytest
 
 from saekit.activations import CacheConfig, cache_activations, objects, providers
 from saekit.models import LanguageModel
-from tests.saekit.activations.remote.servers import SECRET, Proxy, proxy
+from tests.saekit.activations.remote.servers import SECRET, Proxy, proxy, upload
 
 
 @pytest.fixture(scope="session")
@@ -29,22 +29,26 @@ def s3_port() -> Iterator[int]:
     server.stop()
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine of the test's own, with credentials; nothing is retried for long."""
+def settle(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(providers._RETRY, "max_retries", 3)
     monkeypatch.setitem(providers._RETRY["backoff"], "init_backoff", timedelta(milliseconds=1))
     monkeypatch.setattr(objects, "_FIRST_PAUSE", 0.001)
     for name, value in {
-        "XDG_CACHE_HOME": str(tmp_path / "home"),
+        "XDG_CACHE_HOME": str(home / "home"),
         "AWS_ACCESS_KEY_ID": "a",
         "AWS_SECRET_ACCESS_KEY": SECRET,
         "AWS_REGION": "us-east-1",
         "GOOGLE_BEARER_TOKEN": SECRET,
-        "AWS_CONFIG_FILE": str(tmp_path / "none"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+        "AWS_CONFIG_FILE": str(home / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(home / "none"),
     }.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of the test's own, with credentials; nothing is retried for long."""
+    settle(tmp_path, monkeypatch)
 
 
 _numbers = itertools.count()
@@ -85,3 +89,13 @@ def tree(small: Path) -> dict[str, bytes]:
     """Bytes of every file of that cache but the manifest, which holds times of day."""
     names = {path: path.relative_to(small).as_posix() for path in small.rglob("*") if path.is_file()}
     return {name: path.read_bytes() for path, name in names.items() if name not in ("manifest.json", ".lock")}
+
+
+@pytest.fixture(scope="session")
+def uploaded(small: Path, s3_port: int, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The URL of that cache on the S3 server; not to be changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        settle(tmp_path_factory.mktemp("uploading"), patch)
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{s3_port}")
+        upload(small, "s3://bucket/uploaded")
+    return "s3://bucket/uploaded"

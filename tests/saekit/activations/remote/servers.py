@@ -30,6 +30,7 @@ class Proxy:
         url: where it listens.
         fault: what goes wrong; may be changed at any time.
         asked: requests so far: method, path without the query, Range.
+        signatures: their headers of that kind.
     """
 
     def __init__(self, port: int, behind: int) -> None:
@@ -37,6 +38,7 @@ class Proxy:
         self.behind = behind
         self.fault: Fault = no_fault
         self.asked: list[tuple[str, str, str | None]] = []
+        self.signatures: list[str] = []
         self._lock = threading.Lock()
 
     def count(self, method: str, path: str, ranged: str | None) -> int:
@@ -75,6 +77,7 @@ def proxy(behind: int) -> Iterator[Proxy]:
         def handle_any(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             path = self.path.partition("?")[0]
+            state.signatures.append(self.headers.get("Authorization") or "")
             before = state.count(self.command, path, self.headers.get("Range"))
             fault = state.fault(self.command, path, before)
             if fault in {"403", "503"}:

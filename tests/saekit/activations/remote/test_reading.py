@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +28,15 @@ def source(store: ActivationStore) -> ShuffledBatches:
     return ShuffledBatches(store.view(), batch_size=64, seed=3, memory_bytes=30_000)
 
 
-def test_batches_and_positions_are_those_of_the_local_store(url: str, way: Proxy, small: Path, here: None) -> None:
-    upload(small, url)
+def test_batches_and_positions_are_those_of_the_local_store(uploaded: str, way: Proxy, small: Path) -> None:
     # The answer to each first request breaks off, and the second one is refused.
     way.fault = lambda method, path, before: {0: "drop", 1: "503"}.get(before)
     local = ActivationStore.open(small, HOOK_POINT)
-    with files(small) as http_url, source(local) as expected, source(ActivationStore.open(url, HOOK_POINT)) as found:
+    with (
+        files(small) as http_url,
+        source(local) as expected,
+        source(ActivationStore.open(uploaded, HOOK_POINT)) as found,
+    ):
         for _ in range(5):
             assert torch.equal(found.next_batch(), expected.next_batch())
         state = found.state_dict()
@@ -40,7 +44,7 @@ def test_batches_and_positions_are_those_of_the_local_store(url: str, way: Proxy
         with source(ActivationStore.open(http_url, HOOK_POINT)) as again:
             # The same run goes on with the cache at another place.
             again.load_state_dict(json.loads(json.dumps(state)))
-            for _ in range(12):
+            for _ in range(8):
                 assert torch.equal(again.next_batch(), expected.next_batch())
 
 
@@ -62,11 +66,10 @@ def test_rows_and_tokens_are_read_in_ranges(
         assert store.statistics.mean_norm == local.statistics.mean_norm
 
 
-def test_neighbours_are_asked_for_together_and_small_files_once(url: str, way: Proxy, small: Path) -> None:
-    upload(small, url)
-    ActivationStore.open(url, HOOK_POINT)
+def test_neighbours_are_asked_for_together_and_small_files_once(uploaded: str, way: Proxy) -> None:
+    ActivationStore.open(uploaded, HOOK_POINT)
     way.asked.clear()
-    store = ActivationStore.open(url, HOOK_POINT)
+    store = ActivationStore.open(uploaded, HOOK_POINT)
     assert [path.rpartition("/")[2] for _, path, _ in way.asked] == ["manifest.json", "bucket"]
     way.asked.clear()
     store.read_rows(np.arange(50))
@@ -109,25 +112,27 @@ def test_damage_elsewhere_never_becomes_a_number(
         assert "shard 1: shard-00001.zarr/activations/c/0/0/0" in problems[0]
 
 
-def test_small_files_that_have_changed_are_brought_again(
-    url: str, small: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_small_files_that_have_changed_are_not_taken(
+    url: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upload(small, url)
-    assert ActivationStore.open(url, HOOK_POINT).num_rows == 50
-    upload(copied, url)
-    assert ActivationStore.open(url, HOOK_POINT).num_rows == 100
-    there = Objects(url)
-    name = f"hooks/{HOOK_POINT}/statistics.json"
+    ActivationStore.open(url, HOOK_POINT)
+    there, name = Objects(url), f"hooks/{HOOK_POINT}/statistics.json"
     there.write(name, there.read(name)[:-5] + b"7777\n")
+    there.write("manifest.json", there.read("manifest.json") + b"\n")
+    # Of another manifest all is looked at anew, and what is here is still right.
+    ActivationStore.open(url, HOOK_POINT)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
     with pytest.raises(StoreError, match=r"statistics.json': has changed since it was written .*verify --repair"):
         ActivationStore.open(url, HOOK_POINT)
+    there.remove(name)
+    with pytest.raises(StoreError, match=r"statistics.json': is missing; run the cache command again"):
+        ActivationStore.open(url, HOOK_POINT)
 
 
-def test_a_cache_that_may_be_read_but_not_listed_is_read(url: str, way: Proxy, small: Path) -> None:
-    upload(small, url)
+def test_a_cache_that_may_be_read_but_not_listed_is_read(uploaded: str, way: Proxy) -> None:
     way.fault = lambda method, path, before: "403" if path == "/bucket" else None
-    assert ActivationStore.open(url, HOOK_POINT).read_rows(np.array([1])).shape == (1, 16, 32)
+    assert ActivationStore.open(uploaded, HOOK_POINT).read_rows(np.array([1])).shape == (1, 16, 32)
 
 
 def test_web_server_can_only_be_read(here: None, small: Path, config: CacheConfig, lm: LanguageModel) -> None:
@@ -143,6 +148,24 @@ def test_web_server_without_range_is_refused(here: None, small: Path) -> None:
         store = ActivationStore.open(url, HOOK_POINT)
         with pytest.raises(StoreError, match="gives whole files only, needs one that answers requests with Range"):
             store.read_rows(np.array([0]))
+
+
+def test_processes_that_open_a_cache_at_the_same_time_do_not_disturb_each_other(uploaded: str, url: str) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        opened = list(pool.map(lambda _: ActivationStore.open(uploaded, HOOK_POINT).kinds(), range(4)))
+    assert all(np.array_equal(kinds, opened[0]) for kinds in opened)
+
+
+def test_profiles_of_the_aws_tools_are_used(
+    uploaded: str, way: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "credentials").write_text(f"[work]\naws_access_key_id = mine\naws_secret_access_key = {SECRET}\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    ActivationStore.open(uploaded, HOOK_POINT)
+    assert all("Credential=mine/" in signature for signature in way.signatures)
 
 
 def forbid(monkeypatch: pytest.MonkeyPatch, way: Proxy) -> None:

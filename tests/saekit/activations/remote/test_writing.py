@@ -1,18 +1,20 @@
 """Caches written to an object store: the bytes of a local one, whatever fails on the way, whoever is killed, and however many write."""
 
 import itertools
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from saekit.activations import ActivationStore, CacheConfig, cache_activations, plan_cache, verify_store
 from saekit.activations.location import RemoteConfig, attach
 from saekit.activations.objects import Objects
 from saekit.activations.writers import Writers
-from saekit.errors import ConfigError, ResourceError
+from saekit.errors import ConfigError, ResourceError, StoreError
 from saekit.manifest import manifest_sha256
 from saekit.models import LanguageModel, load_model
 from tests.saekit.activations.remote.servers import Proxy, contents, no_fault, upload
@@ -20,9 +22,7 @@ from tests.saekit.activations.remote.servers import Proxy, contents, no_fault, u
 WRITE = Objects.write
 
 
-@pytest.mark.parametrize("scheme", ["s3", "gs"])
 def test_cache_written_elsewhere_is_the_local_one(
-    scheme: str,
     url: str,
     way: Proxy,
     config: CacheConfig,
@@ -32,7 +32,6 @@ def test_cache_written_elsewhere_is_the_local_one(
     tmp_path: Path,
     recorder: Any,
 ) -> None:
-    url = url.replace("s3", scheme, 1)
     # Each first attempt to write fails, and the answer to each first attempt to read breaks off.
     way.fault = lambda method, path, before: {"PUT": "503", "GET": "drop"}.get(method) if before == 0 else None
     store = cache_activations(config, url, lm=lm, progress=recorder)
@@ -45,6 +44,25 @@ def test_cache_written_elsewhere_is_the_local_one(
     way.asked.clear()
     cache_activations(config, url, lm=lm)
     assert {method for method, _, _ in way.asked} == {"GET"}
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_files_are_written_listed_read_and_removed(scheme: str, url: str, way: Proxy) -> None:
+    there = Objects(url.replace("s3", scheme, 1))
+    way.fault = lambda method, path, before: {0: "503", 1: "drop"}.get(before) if method == "GET" else None
+    there.write("hooks/a@input/b.json", b"0123456789")
+    there.write("hooks/a@input/b.json", b"0123456780")
+    assert there.sizes() == {"hooks/a@input/b.json": 10}
+    assert there.size("hooks/a@input/b.json") == 10
+    assert there.read("hooks/a@input/b.json") == b"0123456780"
+    assert bytes(there.read_range("hooks/a@input/b.json", 3, 6)) == b"345"
+    with pytest.raises(StoreError, match="2 bytes at 8, needs 4"):
+        there.read_range("hooks/a@input/b.json", 8, 12)
+    there.remove("hooks/a@input/b.json")
+    with pytest.raises(FileNotFoundError):
+        there.read("hooks/a@input/b.json")
+    with pytest.raises(StoreError, match="no bucket 'elsewhere' there"):
+        Objects(f"{scheme}://elsewhere/a").write("b", b"1")
 
 
 def test_long_files_are_sent_and_read_in_parts(url: str, way: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +84,7 @@ def test_plan_says_what_is_sent_and_what_is_needed_here(
         plan_cache(config, tmp_path, lm=lm)
 
 
-@pytest.mark.parametrize("instant", [1, 9, 17, 27, 44])
+@pytest.mark.parametrize("instant", [9, 27, 44])
 def test_a_run_that_is_killed_goes_on_at_its_missing_shards(
     instant: int,
     url: str,
@@ -146,18 +164,20 @@ def test_several_writers_on_their_own_machines_write_the_same_cache(
     assert contents(url) == tree
 
 
-def test_another_config_is_refused(url: str, small: Path, config: CacheConfig, lm: LanguageModel) -> None:
-    upload(small, url)
+def test_another_config_is_refused(uploaded: str, url: str, config: CacheConfig, lm: LanguageModel) -> None:
     with pytest.raises(ConfigError, match="written with another config: dtype"):
-        cache_activations(config.model_copy(update={"dtype": "float16"}), url, lm=lm)
+        cache_activations(config.model_copy(update={"dtype": "float16"}), uploaded, lm=lm)
 
 
-def test_folder_of_another_cache_is_not_attached(url: str, small: Path, copied: Path) -> None:
+def test_folder_of_another_cache_is_not_attached(uploaded: str, url: str, small: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(small, tmp_path / "copied"))
     with pytest.raises(ConfigError, match="holds a cache of its own"):
         attach(copied, RemoteConfig(url=url))
-    upload(copied, url)
-    attach(copied, RemoteConfig(url=f"{url}/"))
-    assert ActivationStore.open(copied, "model.layers.1").sha256 == ActivationStore.open(url, "model.layers.1").sha256
+    attach(copied, RemoteConfig(url=f"{uploaded}/"))
+    shutil.rmtree(copied / "hooks" / "model.layers.1" / "shard-00000.zarr")
+    store = ActivationStore.open(copied, "model.layers.1")
+    assert store.sha256 == manifest_sha256(small)
+    assert torch.equal(store.read_rows([0]), ActivationStore.open(small, "model.layers.1").read_rows([0]))
 
 
 LAYER, OTHER = "hooks/model.layers.1", "hooks/model.layers.0@input"
@@ -190,7 +210,6 @@ def test_damage_is_named_and_repaired(
         "model.layers.0:input: shard-00009.zarr is foreign, no shard of this cache has that number",
         "model.layers.0:input: statistics: statistics.json has changed since it was written (crc32c differs)",
     ]
-    assert verify_store(url) == expected
     assert verify_store(url, repair=True) == expected
     there.remove(f"{OTHER}/shard-00009.zarr/activations/c/0/0/0")
     cache_activations(config, url, lm=lm)
