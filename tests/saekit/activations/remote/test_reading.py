@@ -29,8 +29,8 @@ def source(store: ActivationStore) -> ShuffledBatches:
 
 
 def test_batches_and_positions_are_those_of_the_local_store(uploaded: str, way: Proxy, small: Path) -> None:
-    # The answer to each first request breaks off, and the second one is refused.
-    way.fault = lambda method, path, before: {0: "drop", 1: "503"}.get(before)
+    # Each first request is refused, or its answer breaks off.
+    way.fault = lambda method, path, before: None if before else "503" if path.endswith(".json") else "drop"
     local = ActivationStore.open(small, HOOK_POINT)
     with (
         files(small) as http_url,
