@@ -38,6 +38,8 @@ _CHUNK_TOKENS = 32
 _ALIGNMENT = 64
 _CRC_BYTES = 4
 _INDEX_TYPE = np.dtype("<u8")
+# Read at a time, so that it is still near the processor when it is checked.
+_READ_BYTES = 2**20
 # The most that one call of the system takes.
 _MAX_BUFFERS = 1024
 
@@ -201,6 +203,8 @@ class ShardFile:
         """
         self._path = path
         self._chunk_bytes = chunk_bytes
+        self._stride = chunk_bytes + _CRC_BYTES + -(chunk_bytes + _CRC_BYTES) % _ALIGNMENT
+        self._run = max(1, min(_READ_BYTES // chunk_bytes, _MAX_BUFFERS // 2))
         self._codec = _compressor(compression, item_bytes)
         size = num_chunks * 2 * _INDEX_TYPE.itemsize
         try:
@@ -208,12 +212,12 @@ class ShardFile:
         except OSError as error:
             raise self._unreadable(error.strerror or str(error)) from error
         found = np.empty(len(mark), np.uint8)
-        self._read(0, [found])
+        self._read(0, [found], len(found))
         if found.tobytes() != mark:
             raise self._unreadable("belongs to another cache, hook point or place, or has changed since it was written")
         index = np.empty(size + _CRC_BYTES, np.uint8)
-        self._read(max(0, os.fstat(self._handle).st_size - len(index)), [index])
-        if google_crc32c.value(index[:size]) != _number(index[size:]):
+        self._read(max(0, os.fstat(self._handle).st_size - len(index)), [index], len(index))
+        if _crc_bytes(index[:size]) != index[size:].tobytes():
             raise self._unreadable("its index has changed since it was written")
         self._spans: list[list[int]] = index[:size].view(_INDEX_TYPE).reshape(-1, 2).tolist()
 
@@ -234,29 +238,32 @@ class ShardFile:
         if self._codec is not None:
             self._read_compressed(chunks, sizes, out)
             return
-        start, first = 0, 0
+        place, first = 0, 0
         while first < len(chunks):
-            offset = at = self._spans[chunks[first]][0]
-            buffers: list[Bytes] = []
-            last = first
-            # Each chunk into its place, what lies between them aside.
-            while last < len(chunks) and self._spans[chunks[last]][0] == at and len(buffers) + 2 <= _MAX_BUFFERS:
-                size = sizes[last]
-                rest = self._chunk_bytes - size + _CRC_BYTES
-                gap = -(self._chunk_bytes + _CRC_BYTES) % _ALIGNMENT
-                buffers += [out[start : start + size], np.empty(rest + gap, np.uint8)]
-                start += size
-                at += size + rest + gap
-                last += 1
-            self._read(offset, buffers)
-            for place, number in enumerate(chunks[first:last]):
-                data, rest_of = buffers[2 * place], buffers[2 * place + 1]
-                crc = google_crc32c.value(data)
-                end = self._chunk_bytes - len(data)
-                if end:
-                    crc = google_crc32c.extend(crc, rest_of[:end])
-                self._check(number, crc, rest_of[end : end + _CRC_BYTES])
+            last, at = first + 1, self._spans[chunks[first]][0] + self._stride
+            while last < len(chunks) and last - first < self._run and self._spans[chunks[last]][0] == at:
+                last, at = last + 1, at + self._stride
+            place = self._read_run(chunks[first:last], sizes[first:last], out, place)
             first = last
+
+    def _read_run(self, chunks: list[int], sizes: list[int], out: Bytes, place: int) -> int:
+        """Reads chunks that follow one another, each into its place and what lies between them aside; returns where they end."""
+        # This runs for each few thousand numbers of a training: fewer steps of the interpreter show.
+        aside = np.empty(len(chunks) * self._stride - sum(sizes), np.uint8)
+        buffers: list[Bytes] = []
+        rest = 0
+        for size in sizes:
+            end = self._stride - size
+            buffers += (out[place : place + size], aside[rest : rest + end])
+            place, rest = place + size, rest + end
+        self._read(self._spans[chunks[0]][0], buffers, len(chunks) * self._stride)
+        for number, data, after in zip(chunks, buffers[::2], buffers[1::2], strict=True):
+            crc, left = google_crc32c.value(data), self._chunk_bytes - len(data)
+            if left:
+                crc = google_crc32c.extend(crc, after[:left])
+            if crc.to_bytes(_CRC_BYTES, "little") != after[left : left + _CRC_BYTES].tobytes():
+                raise self._damaged(number)
+        return place
 
     def _read_compressed(self, chunks: list[int], sizes: list[int], out: Bytes) -> None:
         assert self._codec is not None, "the caller has looked"
@@ -264,8 +271,9 @@ class ShardFile:
         for chunk, size in zip(chunks, sizes, strict=True):
             offset, length = self._spans[chunk]
             stored = np.empty(length, np.uint8)
-            self._read(offset, [stored])
-            self._check(chunk, google_crc32c.value(stored[:-_CRC_BYTES]), stored[-_CRC_BYTES:])
+            self._read(offset, [stored], length)
+            if _crc_bytes(stored[:-_CRC_BYTES]) != stored[-_CRC_BYTES:].tobytes():
+                raise self._damaged(chunk)
             target = out[start : start + size]
             is_whole = size == self._chunk_bytes
             data = self._codec.decode(stored[:-_CRC_BYTES], target if is_whole else None)
@@ -273,22 +281,22 @@ class ShardFile:
                 target[:] = np.frombuffer(data, np.uint8)[:size]
             start += size
 
-    def _read(self, offset: int, buffers: Sequence[Bytes]) -> None:
-        needed = sum(map(len, buffers))
-        left, found = [memoryview(buffer) for buffer in buffers], 0
+    def _read(self, offset: int, buffers: Sequence[Bytes], needed: int) -> None:
         try:
-            # More than once after a signal, or where one call gives less than asked for.
-            while left and (part := os.preadv(self._handle, left, offset + found)):
-                found += part
+            found = part = os.preadv(self._handle, buffers, offset)
+            # After a signal, or where one call gives less than asked for.
+            left = [memoryview(buffer) for buffer in buffers] if found < needed else []
+            while part and found < needed:
                 left = _after(left, part)
+                part = os.preadv(self._handle, left, offset + found)
+                found += part
         except OSError as error:
             raise self._unreadable(error.strerror or str(error)) from error
         if found != needed:
             raise self._unreadable(f"{found:,} bytes at {offset:,}, needs {needed:,}")
 
-    def _check(self, chunk: int, found: int, expected: Bytes) -> None:
-        if found != _number(expected):
-            raise self._unreadable(f"chunk {chunk} has changed since it was written (crc32c differs)")
+    def _damaged(self, chunk: int) -> StoreError:
+        return self._unreadable(f"chunk {chunk} has changed since it was written (crc32c differs)")
 
     def _unreadable(self, what: str) -> StoreError:
         return StoreError(
@@ -297,8 +305,8 @@ class ShardFile:
         )
 
 
-def _number(crc: Bytes) -> int:
-    return int.from_bytes(crc.tobytes(), "little")
+def _crc_bytes(data: Bytes) -> bytes:
+    return google_crc32c.value(data).to_bytes(_CRC_BYTES, "little")
 
 
 def _after(buffers: list[memoryview], taken: int) -> list[memoryview]:

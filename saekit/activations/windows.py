@@ -30,7 +30,7 @@ class LoadedWindow(NamedTuple):
 
 
 class WindowReader:
-    """Reads one window after another; called from one thread."""
+    """Reads one window after another; called from one thread. Of the windows read, the last two hold, what is before them is gone."""
 
     def __init__(self, store: ActivationStore, order: EpochOrder, lanes: range) -> None:
         """Reads nothing and starts no thread yet."""
@@ -41,6 +41,8 @@ class WindowReader:
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="saekit-read")
         # Chunks that the next window begins with, ascending, with their tokens: each is read once.
         self._kept: tuple[Indices, list[AnyArray]] = (np.empty(0, np.int64), [])
+        # Rows and arrays of the last two windows.
+        self._memory: list[tuple[int, list[AnyArray]]] = [(0, []), (0, [])]
         self._whole: tuple[tuple[Tensor, ...], Indices] | None = None
 
     def read(self, epoch: int, number: int) -> LoadedWindow:
@@ -66,7 +68,7 @@ class WindowReader:
         ends = np.cumsum(bounds[chunks + 1] - bounds[chunks])
         starts = ends - (bounds[chunks + 1] - bounds[chunks])
         parts = self._store.parts
-        arrays = [aligned(int(ends[-1]), part.codec.width(part.d_in), part.codec.array) for part in parts]
+        arrays = self._arrays(int(ends[-1]))
         num_kept = len(chunks) - len(fresh)
         if num_kept:
             held = np.repeat(is_kept, bounds[kept + 1] - bounds[kept])
@@ -86,13 +88,31 @@ class WindowReader:
         at = ascending[np.searchsorted(chunks[ascending], window.unfinished)]
         again = flat_of(at, np.append(0, ends))
         self._kept = window.unfinished, [array[again] for array in arrays]
-        chunk = ascending[np.searchsorted(chunks[ascending], np.searchsorted(bounds, window.tokens, side="right") - 1)]
-        places = starts[chunk] + window.tokens - bounds[chunks[chunk]]
+        # By how much the place of a chunk's tokens differs from their index; of most chunks nothing is asked.
+        shifts = np.empty(len(bounds) - 1, np.int64)
+        shifts[chunks] = starts - bounds[chunks]
+        places = window.tokens + shifts[np.searchsorted(bounds, window.tokens, side="right") - 1]
         return tuple(part.codec.to_tensor(array) for part, array in zip(parts, arrays, strict=True)), places
 
+    def _arrays(self, tokens: int) -> list[AnyArray]:
+        """Returns memory for a window; that of the window before the last, where it is large enough.
+
+        The system clears new memory, which takes as long as reading into it.
+        """
+        self._memory.reverse()
+        parts = self._store.parts
+        if tokens > self._memory[0][0]:
+            # A little more than is needed now: windows differ by a few chunks.
+            room = tokens + tokens // 64
+            self._memory[0] = 0, []
+            arrays = [aligned(room, part.codec.width(part.d_in), part.codec.array) for part in parts]
+            self._memory[0] = room, arrays
+        return [array[:tokens] for array in self._memory[0][1]]
+
     def close(self) -> None:
-        """Ends the threads."""
+        """Ends the threads and frees the memory; no window that was read may be used again."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._memory = [(0, []), (0, [])]
 
 
 def aligned(rows: int, width: int, dtype: np.dtype[np.generic]) -> AnyArray:
