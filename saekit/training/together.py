@@ -122,7 +122,10 @@ class _Group:
         batches = first.open_source(self.layout, stack)
         assert isinstance(batches, ShuffledBatches)
         if self.accelerator.is_main_process:
-            self.progress.say(str(measure_mixing(batches, num_batches=4)))
+            mixing = measure_mixing(batches, num_batches=4)
+            self.progress.say(str(mixing))
+            for trainer in self.trainers.values():
+                trainer.mixing = mixing
         return SharedBatches(batches)
 
     def _say_memory(self) -> None:
