@@ -124,7 +124,9 @@ class Saekit:
         if how == "raw":
             order = batches._order
             reader = WindowReader(store, order, range(order.num_lanes))
-            return (reader.read(0, number).stored[0] for number in range(order.num_windows))
+            for number in range(2):
+                reader.read(0, number)
+            return (reader.read(1, number).stored[0] for number in range(order.num_windows))
         if how == "chunks":
             return _chunks(store)
         # One epoch before, as in a training: what is timed begins with a window that was read ahead, and ends with reading ahead.

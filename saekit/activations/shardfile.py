@@ -204,7 +204,7 @@ class ShardFile:
         self._path = path
         self._chunk_bytes = chunk_bytes
         self._stride = chunk_bytes + _CRC_BYTES + -(chunk_bytes + _CRC_BYTES) % _ALIGNMENT
-        self._run = max(1, min(_READ_BYTES // chunk_bytes, _MAX_BUFFERS // 2))
+        self._run = max(1, min(_READ_BYTES // chunk_bytes, _MAX_BUFFERS // 3))
         self._codec = _compressor(compression, item_bytes)
         size = num_chunks * 2 * _INDEX_TYPE.itemsize
         try:
@@ -238,32 +238,36 @@ class ShardFile:
         if self._codec is not None:
             self._read_compressed(chunks, sizes, out)
             return
+        # This runs for every few thousand numbers of a training: each step of the interpreter shows.
+        spans, whole, stride, crc_of = self._spans, self._chunk_bytes, self._stride, google_crc32c.value
+        ends = np.empty((len(chunks), stride - whole), np.uint8)
+        found: list[int] = []
         place, first = 0, 0
         while first < len(chunks):
-            last, at = first + 1, self._spans[chunks[first]][0] + self._stride
-            while last < len(chunks) and last - first < self._run and self._spans[chunks[last]][0] == at:
-                last, at = last + 1, at + self._stride
-            place = self._read_run(chunks[first:last], sizes[first:last], out, place)
+            offset = at = spans[chunks[first]][0]
+            buffers: list[Bytes] = []
+            last = first
+            # Neighbours: each into its place, what lies between them aside.
+            while last < len(chunks) and last - first < self._run and spans[chunks[last]][0] == at:
+                size = sizes[last]
+                buffers.append(out[place : place + size])
+                if size < whole:
+                    buffers.append(np.empty(whole - size, np.uint8))
+                buffers.append(ends[last])
+                place, at, last = place + size, at + stride, last + 1
+            self._read(offset, buffers, at - offset)
+            index = 0
+            for size in sizes[first:last]:
+                crc = crc_of(buffers[index])
+                if size < whole:
+                    index += 1
+                    crc = google_crc32c.extend(crc, buffers[index])
+                found.append(crc)
+                index += 2
             first = last
-
-    def _read_run(self, chunks: list[int], sizes: list[int], out: Bytes, place: int) -> int:
-        """Reads chunks that follow one another, each into its place and what lies between them aside; returns where they end."""
-        # This runs for each few thousand numbers of a training: fewer steps of the interpreter show.
-        aside = np.empty(len(chunks) * self._stride - sum(sizes), np.uint8)
-        buffers: list[Bytes] = []
-        rest = 0
-        for size in sizes:
-            end = self._stride - size
-            buffers += (out[place : place + size], aside[rest : rest + end])
-            place, rest = place + size, rest + end
-        self._read(self._spans[chunks[0]][0], buffers, len(chunks) * self._stride)
-        for number, data, after in zip(chunks, buffers[::2], buffers[1::2], strict=True):
-            crc, left = google_crc32c.value(data), self._chunk_bytes - len(data)
-            if left:
-                crc = google_crc32c.extend(crc, after[:left])
-            if crc.to_bytes(_CRC_BYTES, "little") != after[left : left + _CRC_BYTES].tobytes():
-                raise self._damaged(number)
-        return place
+        expected = np.ascontiguousarray(ends[:, :_CRC_BYTES]).view("<u4")[:, 0]
+        if len(wrong := np.flatnonzero(expected != np.array(found, np.uint32))):
+            raise self._damaged(chunks[wrong[0]])
 
     def _read_compressed(self, chunks: list[int], sizes: list[int], out: Bytes) -> None:
         assert self._codec is not None, "the caller has looked"

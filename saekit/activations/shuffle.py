@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from saekit.activations.memory import TensorMemory
 from saekit.activations.order import ORDER_VERSION, EpochOrder, Indices
 from saekit.activations.source import read_position
 from saekit.activations.view import StoreView
@@ -16,7 +17,7 @@ from saekit.errors import ConfigError, StoreError
 
 __all__ = ["ShuffledBatches"]
 
-_GATHERED_BYTES = 256 * 2**10
+_DECODED_BYTES = 512 * 2**10
 
 
 class ShuffledBatches:
@@ -83,6 +84,7 @@ class ShuffledBatches:
         self.epoch = 0
         self.batch = 0
         self._stores = view.store.parts
+        self._memory = TensorMemory(batch_size, view.d_in)
         self._device = torch.device(device)
         self._order = EpochOrder(
             view.mask.ravel(),
@@ -202,11 +204,11 @@ class ShuffledBatches:
 
     def _decoded(self, window: LoadedWindow, index: Tensor) -> Tensor:
         """Returns `[n, D]` float32 of some tokens of a window."""
-        out = torch.empty(len(index), self.d_in)
+        out = self._memory.take()
         columns = out.split([store.d_in for store in self._stores], dim=1)
         for store, part, target in zip(self._stores, window.stored, columns, strict=True):
             # So many at a time that they are still near the processor when they are decoded.
-            step = max(1, _GATHERED_BYTES // (part.shape[1] * part.itemsize))
+            step = max(1, _DECODED_BYTES // (4 * store.d_in))
             for some, rows in zip(index.split(step), target.split(step), strict=True):
                 rows.copy_(store.codec.decode(part.index_select(0, some)))
         return out

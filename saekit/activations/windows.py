@@ -1,7 +1,6 @@
 """Windows of a store in memory: the chunks of some lanes, each read once and left as it is stored."""
 
 import itertools
-import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -10,10 +9,11 @@ import numpy as np
 from torch import Tensor
 
 from saekit.activations.codec import AnyArray
+from saekit.activations.memory import aligned
 from saekit.activations.order import EpochOrder, Indices, flat_of
 from saekit.activations.store import ActivationStore
 
-__all__ = ["LoadedWindow", "WindowReader", "aligned"]
+__all__ = ["LoadedWindow", "WindowReader"]
 
 # Reads wait for the disk without holding the interpreter; more threads than this gain nothing on a local disk.
 _MAX_THREADS = 4
@@ -113,11 +113,3 @@ class WindowReader:
         """Ends the threads and frees the memory; no window that was read may be used again."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._memory = [(0, []), (0, [])]
-
-
-def aligned(rows: int, width: int, dtype: np.dtype[np.generic]) -> AnyArray:
-    """Returns an array that begins where a page does: the system copies into it several times as fast on some processors."""
-    size = rows * width * dtype.itemsize
-    memory = np.empty(size + mmap.PAGESIZE, np.uint8)
-    start = -memory.ctypes.data % mmap.PAGESIZE
-    return memory[start : start + size].view(dtype).reshape(rows, width)

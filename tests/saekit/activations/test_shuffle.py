@@ -167,6 +167,20 @@ def test_given_batches_are_not_touched_again(view: StoreView) -> None:
         assert torch.equal(batches.next_batch(), kept)
 
 
+def test_memory_of_a_batch_is_used_again_once_nothing_shares_it(view: StoreView) -> None:
+    with ShuffledBatches(view, batch_size=12, seed=0) as batches:
+        part = batches.next_batch()[3:5]
+        kept, place = part.clone(), part.data_ptr()
+        given = [batches.next_batch() for _ in range(5)]
+        assert torch.equal(part, kept)
+        places = {batch.data_ptr() for batch in given}
+        assert len(places) == 5
+        assert not any(start <= place < start + 12 * view.d_in * 4 for start in places)
+        del given
+        # One batch is made ahead; it may have taken new memory.
+        assert len({batches.next_batch().data_ptr() for _ in range(20)} - places) <= 2
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     """Fails the test if one of our threads outlives it."""
