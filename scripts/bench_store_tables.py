@@ -174,7 +174,7 @@ def loss_lines(store: ActivationStore, x: Tensor, folder: Path) -> Iterator[str]
 
     def fvu(given: Tensor) -> float:
         error = 0.0
-        for seen, true in zip(given.split(2048), normal.split(2048), strict=True):
+        for seen, true in zip(torch.split(given, 2048), torch.split(normal, 2048), strict=True):
             with torch.no_grad():
                 error += float((sae(seen).x_hat - true).double().square().sum())
         return error / float(variance)

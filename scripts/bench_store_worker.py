@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol, TextIO
 
 import numpy as np
@@ -33,7 +34,7 @@ Array = np.ndarray[Any, Any]
 class Implementation(Protocol):
     """Something that stores activations."""
 
-    def prepare(self, settings: dict[str, str]) -> None:
+    def prepare(self, settings: dict[str, Any]) -> None:
         """What is not timed: activations in the form in which they are stored."""
 
     def write(self, folder: Path) -> None:
@@ -50,7 +51,7 @@ class Memmap:
         self._shape = x.shape
         self._x = x
 
-    def prepare(self, settings: dict[str, str]) -> None:
+    def prepare(self, settings: dict[str, Any]) -> None:
         self._rows = torch.from_numpy(self._x).to(torch.bfloat16).view(torch.uint16).numpy()
 
     def write(self, folder: Path) -> None:
@@ -59,7 +60,8 @@ class Memmap:
         file.flush()
 
     def read(self, folder: Path, how: str) -> Iterator[Tensor]:
-        file = np.memmap(folder / "raw", dtype=np.uint16, mode="r", shape=self._shape)
+        # Copy on write, of which there is none: torch warns of arrays that cannot be written.
+        file = np.memmap(folder / "raw", dtype=np.uint16, mode="c", shape=self._shape)
         if how == "batches":
             # Once before, so that all of the file is mapped already.
             np.add.reduce(file[:, 0])
@@ -80,7 +82,7 @@ class Saekit:
     def __init__(self, x: Array) -> None:
         self._x = x
 
-    def prepare(self, settings: dict[str, str]) -> None:
+    def prepare(self, settings: dict[str, Any]) -> None:
         from saekit.activations.codec import CODECS
 
         self._codec, self._settings = CODECS[settings["dtype"]], settings
@@ -160,18 +162,8 @@ def _chunks(store: Any) -> Iterator[Tensor]:
         yield torch.from_numpy(out)
 
 
-class Zarr:
-    """What saekit wrote, read by zarr's own Python pipeline: the same chunks in the same order."""
-
-    def __init__(self, x: Array) -> None:
-        # A part of the chunks is enough to tell.
-        self._part = 1 / 8
-
-    def prepare(self, settings: dict[str, str]) -> None:
-        raise NotImplementedError("saekit writes what is read here")
-
-    def write(self, folder: Path) -> None:
-        raise NotImplementedError("saekit writes what is read here")
+class Zarr(Saekit):
+    """What saekit wrote, read by zarr's own Python pipeline: the same chunks in the same order, an eighth of them."""
 
     def read(self, folder: Path, how: str) -> Iterator[Tensor]:
         import zarr
@@ -184,10 +176,10 @@ class Zarr:
             for row in range(array.shape[0])  # type: ignore[union-attr]
             for position in range(0, CONTEXT_LEN, step)
         ]
-        chosen = np.random.default_rng(0).permutation(len(places))[: int(len(places) * self._part)]
+        chosen = np.random.default_rng(0).permutation(len(places))[: len(places) // 8]
         for place in chosen:
             array, row, position = places[place]
-            yield torch.from_numpy(np.asarray(array[row, position : position + step]))  # type: ignore[index]
+            yield torch.from_numpy(np.asarray(array[row, position : position + step]))
 
 
 class SAELens:
@@ -196,7 +188,7 @@ class SAELens:
     def __init__(self, x: Array) -> None:
         self._x = x
 
-    def prepare(self, settings: dict[str, str]) -> None:
+    def prepare(self, settings: dict[str, Any]) -> None:
         self._dtype = settings["dtype"]
         self._tensor = torch.from_numpy(self._x).to(getattr(torch, self._dtype))
 
@@ -222,9 +214,12 @@ class SAELens:
         runner.cfg, runner.context_size = config, CONTEXT_LEN
         column = module.Array2D(shape=(CONTEXT_LEN, config.d_in), dtype=self._dtype)
         runner.features = module.Features({"bench": column})
-        runner.activations_store = _Fed(iter(self._tensor.split(32 * CONTEXT_LEN)))
+        parts = iter(torch.split(self._tensor, 32 * CONTEXT_LEN))
+        # Stands in for the model.
+        runner.activations_store = SimpleNamespace(get_raw_llm_batch=lambda: (next(parts), None))
         runner.run()
-        _flush(folder)
+        # The disk has what was written, as numpy.memmap.flush and saekit see to it.
+        _each_file(folder, os.fsync)
 
     def read(self, folder: Path, how: str) -> Iterator[Tensor]:
         module = importlib.import_module("sae_lens.training.activations_store")
@@ -251,23 +246,13 @@ class SAELens:
             yield store.next_batch()
 
 
-class _Fed:
-    """Stands in for the model: hands out activations."""
-
-    def __init__(self, parts: Iterator[Tensor]) -> None:
-        self._parts = parts
-
-    def get_raw_llm_batch(self) -> tuple[Tensor, None]:
-        return next(self._parts), None
-
-
 class Llamascopium:
     """llamascopium's writer of safetensors files, and its factory of shuffled batches."""
 
     def __init__(self, x: Array) -> None:
         self._x = x
 
-    def prepare(self, settings: dict[str, str]) -> None:
+    def prepare(self, settings: dict[str, Any]) -> None:
         self._rows = torch.from_numpy(self._x).to(torch.bfloat16).reshape(-1, CONTEXT_LEN, self._x.shape[1])
 
     def write(self, folder: Path) -> None:
@@ -275,13 +260,18 @@ class Llamascopium:
         config = module.ActivationWriterConfig(hook_points=["bench"], cache_dir=str(folder))
         names = ("tokens", "mask", "attention_mask")
         ones = {name: torch.ones(32, CONTEXT_LEN, dtype=torch.int64) for name in names}
-        stream = ({"bench": rows, **{name: ones[name][: len(rows)] for name in names}} for rows in self._rows.split(32))
+        stream = (
+            {"bench": rows, **{name: ones[name][: len(rows)] for name in names}} for rows in torch.split(self._rows, 32)
+        )
         module.ActivationWriter(config).process(stream)
-        _flush(folder)
+        # The disk has what was written, as numpy.memmap.flush and saekit see to it.
+        _each_file(folder, os.fsync)
 
     def read(self, folder: Path, how: str) -> Iterator[Tensor]:
         factory = importlib.import_module("llamascopium.activation.factory")
-        source = factory.ActivationFactoryActivationsSource(name="bench", path=str(folder), num_workers=0, prefetch=None)
+        source = factory.ActivationFactoryActivationsSource(
+            name="bench", path=str(folder), num_workers=0, prefetch=None
+        )
         config = factory.ActivationFactoryConfig(
             sources=[source],
             target=factory.ActivationFactoryTarget.ACTIVATIONS_1D,
@@ -293,20 +283,16 @@ class Llamascopium:
         return (batch["bench"] for batch in factory.ActivationFactory(config).process())
 
 
-def _flush(folder: Path) -> None:
-    """Has the disk take what was written, as numpy.memmap.flush and saekit do."""
+def _drop(handle: int) -> None:
+    """Asks the system to forget the file's pages."""
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _each_file(folder: Path, function: Callable[[int], None]) -> None:
     for file in folder.rglob("*"):
         if file.is_file():
             with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-
-
-def _drop(folder: Path) -> None:
-    """Asks the system to forget the files' pages."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                function(opened.fileno())
 
 
 IMPLEMENTATIONS: dict[str, tuple[Callable[[Array], Implementation], str]] = {
@@ -330,7 +316,7 @@ def answer(implementation: Implementation, asked: dict[str, Any]) -> dict[str, f
         return {"seconds": seconds, "cpu_seconds": cpu_seconds, "bytes": size}
     batches = iter(implementation.read(folder, asked["how"]))
     if asked["drop"]:
-        _drop(folder)
+        _each_file(folder, _drop)
     tokens, sequences = 0, []
     started, cpu_started = time.perf_counter(), time.process_time()
     for batch in batches:
@@ -350,11 +336,7 @@ def main(answers: TextIO) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     factory, package = IMPLEMENTATIONS[name]
     implementation = factory(np.load(path, mmap_mode="c"))
-    try:
-        version = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        version = "unknown"
-    print(json.dumps({"version": version}), file=answers, flush=True)
+    print(json.dumps({"version": importlib.metadata.version(package)}), file=answers, flush=True)
     for line in sys.stdin:
         with contextlib.redirect_stdout(sys.stderr):
             found = answer(implementation, json.loads(line))

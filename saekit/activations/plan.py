@@ -60,7 +60,9 @@ class CachePlan:
     widths: dict[str, int]
     """Hook point -> width of its activations."""
     size_bytes: int
-    """On disk, when finished."""
+    """On disk, when finished; before compression, if there is any."""
+    is_compressed: bool = False
+    """Whether it will be smaller than that."""
     free_bytes: int
     """On that disk now."""
     tokens_per_second: float
@@ -76,7 +78,7 @@ class CachePlan:
         hooks = ", ".join(f"{name} (width {width:,})" for name, width in self.widths.items())
         return (
             f"caching {self.num_tokens:,} tokens in {self.num_rows:,} rows at {hooks}:"
-            f" {size_text(self.size_bytes)} in {self.num_shards:,} shard{'s' if self.num_shards > 1 else ''}"
+            f" {'at most ' if self.is_compressed else ''}{size_text(self.size_bytes)} in {self.num_shards:,} shard{'s' if self.num_shards > 1 else ''}"
             f" ({size_text(self.free_bytes)} free),"
             f" about {duration_text(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s"
         )
@@ -111,10 +113,12 @@ def plan_cache(config: CacheConfig, out: str | Path, *, lm: LanguageModel | None
         num_shards=math.ceil(num_rows / config.shard_rows),
         widths=widths,
         size_bytes=size_bytes,
+        is_compressed=config.compression != "none",
         free_bytes=free_bytes(Path(out)),
         tokens_per_second=tokens.numel() / seconds,
     )
-    if plan.size_bytes > plan.free_bytes:
+    # How much smaller compression makes it shows only as it is written; a disk that fills then stops the cache, which goes on later.
+    if plan.size_bytes > plan.free_bytes and not plan.is_compressed:
         raise ResourceError(
             f"cache {str(out)!r}: {size_text(plan.free_bytes)} free on that disk, needs {size_text(plan.size_bytes)}"
             f" for {num_tokens:,} tokens; free some, choose another disk, or cache fewer tokens"

@@ -7,6 +7,7 @@ training mixes pieces of many documents, and is the unit of reading and of check
 nothing else has to be read for it.
 """
 
+import errno
 import hashlib
 import os
 import warnings
@@ -22,7 +23,7 @@ from numcodecs import Blosc, Zstd
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
 from saekit.activations.codec import AnyArray
-from saekit.errors import StoreError
+from saekit.errors import ResourceError, StoreError
 
 __all__ = ["ChunkShape", "Compression", "ShardFile", "chunk_bounds", "chunk_shape", "shard_mark", "write_shard_file"]
 
@@ -157,7 +158,7 @@ def _chunks_of(array: AnyArray, shape: ChunkShape) -> "list[Bytes]":
 
 
 def _write_all(handle: int, buffers: "list[Bytes | bytes]") -> None:
-    left = [memoryview(buffer) for buffer in buffers]
+    left = [memoryview(buffer) for buffer in buffers]  # type: ignore[arg-type]  # arrays are buffers
     while left:
         left = _after(left, os.writev(handle, left[:_MAX_BUFFERS]))
 
@@ -199,6 +200,7 @@ class ShardFile:
             mark: of the shard that it has to be.
 
         Raises:
+            ResourceError: too many files are open.
             StoreError: it cannot be read, is another shard's, or its index is damaged.
         """
         self._path = path
@@ -210,6 +212,8 @@ class ShardFile:
         try:
             self._handle = os.open(path, os.O_RDONLY)
         except OSError as error:
+            if error.errno == errno.EMFILE:
+                raise ResourceError(f"{str(path)!r}: too many open files, needs a higher 'ulimit -n'") from error
             raise self._unreadable(error.strerror or str(error)) from error
         found = np.empty(len(mark), np.uint8)
         self._read(0, [found], len(found))
@@ -287,13 +291,14 @@ class ShardFile:
 
     def _read(self, offset: int, buffers: Sequence[Bytes], needed: int) -> None:
         try:
-            found = part = os.preadv(self._handle, buffers, offset)
-            # After a signal, or where one call gives less than asked for.
-            left = [memoryview(buffer) for buffer in buffers] if found < needed else []
-            while part and found < needed:
-                left = _after(left, part)
-                part = os.preadv(self._handle, left, offset + found)
-                found += part
+            found = part = os.preadv(self._handle, buffers, offset)  # type: ignore[arg-type]  # arrays are buffers
+            if found < needed:
+                # After a signal, or where one call gives less than asked for.
+                left = [memoryview(buffer) for buffer in buffers]  # type: ignore[arg-type]  # arrays are buffers
+                while part and found < needed:
+                    left = _after(left, part)
+                    part = os.preadv(self._handle, left, offset + found)
+                    found += part
         except OSError as error:
             raise self._unreadable(error.strerror or str(error)) from error
         if found != needed:
@@ -310,7 +315,8 @@ class ShardFile:
 
 
 def _crc_bytes(data: Bytes) -> bytes:
-    return google_crc32c.value(data).to_bytes(_CRC_BYTES, "little")
+    crc: int = google_crc32c.value(data)
+    return crc.to_bytes(_CRC_BYTES, "little")
 
 
 def _after(buffers: list[memoryview], taken: int) -> list[memoryview]:

@@ -125,7 +125,9 @@ class ShuffledBatches:
         self._next = self._prepare(self.epoch, self.batch)
         if self._device.type == "cuda":
             on_device = [part.to(self._device, non_blocking=True) for part in parts]
-            parts = [store.codec.decode(part).to(torch.float32) for store, part in zip(self._stores, on_device, strict=True)]
+            parts = [
+                store.codec.decode(part).to(torch.float32) for store, part in zip(self._stores, on_device, strict=True)
+            ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def batch_indices(self, epoch: int, batch: int) -> Indices:
@@ -205,11 +207,11 @@ class ShuffledBatches:
     def _decoded(self, window: LoadedWindow, index: Tensor) -> Tensor:
         """Returns `[n, D]` float32 of some tokens of a window."""
         out = self._memory.take()
-        columns = out.split([store.d_in for store in self._stores], dim=1)
+        columns = torch.split(out, [store.d_in for store in self._stores], dim=1)
         for store, part, target in zip(self._stores, window.stored, columns, strict=True):
             # So many at a time that they are still near the processor when they are decoded.
             step = max(1, _DECODED_BYTES // (4 * store.d_in))
-            for some, rows in zip(index.split(step), target.split(step), strict=True):
+            for some, rows in zip(torch.split(index, step), torch.split(target, step), strict=True):
                 rows.copy_(store.codec.decode(part.index_select(0, some)))
         return out
 

@@ -121,7 +121,7 @@ class _Group:
             return None
         batches = first.open_source(self.layout, stack)
         assert isinstance(batches, ShuffledBatches)
-        if self.accelerator.is_main_process:
+        if self.layout.is_main_process:
             mixing = measure_mixing(batches, num_batches=4)
             self.progress.say(str(mixing))
             for trainer in self.trainers.values():
