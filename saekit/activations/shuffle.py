@@ -17,7 +17,8 @@ from saekit.errors import ConfigError, StoreError
 
 __all__ = ["ShuffledBatches"]
 
-_DECODED_BYTES = 512 * 2**10
+# Fewer pieces have the batch's thread wait for the interpreter less often: measured beside a thread that reads.
+_DECODED_BYTES = 2 * 2**20
 
 
 class ShuffledBatches:

@@ -15,7 +15,8 @@ from saekit.activations.store import ActivationStore
 
 __all__ = ["LoadedWindow", "WindowReader"]
 
-# Reads wait for the disk without holding the interpreter; more threads than this gain nothing on a local disk.
+# Reads wait for the disk without holding the interpreter, so that several ask it for more at once. Of what lies in the page cache one
+# thread reads as much as two (0.6 us a token of 1,152 bytes against 1.0 on two cores): they wait for the interpreter.
 _MAX_THREADS = 4
 _PIECES = 4
 
@@ -37,7 +38,7 @@ class WindowReader:
         self._store = store
         self._order = order
         self._lanes = lanes
-        self._threads = min(_MAX_THREADS, os.cpu_count() or 1)
+        self._threads = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2))
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="saekit-read")
         # Chunks that the next window begins with, ascending, with their tokens: each is read once.
         self._kept: tuple[Indices, list[AnyArray]] = (np.empty(0, np.int64), [])
