@@ -46,7 +46,7 @@ from saekit.activations.writer import Shard, ShardWriter, remove_leftovers, stag
 from saekit.activations.writers import Writers, join_writers
 from saekit.errors import ResourceError, SaekitError, StoreError
 from saekit.manifest import MANIFEST_NAME, begin_stage, file_sha256, finish_stage, locked, read_manifest
-from saekit.models.hooks import capture, resolve
+from saekit.models.hooks import resolve
 from saekit.models.load import LanguageModel, load_model
 from saekit.models.texts import iter_documents, text_fingerprint
 from saekit.models.tokens import TokenCounts, check_context_len, iter_token_rows
@@ -222,7 +222,6 @@ class _Collector:
         )
         own = self.writers.share([span for span in spans if span.index in missing])
         row_tokens = table.context_len
-        shape = self._chunk_shape(table) if own else ChunkShape(1, 1)
         done = sum(span.num_rows for span in spans if span.index not in missing) * row_tokens
         total = done + sum(span.num_rows for span in own) * row_tokens
         with (
@@ -237,14 +236,18 @@ class _Collector:
                     self._keep(batch, span, row_tokens, buffers)
                     task.advance(len(batch.rows) * row_tokens)
                 self._check_disk(buffers)
+                shape = self._chunk_shape(span, buffers, row_tokens)
                 writer.submit([buffer.shard(self, name, span, shape) for name, buffer in buffers.items()])
 
-    def _chunk_shape(self, table: TokenTable) -> ChunkShape:
-        """Returns the shape of chunks, which depends on the widths of all hook points, also of those that need no more shards."""
-        hidden = capture(self.lm, torch.from_numpy(table.tokens[:1]).to(torch.int64), self.config.hook_points)
-        return chunk_shape(
-            table.context_len, [token_bytes(self.config.dtype, values.shape[-1]) for values in hidden.values()]
-        )
+    def _chunk_shape(self, span: ShardSpan, buffers: dict[str, "_Buffer"], context_len: int) -> ChunkShape:
+        """Returns the shape of chunks, which depends on the widths of all hook points, also of those whose shard is in place."""
+        widths = [buffer.d_in for buffer in buffers.values()]
+        for name in self.config.hook_points:
+            if name not in buffers:
+                record = self._shard_record(name, span)
+                assert record is not None, "what is not missing has a record"
+                widths.append(record.d_in)
+        return chunk_shape(context_len, [token_bytes(self.config.dtype, width) for width in widths])
 
     def _keep(self, batch: CapturedBatch, span: ShardSpan, context_len: int, buffers: dict[str, "_Buffer"]) -> None:
         place = slice(int(batch.rows[0]) - span.first_row, int(batch.rows[-1]) - span.first_row + 1)

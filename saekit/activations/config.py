@@ -30,7 +30,8 @@ class CacheConfig(Config):
     """Of the stored activations. float16 has three bits more precision, but ends at 65,504: it is refused above that. `int8`
     and `float8_e4m3` take half, with a scale for each token; benchmarks/store_cpu.md has what that does to an SAE's FVU."""
     compression: Compression = "none"
-    """Of the stored chunks; lossless. Smaller files, read and written more slowly: benchmarks/store_cpu.md has both."""
+    """Of the stored chunks; lossless. Smaller files, written and read at a half to a third of the speed: bfloat16 loses a fifth with
+    `zstd`, `int8` four tenths. None is the default, since disks cost less than GPUs that wait; benchmarks/store_cpu.md has all of them."""
     batch_size: int = Field(default=8, ge=1)
     """Sequences a forward. Raise it on a GPU. Part of the cache's identity: batching changes the last bits of a forward."""
     shard_tokens: int = Field(default=32_768, ge=1)

@@ -178,7 +178,7 @@ def _files_below(path: Path) -> Iterator[Path]:
 def _file_crc32c(path: Path) -> str:
     crc, block = 0, np.empty(_BLOCK_BYTES, np.uint8)
     with path.open("rb", buffering=0) as file:
-        while found := file.readinto(block):
+        while found := file.readinto(block):  # type: ignore[arg-type]  # an array is a buffer
             crc = google_crc32c.extend(crc, block[:found])
     return f"{crc:08x}"
 

@@ -12,6 +12,8 @@ ORDER_VERSION = 2
 """Of what is defined here; positions saved under another one mean other tokens."""
 
 _MAX_LANES = 8192
+# Drawn by one generator: whoever needs one of them draws all, and a generator takes longer to make than many places to draw.
+_DRAWN_LANES = 64
 # A lane's window begins and ends in the middle of a chunk: with fewer chunks, what is kept of those would fill the memory.
 _CHUNKS_PER_LANE = 3
 
@@ -114,11 +116,27 @@ class EpochOrder:
         sizes = stops - starts
         batches = min(self.window_batches, self.batches - number * self.window_batches)
         out = np.empty((len(lanes), batches * self.lane_batch), np.int64)
-        for row, (lane, size) in enumerate(zip(lanes, sizes.tolist(), strict=True)):
-            drawn = np.random.default_rng([self.seed, epoch, 1, number, lane]).permutation(size)
-            out[row] = drawn[: out.shape[1]]
+        places = np.arange(out.shape[1])
+        for block in range(lanes.start // _DRAWN_LANES, -(-lanes.stop // _DRAWN_LANES)):
+            drawn = self._draw_lanes(epoch, number, block)
+            first = block * _DRAWN_LANES
+            own = range(max(first, lanes.start), min(first + len(drawn), lanes.stop))
+            rows = slice(own.start - lanes.start, own.stop - lanes.start)
+            some = drawn[own.start - first : own.stop - first]
+            # Of a lane that has a token less than others, what the last place would be is left out.
+            is_short = sizes[rows, None] < drawn.shape[1]
+            skipped = is_short & (places >= np.argmax(some == drawn.shape[1] - 1, axis=1)[:, None])
+            out[rows] = np.take_along_axis(some, places + skipped, axis=1)
         out += (np.cumsum(sizes) - sizes)[:, None]
         return out
+
+    def _draw_lanes(self, epoch: int, number: int, block: int) -> Indices:
+        """Returns a permutation of a window's places for each lane of a block, `[lanes, places of the longest lane]`."""
+        lanes = range(block * _DRAWN_LANES, min((block + 1) * _DRAWN_LANES, self.num_lanes))
+        starts, stops = self._spans(number, range(self.num_lanes))
+        places = np.tile(np.arange(int((stops - starts).max())), (len(lanes), 1))
+        drawn: Indices = np.random.default_rng([self.seed, epoch, 1, number, block]).permuted(places, axis=1)
+        return drawn
 
     def _spans(self, window: int, lanes: range) -> tuple[Indices, Indices]:
         """Returns where in the row of all tokens each lane's window begins and ends; the last one has what no batch takes as well."""

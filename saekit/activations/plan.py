@@ -60,7 +60,9 @@ class CachePlan:
     widths: dict[str, int]
     """Hook point -> width of its activations."""
     size_bytes: int
-    """On disk, when finished."""
+    """On disk, when finished; before compression, if there is any."""
+    is_compressed: bool = False
+    """Whether it will be smaller than that."""
     free_bytes: int
     """On that disk now."""
     tokens_per_second: float
@@ -83,7 +85,7 @@ class CachePlan:
             disk = f"to upload to {self.upload_to}; up to {size_text(self.scratch_bytes)} here, {disk}"
         return (
             f"caching {self.num_tokens:,} tokens in {self.num_rows:,} rows at {hooks}:"
-            f" {size_text(self.size_bytes)} in {self.num_shards:,} shard{'s' if self.num_shards > 1 else ''}"
+            f" {'at most ' if self.is_compressed else ''}{size_text(self.size_bytes)} in {self.num_shards:,} shard{'s' if self.num_shards > 1 else ''}"
             f" ({disk}),"
             f" about {duration_text(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s"
         )
@@ -130,13 +132,15 @@ def plan_cache(
         num_shards=math.ceil(num_rows / config.shard_rows),
         widths=widths,
         size_bytes=size_bytes,
+        is_compressed=config.compression != "none",
         free_bytes=free_bytes(Path(out)),
         tokens_per_second=tokens.numel() / seconds,
         upload_to=upload_to,
         scratch_bytes=0 if upload_to is None else small + shards,
     )
     needed = plan.size_bytes if upload_to is None else plan.scratch_bytes
-    if needed > plan.free_bytes:
+    # How much smaller compression makes it shows only as it is written; a disk that fills then stops the cache, which goes on later.
+    if needed > plan.free_bytes and not plan.is_compressed:
         raise ResourceError(
             f"cache {str(out)!r}: {size_text(plan.free_bytes)} free on that disk, needs {size_text(needed)}"
             f" for {num_tokens:,} tokens; free some, choose another disk, or cache fewer tokens"

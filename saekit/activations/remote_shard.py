@@ -84,8 +84,8 @@ class RemoteShardFile(ShardFile):
     def _open(self) -> int:
         return self._size_bytes
 
-    def _read(self, offset: int, buffers: Sequence[Bytes]) -> None:
-        data = self._range(offset, offset + sum(map(len, buffers)))
+    def _read(self, offset: int, buffers: Sequence[Bytes], needed: int) -> None:
+        data = self._range(offset, offset + needed)
         for buffer in buffers:
             buffer[:], data = data[: len(buffer)], data[len(buffer) :]
 

@@ -7,6 +7,7 @@ training mixes pieces of many documents, and is the unit of reading and of check
 nothing else has to be read for it.
 """
 
+import errno
 import hashlib
 import os
 import warnings
@@ -22,7 +23,7 @@ from numcodecs import Blosc, Zstd
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
 from saekit.activations.codec import AnyArray
-from saekit.errors import StoreError
+from saekit.errors import ResourceError, StoreError
 
 __all__ = ["ChunkShape", "Compression", "ShardFile", "chunk_bounds", "chunk_shape", "shard_mark", "write_shard_file"]
 
@@ -38,6 +39,10 @@ _CHUNK_TOKENS = 32
 _ALIGNMENT = 64
 _CRC_BYTES = 4
 _INDEX_TYPE = np.dtype("<u8")
+# Written at a time: 37 MB in one call took 100 ms of CPU time on ext4 (Linux 6), in calls of 0.6 MB 15 ms.
+_WRITE_BYTES = 2**19
+# Read at a time, so that it is still near the processor when it is checked.
+_READ_BYTES = 2**20
 # The most that one call of the system takes.
 _MAX_BUFFERS = 1024
 
@@ -121,7 +126,7 @@ def write_shard_file(
     path = group_path / name / "c" / "0" / "0" / "0"
     path.parent.mkdir(parents=True)
     codec = _compressor(compression, array.itemsize)
-    spans, offset, crc = [], len(mark), google_crc32c.value(mark)
+    spans, offset, written, crc = [], len(mark), 0, google_crc32c.value(mark)
     with path.open("wb", buffering=0) as file:
         pending: list[Bytes | bytes] = [mark]
         for chunk in _chunks_of(array, shape):
@@ -132,9 +137,9 @@ def write_shard_file(
             spans.append((offset, size))
             offset += len(data) + len(end)
             pending += [data, end]
-            if len(pending) >= _MAX_BUFFERS:
+            if offset - written >= _WRITE_BYTES:
                 _write_all(file.fileno(), pending)
-                pending = []
+                pending, written = [], offset
         index = np.array(spans, _INDEX_TYPE).tobytes()
         index += google_crc32c.value(index).to_bytes(_CRC_BYTES, "little")
         _write_all(file.fileno(), [*pending, index])
@@ -155,7 +160,7 @@ def _chunks_of(array: AnyArray, shape: ChunkShape) -> "list[Bytes]":
 
 
 def _write_all(handle: int, buffers: "list[Bytes | bytes]") -> None:
-    left = [memoryview(buffer) for buffer in buffers]
+    left = [memoryview(buffer) for buffer in buffers]  # type: ignore[arg-type]  # arrays are buffers
     while left:
         left = _after(left, os.writev(handle, left[:_MAX_BUFFERS]))
 
@@ -204,20 +209,23 @@ class ShardFile:
             mark: of the shard that it has to be.
 
         Raises:
+            ResourceError: too many files are open.
             StoreError: it cannot be read, is another shard's, or its index is damaged.
         """
         self._path = path
         self._chunk_bytes = chunk_bytes
+        self._stride = chunk_bytes + _CRC_BYTES + -(chunk_bytes + _CRC_BYTES) % _ALIGNMENT
+        self._run = max(1, min(_READ_BYTES // chunk_bytes, _MAX_BUFFERS // 3))
         self._codec = _compressor(compression, item_bytes)
         size = num_chunks * 2 * _INDEX_TYPE.itemsize
         end = self._open()
         found = np.empty(len(mark), np.uint8)
-        self._read(0, [found])
+        self._read(0, [found], len(found))
         if found.tobytes() != mark:
             raise self._unreadable("belongs to another cache, hook point or place, or has changed since it was written")
         index = np.empty(size + _CRC_BYTES, np.uint8)
-        self._read(max(0, end - len(index)), [index])
-        if google_crc32c.value(index[:size]) != _number(index[size:]):
+        self._read(max(0, end - len(index)), [index], len(index))
+        if _crc_bytes(index[:size]) != index[size:].tobytes():
             raise self._unreadable("its index has changed since it was written")
         self._spans: list[list[int]] = index[:size].view(_INDEX_TYPE).reshape(-1, 2).tolist()
 
@@ -227,6 +235,8 @@ class ShardFile:
             self._handle = os.open(self._path, os.O_RDONLY)
             return os.fstat(self._handle).st_size
         except OSError as error:
+            if error.errno == errno.EMFILE:
+                raise ResourceError(f"{str(self._path)!r}: too many open files, needs a higher 'ulimit -n'") from error
             raise self._unreadable(error.strerror or str(error)) from error
 
     def __del__(self) -> None:
@@ -246,43 +256,51 @@ class ShardFile:
         if self._codec is not None:
             self._read_compressed(chunks, sizes, out)
             return
-        start, first = 0, 0
+        # This runs for every few thousand numbers of a training: each step of the interpreter shows.
+        spans, whole, stride, crc_of = self._spans, self._chunk_bytes, self._stride, google_crc32c.value
+        ends = np.empty((len(chunks), stride - whole), np.uint8)
+        found: list[int] = []
+        place, first = 0, 0
         while first < len(chunks):
-            offset = at = self._spans[chunks[first]][0]
+            offset = at = spans[chunks[first]][0]
             buffers: list[Bytes] = []
             last = first
-            # Each chunk into its place, what lies between them aside.
-            while last < len(chunks) and self._spans[chunks[last]][0] == at and len(buffers) + 2 <= _MAX_BUFFERS:
+            # Neighbours: each into its place, what lies between them aside.
+            while last < len(chunks) and last - first < self._run and spans[chunks[last]][0] == at:
                 size = sizes[last]
-                rest = self._chunk_bytes - size + _CRC_BYTES
-                gap = -(self._chunk_bytes + _CRC_BYTES) % _ALIGNMENT
-                buffers += [out[start : start + size], np.empty(rest + gap, np.uint8)]
-                start += size
-                at += size + rest + gap
-                last += 1
-            self._read(offset, buffers)
-            for place, number in enumerate(chunks[first:last]):
-                data, rest_of = buffers[2 * place], buffers[2 * place + 1]
-                crc = google_crc32c.value(data)
-                end = self._chunk_bytes - len(data)
-                if end:
-                    crc = google_crc32c.extend(crc, rest_of[:end])
-                self._check(number, crc, rest_of[end : end + _CRC_BYTES])
+                buffers.append(out[place : place + size])
+                if size < whole:
+                    buffers.append(np.empty(whole - size, np.uint8))
+                buffers.append(ends[last])
+                place, at, last = place + size, at + stride, last + 1
+            self._read(offset, buffers, at - offset)
+            index = 0
+            for size in sizes[first:last]:
+                crc = crc_of(buffers[index])
+                if size < whole:
+                    index += 1
+                    crc = google_crc32c.extend(crc, buffers[index])
+                found.append(crc)
+                index += 2
             first = last
+        expected = np.ascontiguousarray(ends[:, :_CRC_BYTES]).view("<u4")[:, 0]
+        if len(wrong := np.flatnonzero(expected != np.array(found, np.uint32))):
+            raise self._damaged(chunks[wrong[0]])
 
     def _read_compressed(self, chunks: list[int], sizes: list[int], out: Bytes) -> None:
         start = 0
         for chunk, size in zip(chunks, sizes, strict=True):
             offset, length = self._spans[chunk]
             stored = np.empty(length, np.uint8)
-            self._read(offset, [stored])
+            self._read(offset, [stored], length)
             self._take(chunk, stored, out[start : start + size])
             start += size
 
     def _take(self, chunk: int, stored: Bytes, target: Bytes) -> None:
         """Checks a chunk as it is in the file, its crc32c included, and puts its first bytes into `target`."""
         data = stored[:-_CRC_BYTES]
-        self._check(chunk, google_crc32c.value(data), stored[-_CRC_BYTES:])
+        if _crc_bytes(data) != stored[-_CRC_BYTES:].tobytes():
+            raise self._damaged(chunk)
         if self._codec is None:
             target[:] = data[: len(target)]
         elif len(target) == self._chunk_bytes:
@@ -290,22 +308,23 @@ class ShardFile:
         else:
             target[:] = np.frombuffer(self._codec.decode(data), np.uint8)[: len(target)]
 
-    def _read(self, offset: int, buffers: Sequence[Bytes]) -> None:
-        needed = sum(map(len, buffers))
-        left, found = [memoryview(buffer) for buffer in buffers], 0
+    def _read(self, offset: int, buffers: Sequence[Bytes], needed: int) -> None:
         try:
-            # More than once after a signal, or where one call gives less than asked for.
-            while left and (part := os.preadv(self._handle, left, offset + found)):
-                found += part
-                left = _after(left, part)
+            found = part = os.preadv(self._handle, buffers, offset)  # type: ignore[arg-type]  # arrays are buffers
+            if found < needed:
+                # After a signal, or where one call gives less than asked for.
+                left = [memoryview(buffer) for buffer in buffers]  # type: ignore[arg-type]  # arrays are buffers
+                while part and found < needed:
+                    left = _after(left, part)
+                    part = os.preadv(self._handle, left, offset + found)
+                    found += part
         except OSError as error:
             raise self._unreadable(error.strerror or str(error)) from error
         if found != needed:
             raise self._unreadable(f"{found:,} bytes at {offset:,}, needs {needed:,}")
 
-    def _check(self, chunk: int, found: int, expected: Bytes) -> None:
-        if found != _number(expected):
-            raise self._unreadable(f"chunk {chunk} has changed since it was written (crc32c differs)")
+    def _damaged(self, chunk: int) -> StoreError:
+        return self._unreadable(f"chunk {chunk} has changed since it was written (crc32c differs)")
 
     def _unreadable(self, what: str) -> StoreError:
         return StoreError(
@@ -314,8 +333,9 @@ class ShardFile:
         )
 
 
-def _number(crc: Bytes) -> int:
-    return int.from_bytes(crc.tobytes(), "little")
+def _crc_bytes(data: Bytes) -> bytes:
+    crc: int = google_crc32c.value(data)
+    return crc.to_bytes(_CRC_BYTES, "little")
 
 
 def _after(buffers: list[memoryview], taken: int) -> list[memoryview]:

@@ -78,10 +78,10 @@ def _remove(path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    if path.is_dir():
-        for entry in path.rglob("*"):
-            _flush_one(entry)
-    _flush_one(path)
+    entries = [*path.rglob("*"), path] if path.is_dir() else [path]
+    # At once, since a journal takes what comes together together: one after another, each small file waits for a commit of its own.
+    with ThreadPoolExecutor(len(entries), thread_name_prefix="saekit-flush") as pool:
+        list(pool.map(_flush_one, entries))
 
 
 def _flush_one(path: Path) -> None:

@@ -121,8 +121,11 @@ class _Group:
             return None
         batches = first.open_source(self.layout, stack)
         assert isinstance(batches, ShuffledBatches)
-        if self.accelerator.is_main_process:
-            self.progress.say(str(measure_mixing(batches, num_batches=4)))
+        if self.layout.is_main_process:
+            mixing = measure_mixing(batches, num_batches=4)
+            self.progress.say(str(mixing))
+            for trainer in self.trainers.values():
+                trainer.mixing = mixing
         return SharedBatches(batches)
 
     def _say_memory(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saekit.activations.joined import JoinedStore, PairedStore
-from saekit.activations.mixing import measure_mixing
+from saekit.activations.mixing import Mixing, measure_mixing
 from saekit.activations.shuffle import ShuffledBatches
 from saekit.activations.source import ActivationSource
 from saekit.activations.view import StoreView
@@ -54,6 +54,7 @@ class Trainer:
         sae: what is trained; holds its final weights, for raw activations, after `fit`.
         config: how.
         train: from what.
+        mixing: how many documents a batch mixes, once the training has begun; None where that is not known.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Trainer:
         self.sae = sae
         self.config = config
         self.train = train
+        self.mixing: Mixing | None = None
         self._test = test
         for what, data in (("training", train), ("test", test)):
             if data is not None and data.d_in != batch_width(sae):
@@ -171,7 +173,8 @@ class Trainer:
             progress.say(f"{out}: already trained")
             return None
         if own and isinstance(source, ShuffledBatches) and layout.is_main_process:
-            progress.say(str(measure_mixing(source, num_batches=4)))
+            self.mixing = measure_mixing(source, num_batches=4)
+            progress.say(str(self.mixing))
         # Taken once for all processes of a run: the others write nothing but their parts of a checkpoint.
         stack.enter_context(locked(out) if layout.is_main_process else contextlib.nullcontext())
         state = self._checkpoint(out, layout)
@@ -191,7 +194,8 @@ class Trainer:
             sae.hook_point, sae.source = self._hook_point(), self._source() | facts
             sae.save(out)
             keep_newest(out, 1)
-            finish_stage(out, {"tokens": run.tokens, "steps": run.step, **facts})
+            mixing = {} if self.mixing is None else {"mixing": round(self.mixing.ratio, 3)}
+            finish_stage(out, {"tokens": run.tokens, "steps": run.step, **mixing, **facts})
             self._say_fvu_by_site(sae, facts, loop.progress)
             self._say_if_l0_is_missed(facts.get("l0"), loop.progress)
         layout.wait_for_everyone()

@@ -1,5 +1,7 @@
 """Codecs: what is stored is what comes back, and quantised tokens keep the error that their scale allows."""
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ from saekit.activations.shardfile import (
     shard_mark,
     write_shard_file,
 )
-from saekit.errors import NonFiniteError, StoreError
+from saekit.errors import NonFiniteError, ResourceError, StoreError
 from saekit.models import LanguageModel, replace
 
 MakeConfig = Callable[..., CacheConfig]
@@ -68,8 +70,9 @@ def test_shard_file_is_a_zarr_array_and_reads_by_chunk(
     bounds, flat = chunk_bounds(7, context_len, shape), array.reshape(-1, 5)
     options = {"num_chunks": len(bounds) - 1, "chunk_bytes": shape.rows * shape.positions * 10, "item_bytes": 2}
     assert shape.num_chunks(7, context_len) == len(bounds) - 1
+    # So few that neighbours are read in several goes.
+    monkeypatch.setattr("saekit.activations.shardfile._MAX_BUFFERS", 6)
     file = ShardFile(path, compression=compression, mark=mark, **options)
-    monkeypatch.setattr("saekit.activations.shardfile._MAX_BUFFERS", 5)
     for chunks in (np.arange(len(bounds) - 1), np.array([0]), np.array([1, 2])):
         sizes = np.diff(bounds)[chunks]
         out = np.empty((sizes.sum(), 5), array.dtype)
@@ -85,6 +88,15 @@ def test_shard_file_is_a_zarr_array_and_reads_by_chunk(
     path.write_bytes(damaged[:-1])
     with pytest.raises(StoreError, match="its index has changed"):
         ShardFile(path, compression=compression, mark=mark, **options)
+
+
+def test_too_many_open_files_are_told_from_a_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(ResourceError, match="too many open files, needs a higher 'ulimit -n'"):
+        ShardFile(tmp_path, num_chunks=1, chunk_bytes=1, item_bytes=1, compression="none", mark=b"")
 
 
 @pytest.mark.parametrize(

@@ -1,85 +1,108 @@
-"""Several processes write the bytes that one writes, and one that is killed leaves what the same command goes on from."""
+"""Several processes write the bytes that one writes, and what stops one of them leaves what the same command goes on from."""
 
+import errno
 import os
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 
-from saekit.activations import CacheConfig, cache_activations
-from saekit.manifest import manifest_sha256, write_json
+from saekit.activations import CacheConfig, cache_activations, writer
+from saekit.activations.collect import ShardWriter
+from saekit.activations.writer import Shard
+from saekit.manifest import manifest_sha256
 from saekit.models import LanguageModel
+from tests.saekit.training.ranks import forks, free_port, join
 
 MakeConfig = Callable[..., CacheConfig]
 Tree = Callable[[Path], dict[str, bytes]]
 HOOK_POINTS = ["model.layers.1", "model.layers.0:input"]
 
-# Writes caches one after another; in the last one the process with rank 1 is killed before its first shard.
-SCRIPT = """
-import json, os, signal, sys
-import torch
-from saekit.activations import CacheConfig, cache_activations, collect
 
-torch.set_num_threads(1)
-config = CacheConfig.parse(json.load(open(sys.argv[1])))
-cache_activations(config, sys.argv[2])
-submit, calls = collect.ShardWriter.submit, []
+def write_caches(rank: int, world_size: int, port: int, config: CacheConfig, out: Path) -> None:
+    """Writes three caches: one whole, one on a disk that is full for rank 0, and one in which rank 1 is killed before its first shard."""
+    join(rank, world_size, port)
+    cache_activations(config, out / "whole")
+    submit, write = ShardWriter.submit, writer.write_shard_file
 
-def kill(self, shards):
-    calls.append(1)
-    if os.environ["RANK"] == "1" and len(calls) == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    submit(self, shards)
+    def fill(*args: object, **settings: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-collect.ShardWriter.submit = kill
-try:
-    cache_activations(config, sys.argv[3])
-except OSError as error:
-    sys.exit(str(error))
-"""
+    def kill(self: ShardWriter, shards: list[Shard]) -> None:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        submit(self, shards)
+
+    if rank == 0:
+        writer.write_shard_file = fill  # type: ignore[assignment]  # in this process alone
+    stopped(config, out / "full", out / f"full_{rank}.txt")
+    writer.write_shard_file = write
+    ShardWriter.submit = kill  # type: ignore[method-assign, assignment]  # in this process alone
+    stopped(config, out / "killed", out / f"killed_{rank}.txt")
+    # No clean-up of gloo's threads: the others are gone.
+    os._exit(0)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+def stopped(config: CacheConfig, cache: Path, message: Path) -> None:
+    """Writes a cache that cannot be finished, and what it says about that."""
+    try:
+        cache_activations(config, cache)
+    except OSError as error:
+        message.write_text(str(error), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def running(
+    make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, tuple[Path, list[ForkServerProcess]]]:
+    """Number of processes -> their folder and the processes, all at work."""
+    found = {}
+    for world_size in (2, 3):
+        out, port = tmp_path_factory.mktemp(f"writers{world_size}"), free_port()
+        settings = {"dtype": "int8", "compression": "lz4"} if world_size == 3 else {}
+        config = make_config(hook_points=HOOK_POINTS, **settings)
+        processes = [
+            forks().Process(target=write_caches, args=(rank, world_size, port, config, out))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        found[world_size] = out, processes
+    return found
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_store_written_by_several_processes_is_that_of_one(
-    world_size: int, make_config: MakeConfig, cached: Path, lm: LanguageModel, tmp_path: Path, tree_of: Tree
+    world_size: int,
+    running: dict[int, tuple[Path, list[ForkServerProcess]]],
+    make_config: MakeConfig,
+    cached: Path,
+    lm: LanguageModel,
+    tmp_path: Path,
+    tree_of: Tree,
 ) -> None:
-    root, port = Path(__file__).parents[3], free_port()
-    config = make_config(hook_points=HOOK_POINTS)
-    write_json(tmp_path / "config.json", config.to_dict())
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "config.json"), str(tmp_path / "a"), str(tmp_path / "b")]
-    running = []
+    out, processes = running[world_size]
+    config, alone = make_config(hook_points=HOOK_POINTS), cached
+    if world_size == 3:
+        config = make_config(hook_points=HOOK_POINTS, dtype="int8", compression="lz4")
+        alone = cache_activations(config, tmp_path / "alone", lm=lm).path
+    for process in processes:
+        process.join(timeout=240)
+    assert [process.exitcode for process in processes] == [0, -signal.SIGKILL, 0][:world_size]
+    assert tree_of(out / "whole") == tree_of(alone)
+    assert manifest_sha256(out / "whole") == manifest_sha256(alone)
     for rank in range(world_size):
-        environment = os.environ | {
-            "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}",
-            "RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-        running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    try:
-        ended = [process.communicate(timeout=240)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    for rank, (process, errors) in enumerate(zip(running, ended, strict=True)):
-        assert process.returncode == (-signal.SIGKILL if rank == 1 else 1), errors
-        assert rank == 1 or "another of its processes has ended" in errors
-    assert tree_of(tmp_path / "a") == tree_of(cached)
-    assert manifest_sha256(tmp_path / "a") == manifest_sha256(cached)
-    left = {path.name for path in (tmp_path / "b").rglob("shard-*.json")}
-    assert 0 < len(left) < 4
-    cache_activations(config, tmp_path / "b", lm=lm)
-    assert tree_of(tmp_path / "b") == tree_of(cached)
+        full = (out / f"full_{rank}.txt").read_text(encoding="utf-8")
+        assert "No space left on device; what is finished stays: run the same command again" in full
+        if rank != 1:
+            assert "another of its processes has ended" in (out / f"killed_{rank}.txt").read_text(encoding="utf-8")
+    for name in ("full", "killed"):
+        left = {path: path.stat().st_mtime_ns for path in (out / name).rglob("shard-*.json")}
+        # Two hook points of four shards: those of the other processes are there.
+        assert 0 < len(left) < 8
+        assert not list((out / name).rglob(".shard-*.tmp"))
+        cache_activations(config, out / name, lm=lm)
+        assert {path: path.stat().st_mtime_ns for path in left} == left
+        assert tree_of(out / name) == tree_of(alone)
