@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,6 +40,9 @@ __all__ = [
 
 MANIFEST_NAME = "manifest.json"
 LOCK_NAME = ".lock"
+
+# It can only be read by setting it, for all threads.
+_UMASK = threading.Lock()
 
 StageState = Literal["new", "resume", "complete"]
 
@@ -86,8 +90,9 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes files that only the owner can read; artifacts follow the umask like any other file.
-        umask = os.umask(0)
-        os.umask(umask)
+        with _UMASK:
+            umask = os.umask(0)
+            os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     except OSError as error:

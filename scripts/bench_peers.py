@@ -83,15 +83,19 @@ class WorkerProcess:
         return answer
 
 
-def peer_python(environment: Path) -> Path:
-    """Returns the Python of the peers' environment, which is made where it is missing."""
+def peer_python(environment: Path, peers: Sequence[str] = PEERS) -> Path:
+    """Returns the Python of the peers' environment, which is made where it is missing.
+
+    Raises:
+        subprocess.CalledProcessError: they cannot be installed.
+    """
     python = environment / "bin" / "python"
     if not (environment / ".installed").exists():
-        print(f"installing {', '.join(PEERS)} into {environment.name}", flush=True)
+        print(f"installing {', '.join(peers)} into {environment.name}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
         pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet"]
         subprocess.run([*pip, "install", TORCH], check=True)
-        subprocess.run([*pip, "install", "torch<2.14", *PEERS], check=True)
+        subprocess.run([*pip, "install", "torch<2.14", *peers], check=True)
         # Its wheel in the index is built for CUDA, and makes transformers fail beside a torch that is not.
         subprocess.run([*pip, "uninstall", "--yes", "torchvision"], check=True)
         (environment / ".installed").touch()

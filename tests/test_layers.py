@@ -28,6 +28,7 @@ ROOMS: dict[str, set[str]] = {
 # Third party -> the only places that may import it.
 ONLY_IN = {
     "zarr": "saekit/activations/",
+    "obstore": "saekit/activations/providers.py",
     "accelerate": "saekit/training/",
     "bitsandbytes": "saekit/training/low_bit.py",
     "openai": "saekit/labelling/client.py",

@@ -87,7 +87,7 @@ plan_command.register(app)
 @app.command(epilog="Example:  saekit cache RECIPE.toml cache.num_tokens=10_000_000 --dry-run")
 @_guarded
 def cache(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Stream the model's activations to disk."""
+    """Stream the model's activations to disk, or with storage.url=s3://bucket/folder to an object store."""
     from saekit_pipelines.stages import Pipeline
 
     pipeline = Pipeline.load(recipe, overrides or [], progress=first_process_progress())
@@ -226,7 +226,12 @@ def status(
 @app.command(epilog="Example:  saekit verify runs/quickstart/cache --repair")
 @_guarded
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A cache folder.", show_default=False)],
+    folder: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR", help="A cache folder, or its s3://, gs:// or http(s):// URL.", show_default=False
+        ),
+    ],
     repair: Annotated[
         bool, typer.Option("--repair", help="Forget the broken parts; 'saekit cache' then makes exactly those anew.")
     ] = False,

@@ -131,8 +131,14 @@ def _print_facts(planned: "RecipePlan", console: Console) -> None:
     from saekit.activations.plan import size_text
 
     cache = planned.cache
-    lacks = "" if cache.is_finished or cache.size.size_bytes <= cache.free_bytes else " [red]does not fit[/red]"
-    console.print(f"[bold]disk[/bold]  {size_text(cache.size.size_bytes)}, {size_text(cache.free_bytes)} free{lacks}")
+    if cache.upload_to is not None:
+        to = f"{size_text(cache.size.size_bytes)} to upload to {cache.upload_to}"
+        console.print(f"[bold]storage[/bold]  {escape(to)}", soft_wrap=True)
+    else:
+        lacks = "" if cache.fits_disk else " [red]does not fit[/red]"
+        console.print(
+            f"[bold]disk[/bold]  {size_text(cache.size.size_bytes)}, {size_text(cache.free_bytes)} free{lacks}"
+        )
     layouts: dict[str, list[str]] = {}
     for stage in planned.train:
         layouts.setdefault(stage.plan.why, []).append(stage.name)
@@ -208,6 +214,7 @@ def _as_json(planned: "RecipePlan") -> dict[str, object]:
         "cache": {
             **cache.size._asdict(),
             "free_bytes": cache.free_bytes,
+            "upload_to": cache.upload_to,
             "model_bytes": cache.model_bytes,
             "tokens_per_second": cache.tokens_per_second,
             "limit": cache.limit,

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from saekit.activations.codec import token_bytes
 from saekit.activations.config import CacheConfig
 from saekit.activations.plan import CacheSize, cache_size, free_bytes
-from saekit.activations.stored import ITEM_BYTES
 from saekit.errors import ConfigError, ModelError
 from saekit.manifest import read_manifest
 from saekit.models.outline import ModelOutline, outline_model
@@ -28,6 +28,8 @@ class CacheStage:
     """What it will hold."""
     free_bytes: int
     """On the disk where it will be."""
+    upload_to: str | None
+    """URL where it will be instead."""
     model_bytes: int
     """The language model on the device."""
     tokens_per_second: float
@@ -36,6 +38,11 @@ class CacheStage:
     """The forward, or the disk."""
     is_finished: bool
     """Whether it is there already."""
+
+    @property
+    def fits_disk(self) -> bool:
+        """Whether the disk has room for it, if that is where it will be."""
+        return self.is_finished or self.upload_to is not None or self.size.size_bytes <= self.free_bytes
 
     @property
     def hours(self) -> float:
@@ -107,8 +114,7 @@ class RecipePlan:
     @property
     def is_possible(self) -> bool:
         """Whether disk and devices hold it."""
-        fits_disk = self.cache.is_finished or self.cache.size.size_bytes <= self.cache.free_bytes
-        return fits_disk and all(stage.is_finished or stage.plan.fits for stage in self.train)
+        return self.cache.fits_disk and all(stage.is_finished or stage.plan.fits for stage in self.train)
 
 
 def plan_recipe(
@@ -147,13 +153,13 @@ def plan_recipe(
     for name, run in recipe.train.items():
         cfg = _sized(recipe, name, outline.widths)
         points = _hook_points(recipe, name)
-        token_bytes = sum(outline.widths[point] for point in points) * ITEM_BYTES[recipe.cache.dtype]
+        stored = sum(token_bytes(recipe.cache.dtype, outline.widths[point]) for point in points)
         kept = int(cache.size.num_tokens * (1 - recipe.split.test_fraction))
         plan = plan_training(
             cfg,
             run.training,
             hardware,
-            store=StoreSize(num_tokens=kept, token_bytes=token_bytes),
+            store=StoreSize(num_tokens=kept, token_bytes=stored),
             num_nodes=num_nodes,
             lm=None if run.training.objective is None else lm,
         )
@@ -192,6 +198,7 @@ def _cache_stage(recipe: Recipe, outline: ModelOutline, hardware: Hardware, disk
     return CacheStage(
         size=size,
         free_bytes=free_bytes(disk or recipe.folder),
+        upload_to=None if recipe.storage is None else recipe.storage.url,
         model_bytes=outline.num_bytes,
         tokens_per_second=rates[limit],
         limit=limit,

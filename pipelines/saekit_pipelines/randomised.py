@@ -30,11 +30,15 @@ MAIN = ("pearson", "f1", "accuracy")
 def randomised_recipe(recipe: "Recipe") -> "Recipe":
     """Returns the recipe of the control: other weights, a folder in the recipe's own, nothing else changed."""
     model = recipe.cache.model.model_copy(update={"random_weights": "all"})
+    storage = recipe.storage
+    if storage is not None:
+        storage = storage.model_copy(update={"url": f"{storage.url.rstrip('/')}/{RANDOMISED_NAME}"})
     return recipe.model_copy(
         update={
             "name": f"{recipe.name}, random weights",
             "out": str(recipe.folder / RANDOMISED_NAME),
             "cache": recipe.cache.model_copy(update={"model": model}),
+            "storage": storage,
             "controls": recipe.controls.model_copy(update={"random_weights": False}),
         }
     )

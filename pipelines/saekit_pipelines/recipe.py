@@ -7,6 +7,7 @@ from typing import Annotated, get_args
 from pydantic import Field
 
 from saekit.activations import CacheConfig
+from saekit.activations.location import RemoteConfig
 from saekit.config import Config, apply_overrides, read_toml
 from saekit.errors import ConfigError
 from saekit.evaluation import EvaluationConfig
@@ -72,6 +73,8 @@ class Recipe(Config):
     """Folder of the run; each stage writes a folder of its own inside."""
     cache: CacheConfig
     """Model, text, tokens and hook points."""
+    storage: RemoteConfig | None = None
+    """Where the activations lie; None = in the run's folder. No part of the cache's identity: they may be moved."""
     train: dict[SAEName, TrainRun] = Field(min_length=1)
     """The SAEs, by name: letters, digits, `_`, `-` and `.`, as a folder is called after it."""
     split: SplitConfig = SplitConfig()

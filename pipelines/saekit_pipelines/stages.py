@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from saekit.activations import ActivationStore, JoinedStore, PairedStore, StoreView, cache_activations, plan_cache
+from saekit.activations.location import attach
 from saekit.errors import ConfigError, SaekitError
 from saekit.evaluation import Evaluation, EvaluationTable, evaluate, read_evaluation, summary_table
 from saekit.hub import load_sae
@@ -51,6 +52,9 @@ class Pipeline:
         """Returns the folder of a stage: `<out>/<stage>` or, per SAE, `<out>/<stage>/<name>`."""
         return self.folder / stage / name if name else self.folder / stage
 
+    def _cache_folder(self) -> Path:
+        return attach(self.stage_folder("cache"), self.recipe.storage)
+
     @cached_property
     def lm(self) -> LanguageModel:
         """The language model, loaded when a stage first needs it."""
@@ -65,12 +69,12 @@ class Pipeline:
             ConfigError: it was cached with other values than the recipe has now.
         """
         self._check_cached()
-        folder = self.stage_folder("cache")
-        if several := self.recipe.hook_points(name):
-            return JoinedStore([ActivationStore.open(folder, hook_point) for hook_point in several])
-        store = ActivationStore.open(folder, self.recipe.hook_point(name))
-        target = self.recipe.target_hook_point(name)
-        return store if target is None else PairedStore(store, ActivationStore.open(folder, target))
+        folder, target = self._cache_folder(), self.recipe.target_hook_point(name)
+        names = self.recipe.hook_points(name) or (self.recipe.hook_point(name), *([] if target is None else [target]))
+        stores = [ActivationStore.open(folder, hook_point) for hook_point in names]
+        # The manifest of one elsewhere is here only now.
+        self._check_cached()
+        return stores[0] if len(stores) == 1 else JoinedStore(stores) if target is None else PairedStore(*stores)
 
     def views(self, name: str) -> tuple[StoreView, StoreView]:
         """Returns the training and the held-out documents' tokens for the SAE called `name`."""
@@ -133,7 +137,7 @@ class Pipeline:
         """
         self._check_widths()
         with self._timed("cache", self.stage_folder("cache")):
-            cache_activations(self.recipe.cache, self.stage_folder("cache"), lm=self.lm, progress=self.progress)
+            cache_activations(self.recipe.cache, self._cache_folder(), lm=self.lm, progress=self.progress)
 
     def train(self, only: str | None = None, *, together: bool = False) -> None:
         """Trains the recipe's SAEs, or the one called `only`.
@@ -303,7 +307,8 @@ class Pipeline:
 
     def _describe(self, stage: str, name: str | None) -> str:
         if stage == "cache":
-            return plan_cache(self.recipe.cache, self.stage_folder("cache"), lm=self.lm).summary()
+            url = None if self.recipe.storage is None else self.recipe.storage.url
+            return plan_cache(self.recipe.cache, self.stage_folder("cache"), lm=self.lm, upload_to=url).summary()
         if stage == "train" and name is not None:
             run = self.recipe.train[name]
             sites = len(self.recipe.hook_points(name))

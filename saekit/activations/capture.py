@@ -1,5 +1,6 @@
 """Forwards of token rows, brought to the host in the stored dtype and checked there."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -8,8 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from saekit.activations.codec import CODECS, AnyArray
 from saekit.activations.rows import TokenTable
-from saekit.activations.stored import TORCH_DTYPES, AnyArray, to_numpy
 from saekit.errors import NonFiniteError, StoreError
 from saekit.models.hooks import capture
 from saekit.models.load import LanguageModel
@@ -24,7 +25,9 @@ class CapturedBatch:
     rows: npt.NDArray[np.int64]
     """`[B]` consecutive row ids."""
     stored: dict[str, AnyArray]
-    """Hook point -> `[B, T, D]` in the stored form."""
+    """Hook point -> `[B, T, width]` in the stored form."""
+    widths: dict[str, int]
+    """Hook point -> width of an activation."""
     norm: dict[str, npt.NDArray[np.float32]]
     """Hook point -> `[B, T]` norm of what is stored."""
 
@@ -53,7 +56,7 @@ class BatchCapture:
         """
         self._lm = lm
         self._hook_points = tuple(hook_points)
-        self._dtype = dtype
+        self._codec = CODECS[dtype]
         self._shard = shard
 
     def batches(self, table: TokenTable, rows: npt.NDArray[np.int64], batch_size: int) -> Iterator[CapturedBatch]:
@@ -85,10 +88,10 @@ class BatchCapture:
         hidden = capture(self._lm, tokens, self._hook_points, attention_mask=mask)
         stored, norm, peak = {}, {}, {}
         for name, values in hidden.items():
-            cast = values.to(TORCH_DTYPES[self._dtype])
-            norm[name] = _to_host(torch.linalg.vector_norm(cast, dim=-1, dtype=torch.float32))
-            stored[name] = _to_host(cast)
-            if self._dtype == "float16":
+            coded = self._codec.encode(values)
+            norm[name] = _to_host(torch.linalg.vector_norm(self._codec.decode(coded), dim=-1, dtype=torch.float32))
+            stored[name] = _to_host(coded)
+            if self._codec.name == "float16":
                 peak[name] = _to_host(values.abs().amax(dim=-1).to(torch.float32))
         copied = None
         if any(values.is_cuda for values in hidden.values()):
@@ -108,12 +111,13 @@ class BatchCapture:
                 self._refuse(batch, name, bad)
         return CapturedBatch(
             rows=batch.rows,
-            stored={name: to_numpy(values) for name, values in batch.stored.items()},
+            stored={name: self._codec.to_array(values) for name, values in batch.stored.items()},
+            widths={name: values.shape[-1] for name, values in batch.hidden.items()},
             norm={name: values.numpy() for name, values in batch.norm.items()},
         )
 
     def _refuse(self, batch: _InFlight, name: str, bad: Tensor) -> None:
-        limit = torch.finfo(TORCH_DTYPES[self._dtype]).max
+        limit = torch.finfo(self._codec.tensor).max if self._codec.tensor.is_floating_point else math.inf
         for row, position in bad.nonzero().tolist():
             values = batch.hidden[name][row, position].to("cpu", torch.float64)
             where = f"hook point {name!r}: shard {self._shard}, row {int(batch.rows[row])}, position {position}"
@@ -124,9 +128,9 @@ class BatchCapture:
                 )
             worst = float(values[values.abs().argmax()])
             if abs(worst) > limit:
-                wider = "bfloat16" if self._dtype == "float16" else "float32"
+                wider = "bfloat16" if self._codec.name == "float16" else "float32"
                 raise StoreError(
-                    f"{where}: {worst:,.0f}, {self._dtype} holds up to {limit:,.0f}; set dtype = {wider!r} and use another"
+                    f"{where}: {worst:,.0f}, {self._codec.name} holds up to {limit:,.0f}; set dtype = {wider!r} and use another"
                     " output folder"
                 )
 

@@ -1,5 +1,6 @@
 """Texts through a model into a cache: token rows, then one forward a batch, then shards, then statistics."""
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from saekit.activations.capture import BatchCapture, CapturedBatch
+from saekit.activations.codec import AnyArray, token_bytes
 from saekit.activations.config import CacheConfig
 from saekit.activations.layout import (
     INDEX_NAME,
@@ -15,6 +17,8 @@ from saekit.activations.layout import (
     STATISTICS_NAME,
     TOKENS_RECORD_NAME,
     HookIndex,
+    LocalFiles,
+    PartRecord,
     ShardRecord,
     ShardSpan,
     file_problems,
@@ -22,20 +26,26 @@ from saekit.activations.layout import (
     read_record,
     record_files,
     record_name,
+    refuse_earlier,
+    shard_file,
     shard_name,
     shard_spans,
     write_record,
 )
+from saekit.activations.location import find_cache
 from saekit.activations.plan import free_bytes, plan_cache
 from saekit.activations.reader import ShardReader
+from saekit.activations.remote import Remote
 from saekit.activations.rows import TokenTable, read_token_table, write_token_table
-from saekit.activations.statistics import Statistics, compute_statistics, tell_massive, write_statistics
+from saekit.activations.shardfile import ChunkShape, chunk_shape
+from saekit.activations.statistics import Statistics, compute_statistics, massive_note, tell_massive, write_statistics
 from saekit.activations.store import ActivationStore, cache_identity
-from saekit.activations.stored import AnyArray, numpy_dtype, read_arrays, write_arrays
+from saekit.activations.stored import read_arrays, write_arrays
 from saekit.activations.verify import reopen_stage, verify_store
 from saekit.activations.writer import Shard, ShardWriter, remove_leftovers, staged
-from saekit.errors import ResourceError, StoreError
-from saekit.manifest import begin_stage, file_sha256, finish_stage, locked, read_manifest
+from saekit.activations.writers import Writers, join_writers
+from saekit.errors import ResourceError, SaekitError, StoreError
+from saekit.manifest import MANIFEST_NAME, begin_stage, file_sha256, finish_stage, locked, read_manifest
 from saekit.models.hooks import resolve
 from saekit.models.load import LanguageModel, load_model
 from saekit.models.texts import iter_documents, text_fingerprint
@@ -51,9 +61,11 @@ def cache_activations(
     """Returns the finished cache in `out`, after doing what is missing of it.
 
     A run that was stopped goes on at its first missing shard, and ends with the same bytes as one that was not. A finished
-    cache is only checked for missing and truncated files, which are made anew.
+    cache is only checked for missing and truncated files, which are made anew. Where torchrun or `accelerate launch` has
+    started several processes, each writes its own shards, and the bytes are those that one would write.
 
     Args:
+        out: folder, or `s3://` or `gs://` URL of one: then each shard is sent there when it is finished, and its record last.
         lm: the model of `config.model`, if it is loaded already.
 
     Raises:
@@ -62,49 +74,86 @@ def cache_activations(
         DataError: the text cannot be read or is empty.
         NonFiniteError: NaN or Inf in the activations; says where.
         StoreError: a value that the stored dtype cannot hold; says where.
-        ResourceError: the disk is full or not writable; what is finished stays.
+        ResourceError: the disk is full or not writable, the URL cannot be reached, or another of the processes has ended; what is
+            finished stays.
+        MissingDependencyError: what writes to URLs is not installed.
     """
-    out = Path(out)
+    out, remote = find_cache(out)
     lm = load_model(config.model) if lm is None else lm
     for hook_point in config.hook_points:
         resolve(lm, hook_point)
     check_context_len(config.tokens.context_len, lm)
+    writers = join_writers()
+    progress = progress if writers.is_first else NO_PROGRESS
+    if not writers.first(lambda: _claim(config, out, remote, lm, progress)):
+        if remote is not None and not writers.is_first:
+            remote.sync()
+        with contextlib.ExitStack() as stack:
+            writers.first(lambda: stack.enter_context(locked(out)))
+            _Collector(config, out, remote, lm, progress, writers).run()
+    return ActivationStore.open(out, config.hook_points[0])
+
+
+def _claim(config: CacheConfig, out: Path, remote: Remote | None, lm: LanguageModel, progress: Progress) -> bool:
+    """Returns whether the folder holds the finished cache already; claims it where not."""
+    if remote is not None:
+        remote.sync()
+    refuse_earlier(out)
     if read_manifest(out) is None:
-        progress.say(plan_cache(config, out, lm=lm).summary())
+        progress.say(plan_cache(config, out, lm=lm, upload_to=None if remote is None else remote.url).summary())
     inputs = {
         "model": lm.fingerprint,
         "text": text_fingerprint(config.text),
         "tokenizer": lm.tokenizer_fingerprint,
     }
-    if begin_stage(out, "cache", config, inputs) == "complete":
-        problems = verify_store(out, checksums=False)
-        if not problems:
-            return ActivationStore.open(out, config.hook_points[0])
+    state = begin_stage(out, "cache", config, inputs)
+    if state == "new" and remote is not None:
+        remote.push(out / MANIFEST_NAME)
+    if state != "complete":
+        return False
+    problems = verify_store(out, checksums=False)
+    if problems:
         progress.say(f"{problems[0]}{f' (and {len(problems) - 1} more)' if len(problems) > 1 else ''}: made anew")
         reopen_stage(out)
-    with locked(out):
-        _Collector(config, out, lm, progress).run()
-    return ActivationStore.open(out, config.hook_points[0])
+    return not problems
 
 
 class _Collector:
     """One run of the cache stage."""
 
-    def __init__(self, config: CacheConfig, out: Path, lm: LanguageModel, progress: Progress) -> None:
+    def __init__(
+        self,
+        config: CacheConfig,
+        out: Path,
+        remote: Remote | None,
+        lm: LanguageModel,
+        progress: Progress,
+        writers: Writers,
+    ) -> None:
         manifest = read_manifest(out)
         assert manifest is not None, "begin_stage has written it"
         self.config = config
         self.out = out
+        self.remote = remote
         self.lm = lm
         self.progress = progress
+        self.writers = writers
         self.cache = cache_identity(manifest)
 
     def run(self) -> None:
         """Does every missing part, then declares the cache finished."""
-        remove_leftovers(self.out, *(hook_folder(self.out, name) for name in self.config.hook_points))
-        table = self._token_table()
+        self.writers.first(self._prepare)
+        if self.remote is not None and not self.writers.is_first:
+            self.remote.sync()
+        table = read_token_table(self.out, cache=self.cache)
+        assert table is not None, "the first process has written it"
         spans = shard_spans(table.num_rows, self.config.shard_rows)
-        self._capture_shards(table, spans)
+        failed: SaekitError | None = None
+        try:
+            self._capture_shards(table, spans)
+        except SaekitError as error:
+            failed = error
+        self.writers.check(failed)
         counts: dict[str, object] = {
             "rows": table.num_rows,
             "tokens": table.tokens.size,
@@ -113,21 +162,32 @@ class _Collector:
         }
         content = {"tokens": file_sha256(self.out / TOKENS_RECORD_NAME)}
         hooks: dict[str, object] = {}
+        if self.remote is not None and self.writers.world_size > 1:
+            # The others' records.
+            self.remote.sync()
         for hook_point in self.config.hook_points:
-            statistics = _finish_hook_point(self, hook_point, table, spans)
-            content[hook_point] = file_sha256(hook_folder(self.out, hook_point) / INDEX_NAME)
+            statistics, digest = _finish_hook_point(self, hook_point, table, spans)
+            content[hook_point] = digest
             hooks[hook_point] = {
                 "normal": statistics.num_normal,
                 "padding": statistics.num_padding,
                 "special": statistics.num_special,
                 "massive": statistics.num_massive,
             }
-        finish_stage(self.out, counts | {"tokens_by_kind": hooks, "sha256": content})
+        self.writers.first(lambda: self._finish(counts | {"tokens_by_kind": hooks, "sha256": content}))
+        if self.remote is not None:
+            self.remote.clear()
 
-    def _token_table(self) -> TokenTable:
-        table = read_token_table(self.out, cache=self.cache)
-        if table is not None:
-            return table
+    def _finish(self, counts: dict[str, object]) -> None:
+        finish_stage(self.out, counts)
+        if self.remote is not None:
+            self.remote.push(self.out / MANIFEST_NAME)
+
+    def _prepare(self) -> None:
+        """Removes what a stopped run left, and writes the token rows where they are not there."""
+        remove_leftovers(self.out, *(hook_folder(self.out, name) for name in self.config.hook_points))
+        if read_token_table(self.out, cache=self.cache) is not None:
+            return
         counts = TokenCounts()
         context_len = self.config.tokens.context_len
         table = write_token_table(
@@ -138,6 +198,8 @@ class _Collector:
             num_rows=math.ceil(self.config.num_tokens / context_len),
             context_len=context_len,
         )
+        if self.remote is not None and (record := read_record(self.out / TOKENS_RECORD_NAME, PartRecord)) is not None:
+            self.remote.publish(self.out, TOKENS_RECORD_NAME, record)
         owned = table.documents[table.documents >= 0]
         num_empty = len(table.document_keys) - len(np.unique(owned))
         empty = f", {num_empty:,} of which are empty" if num_empty else ""
@@ -149,21 +211,24 @@ class _Collector:
                 f"the text ends after {table.tokens.size:,} of the {self.config.num_tokens:,} tokens asked for:"
                 f" all of it is cached but {counts.dropped_tokens:,} tokens that do not fill a row"
             )
-        return table
 
     def _capture_shards(self, table: TokenTable, spans: list[ShardSpan]) -> None:
-        missing = {
-            span.index: [h for h in self.config.hook_points if self._shard_record(h, span) is None] for span in spans
-        }
+        missing = self.writers.first(
+            lambda: {
+                span.index: names
+                for span in spans
+                if (names := [name for name in self.config.hook_points if self._shard_record(name, span) is None])
+            }
+        )
+        own = self.writers.share([span for span in spans if span.index in missing])
         row_tokens = table.context_len
-        done = sum(span.num_rows for span in spans if not missing[span.index]) * row_tokens
+        done = sum(span.num_rows for span in spans if span.index not in missing) * row_tokens
+        total = done + sum(span.num_rows for span in own) * row_tokens
         with (
-            self.progress.task("cache", table.tokens.size, "tokens", done=done) as task,
+            self.progress.task("cache", total, "tokens", done=done) as task,
             ShardWriter(len(self.config.hook_points)) as writer,
         ):
-            for span in spans:
-                if not missing[span.index]:
-                    continue
+            for span in own:
                 buffers: dict[str, _Buffer] = {}
                 rows = np.arange(span.first_row, span.first_row + span.num_rows)
                 capture = BatchCapture(self.lm, missing[span.index], self.config.dtype, shard=span.index)
@@ -171,14 +236,26 @@ class _Collector:
                     self._keep(batch, span, row_tokens, buffers)
                     task.advance(len(batch.rows) * row_tokens)
                 self._check_disk(buffers)
-                writer.submit([buffer.shard(self, name, span) for name, buffer in buffers.items()])
+                shape = self._chunk_shape(span, buffers, row_tokens)
+                writer.submit([buffer.shard(self, name, span, shape) for name, buffer in buffers.items()])
+
+    def _chunk_shape(self, span: ShardSpan, buffers: dict[str, "_Buffer"], context_len: int) -> ChunkShape:
+        """Returns the shape of chunks, which depends on the widths of all hook points, also of those whose shard is in place."""
+        widths = [buffer.d_in for buffer in buffers.values()]
+        for name in self.config.hook_points:
+            if name not in buffers:
+                record = self._shard_record(name, span)
+                assert record is not None, "what is not missing has a record"
+                widths.append(record.d_in)
+        return chunk_shape(context_len, [token_bytes(self.config.dtype, width) for width in widths])
 
     def _keep(self, batch: CapturedBatch, span: ShardSpan, context_len: int, buffers: dict[str, "_Buffer"]) -> None:
         place = slice(int(batch.rows[0]) - span.first_row, int(batch.rows[-1]) - span.first_row + 1)
         for name, stored in batch.stored.items():
             if name not in buffers:
-                shape = (span.num_rows, context_len, stored.shape[-1])
-                buffers[name] = _Buffer(shape, self.config.dtype)
+                buffers[name] = _Buffer(
+                    (span.num_rows, context_len, stored.shape[-1]), batch.widths[name], stored.dtype
+                )
             buffers[name].activations[place] = stored
             buffers[name].norm[place] = batch.norm[name]
 
@@ -199,68 +276,75 @@ class _Collector:
             return None
         if record is None or record.cache != self.cache or record.span != span or record.hook_point != hook_point:
             return None
-        return None if file_problems(folder, record, verify=False) else record
+        return None if file_problems(folder, record, verify=False, files=self.remote or LocalFiles()) else record
 
 
 class _Buffer:
     """One shard of one hook point while it fills."""
 
-    def __init__(self, shape: tuple[int, int, int], dtype: str) -> None:
-        self.activations: AnyArray = np.empty(shape, numpy_dtype(dtype))
+    def __init__(self, shape: tuple[int, int, int], d_in: int, dtype: np.dtype[np.generic]) -> None:
+        self.d_in = d_in
+        self.activations: AnyArray = np.empty(shape, dtype)
         self.norm = np.empty(shape[:2], np.float32)
 
-    def shard(self, run: _Collector, hook_point: str, span: ShardSpan) -> Shard:
+    def shard(self, run: _Collector, hook_point: str, span: ShardSpan, chunk: ChunkShape) -> Shard:
         return Shard(
             folder=hook_folder(run.out, hook_point),
             cache=run.cache,
             hook_point=hook_point,
             span=span,
             dtype=run.config.dtype,
+            compression=run.config.compression,
+            chunk=chunk,
+            d_in=self.d_in,
             activations=self.activations,
             norm=self.norm,
+            remote=run.remote,
         )
 
 
-def _finish_hook_point(run: _Collector, hook_point: str, table: TokenTable, spans: list[ShardSpan]) -> Statistics:
-    """Tells massive tokens, writes the statistics, and writes the index of the hook point."""
+def _finish_hook_point(
+    run: _Collector, hook_point: str, table: TokenTable, spans: list[ShardSpan]
+) -> tuple[Statistics, str]:
+    """Tells massive tokens, writes statistics and index of the hook point, and returns the statistics and the index's sha256."""
     folder = hook_folder(run.out, hook_point)
     records = [run._shard_record(hook_point, span) for span in spans]
     shards = [record for record in records if record is not None]
     assert len(shards) == len(spans), "every shard has just been written or checked"
+    if run.remote is not None:
+        for record in shards:
+            run.remote.fetch(folder, record, but=shard_file(record.span.index))
     norms = np.concatenate(
         [read_arrays(folder / shard_name(span.index), "norm")[0] for span in spans], dtype=np.float32
     )
     kinds, threshold = tell_massive(table.kinds, norms, factor=run.config.massive_factor)
-    reader = ShardReader(folder, shards, context_len=table.context_len)
+    reader = ShardReader(folder, shards, context_len=table.context_len, remote=run.remote)
 
     def read_rows(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         values: npt.NDArray[np.float32] = reader.rows(rows).to(torch.float32).numpy()
         return values
 
-    statistics = compute_statistics(read_rows, kinds, norms, massive_threshold=threshold, progress=run.progress)
-    _tell(run.progress, hook_point, statistics)
-    with staged(folder / KINDS_NAME) as temporary:
-        write_arrays(temporary, {"kind": kinds, "norm": norms})
-    write_statistics(folder / STATISTICS_NAME, statistics)
-    index = HookIndex(
-        cache=run.cache,
-        hook_point=hook_point,
-        d_in=reader.d_in,
-        dtype=run.config.dtype,
-        shards=tuple(shards),
-        files=record_files(folder, KINDS_NAME, STATISTICS_NAME),
+    statistics = compute_statistics(
+        read_rows, kinds, norms, massive_threshold=threshold, progress=run.progress, writers=run.writers
     )
-    write_record(folder / INDEX_NAME, index)
-    return statistics
+    if note := massive_note(statistics):
+        run.progress.say(f"{hook_point}: {note}")
 
+    def write() -> str:
+        with staged(folder / KINDS_NAME) as temporary:
+            write_arrays(temporary, {"kind": kinds, "norm": norms})
+        write_statistics(folder / STATISTICS_NAME, statistics)
+        index = HookIndex(
+            cache=run.cache,
+            hook_point=hook_point,
+            d_in=reader.d_in,
+            dtype=run.config.dtype,
+            shards=tuple(shards),
+            files=record_files(folder, KINDS_NAME, STATISTICS_NAME),
+        )
+        write_record(folder / INDEX_NAME, index)
+        if run.remote is not None:
+            run.remote.publish(folder, INDEX_NAME, index)
+        return file_sha256(folder / INDEX_NAME)
 
-def _tell(progress: Progress, hook_point: str, statistics: Statistics) -> None:
-    if not statistics.num_massive:
-        return
-    counted = statistics.num_tokens - statistics.num_padding
-    progress.say(
-        f"{hook_point}: {statistics.num_massive:,} massive activations of {counted:,} tokens"
-        f" ({statistics.num_massive / counted:.2%}) hold {statistics.massive_variance_share:.0%} of the variance"
-        f" (norm above {statistics.massive_threshold:,.0f}, up to {statistics.max_norm:,.0f}, against a median of"
-        f" {statistics.median_norm:,.0f}): kept in the cache, left out of training and statistics"
-    )
+    return statistics, run.writers.first(write)

@@ -2,7 +2,8 @@
 
 from pydantic import Field, field_validator
 
-from saekit.activations.stored import StoredDtype
+from saekit.activations.codec import StoredDtype
+from saekit.activations.shardfile import Compression
 from saekit.config import Config
 from saekit.models.hooks import parse_hook_point
 from saekit.models.load import ModelConfig
@@ -26,7 +27,11 @@ class CacheConfig(Config):
     num_tokens: int = Field(ge=1)
     """How many, special tokens and padding included; rounded up to whole rows. Where the text ends before, all of it."""
     dtype: StoredDtype = "bfloat16"
-    """Of the stored activations. float16 has three bits more precision, but ends at 65,504: it is refused above that."""
+    """Of the stored activations. float16 has three bits more precision, but ends at 65,504: it is refused above that. `int8`
+    and `float8_e4m3` take half, with a scale for each token; benchmarks/store_cpu.md has what that does to an SAE's FVU."""
+    compression: Compression = "none"
+    """Of the stored chunks; lossless. Smaller files, written and read at a half to a third of the speed: bfloat16 loses a fifth with
+    `zstd`, `int8` four tenths. None is the default, since disks cost less than GPUs that wait; benchmarks/store_cpu.md has all of them."""
     batch_size: int = Field(default=8, ge=1)
     """Sequences a forward. Raise it on a GPU. Part of the cache's identity: batching changes the last bits of a forward."""
     shard_tokens: int = Field(default=32_768, ge=1)

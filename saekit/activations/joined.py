@@ -53,6 +53,12 @@ class JoinedStore(ActivationStore):
         self.statistics = first.statistics
         self._manifest = first._manifest
         self._index = first._index
+        self._reader = first._reader
+
+    @property
+    def parts(self) -> tuple[ActivationStore, ...]:
+        """The stores of the hook points, in order."""
+        return self.stores
 
     @functools.cached_property
     def _kinds_and_norms(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
@@ -62,11 +68,11 @@ class JoinedStore(ActivationStore):
         return kinds, self.stores[0].norms()
 
     def read_rows(self, rows: npt.NDArray[np.int64] | Sequence[int]) -> Tensor:
-        """Returns `[n, T, D]` activations of rows, in any order, in the stored dtype."""
+        """Returns `[n, T, D]` activations of rows, in any order; in the stored dtype, float32 where it is quantised."""
         return torch.cat([store.read_rows(rows) for store in self.stores], dim=-1)
 
     def read_tokens(self, flat: npt.NDArray[np.int64] | Sequence[int]) -> Tensor:
-        """Returns `[n, D]` activations of tokens (`row * T + position`), in any order, in the stored dtype."""
+        """Returns `[n, D]` activations of tokens (`row * T + position`), in any order; in the stored dtype, float32 where it is quantised."""
         return torch.cat([store.read_tokens(flat) for store in self.stores], dim=-1)
 
     def __repr__(self) -> str:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from saekit.activations.shuffle import ShuffledBatches
 
@@ -24,6 +25,9 @@ class Mixing:
         """1.0 is a full shuffle."""
         return self.documents / self.ideal
 
+    def __str__(self) -> str:
+        return f"a batch mixes {self.documents:,.0f} documents, {self.ratio:.0%} of the {self.ideal:,.0f} of a full shuffle"
+
 
 def measure_mixing(batches: ShuffledBatches, num_batches: int = 16) -> Mixing:
     """Returns the mixing of evenly spaced batches of the first epoch; reads no activations."""
@@ -31,7 +35,7 @@ def measure_mixing(batches: ShuffledBatches, num_batches: int = 16) -> Mixing:
     total = batches.batches_per_epoch
     chosen = np.unique(np.linspace(0, total - 1, min(num_batches, total)).astype(np.int64)).tolist()
     found = [len(np.unique(documents[batches.batch_indices(0, batch)])) for batch in chosen]
-    sizes = np.bincount(documents[batches.view.indices])
+    sizes = np.bincount(documents[batches.view.mask.ravel()])
     return Mixing(documents=float(np.mean(found)), ideal=expected_documents(sizes, batches.global_batch_size))
 
 
@@ -45,12 +49,19 @@ def expected_documents(sizes: npt.NDArray[np.int64], num_drawn: int) -> float:
         num_drawn: m, at most the sum of `sizes`.
     """
     total = int(sizes.sum())
-    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, total + 1)))])
     kept = sizes[sizes > 0].astype(np.int64)
     left = total - kept
     can_miss = left >= num_drawn
     left = left[can_miss]
     log_missed = (
-        log_factorial[left] - log_factorial[left - num_drawn] - log_factorial[total] + log_factorial[total - num_drawn]
+        _log_factorial(left)
+        - _log_factorial(left - num_drawn)
+        - _log_factorial(np.array(total))
+        + _log_factorial(np.array(total - num_drawn))
     )
     return float(len(kept) - np.exp(log_missed).sum())
+
+
+def _log_factorial(numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    logs: npt.NDArray[np.float64] = torch.lgamma(torch.as_tensor(numbers, dtype=torch.float64) + 1).numpy()
+    return logs

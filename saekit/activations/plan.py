@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from saekit.activations.codec import token_bytes
 from saekit.activations.config import CacheConfig
-from saekit.activations.stored import ITEM_BYTES
 from saekit.errors import ResourceError
 from saekit.models.hooks import capture, resolve
 from saekit.models.load import LanguageModel, load_model
@@ -42,7 +42,7 @@ def cache_size(config: CacheConfig, widths: Mapping[str, int]) -> CacheSize:
     num_rows = math.ceil(config.num_tokens / config.tokens.context_len)
     num_tokens = num_rows * config.tokens.context_len
     a_token = _ROW_BYTES_A_TOKEN + sum(
-        width * ITEM_BYTES[config.dtype] + _HOOK_BYTES_A_TOKEN for width in widths.values()
+        token_bytes(config.dtype, width) + _HOOK_BYTES_A_TOKEN for width in widths.values()
     )
     return CacheSize(num_tokens, num_rows, num_tokens * a_token)
 
@@ -60,11 +60,17 @@ class CachePlan:
     widths: dict[str, int]
     """Hook point -> width of its activations."""
     size_bytes: int
-    """On disk, when finished."""
+    """On disk, when finished; before compression, if there is any."""
+    is_compressed: bool = False
+    """Whether it will be smaller than that."""
     free_bytes: int
     """On that disk now."""
     tokens_per_second: float
     """Of one short forward to the last hook point; a busy machine shows."""
+    upload_to: str | None = None
+    """URL where the shards go; None = they stay."""
+    scratch_bytes: int = 0
+    """On that disk at a time, where shards do not stay: those that are being sent, and the small files."""
 
     @property
     def seconds(self) -> float:
@@ -74,16 +80,24 @@ class CachePlan:
     def summary(self) -> str:
         """Returns the plan as one line."""
         hooks = ", ".join(f"{name} (width {width:,})" for name, width in self.widths.items())
+        disk = f"{size_text(self.free_bytes)} free"
+        if self.upload_to is not None:
+            disk = f"to upload to {self.upload_to}; up to {size_text(self.scratch_bytes)} here, {disk}"
         return (
             f"caching {self.num_tokens:,} tokens in {self.num_rows:,} rows at {hooks}:"
-            f" {size_text(self.size_bytes)} in {self.num_shards:,} shard{'s' if self.num_shards > 1 else ''}"
-            f" ({size_text(self.free_bytes)} free),"
+            f" {'at most ' if self.is_compressed else ''}{size_text(self.size_bytes)} in {self.num_shards:,} shard{'s' if self.num_shards > 1 else ''}"
+            f" ({disk}),"
             f" about {duration_text(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s"
         )
 
 
-def plan_cache(config: CacheConfig, out: str | Path, *, lm: LanguageModel | None = None) -> CachePlan:
+def plan_cache(
+    config: CacheConfig, out: str | Path, *, lm: LanguageModel | None = None, upload_to: str | None = None
+) -> CachePlan:
     """Returns what caching will cost, from one short timed forward on the first rows of the text.
+
+    Args:
+        upload_to: URL where the shards go, if they do not stay in `out`.
 
     Raises:
         ResourceError: the disk cannot hold the cache.
@@ -105,18 +119,30 @@ def plan_cache(config: CacheConfig, out: str | Path, *, lm: LanguageModel | None
 
     widths = {name: values.shape[-1] for name, values in hidden.items()}
     num_tokens, num_rows, size_bytes = cache_size(config, widths)
+    small = num_tokens * (_ROW_BYTES_A_TOKEN + _HOOK_BYTES_A_TOKEN * len(widths))
+    # Those of one span of rows are sent while the next ones are computed.
+    shards = (
+        min(num_rows, config.shard_rows)
+        * config.tokens.context_len
+        * sum(token_bytes(config.dtype, width) for width in widths.values())
+    )
     plan = CachePlan(
         num_tokens=num_tokens,
         num_rows=num_rows,
         num_shards=math.ceil(num_rows / config.shard_rows),
         widths=widths,
         size_bytes=size_bytes,
+        is_compressed=config.compression != "none",
         free_bytes=free_bytes(Path(out)),
         tokens_per_second=tokens.numel() / seconds,
+        upload_to=upload_to,
+        scratch_bytes=0 if upload_to is None else small + shards,
     )
-    if plan.size_bytes > plan.free_bytes:
+    needed = plan.size_bytes if upload_to is None else plan.scratch_bytes
+    # How much smaller compression makes it shows only as it is written; a disk that fills then stops the cache, which goes on later.
+    if needed > plan.free_bytes and not plan.is_compressed:
         raise ResourceError(
-            f"cache {str(out)!r}: {size_text(plan.free_bytes)} free on that disk, needs {size_text(plan.size_bytes)}"
+            f"cache {str(out)!r}: {size_text(plan.free_bytes)} free on that disk, needs {size_text(needed)}"
             f" for {num_tokens:,} tokens; free some, choose another disk, or cache fewer tokens"
         )
     return plan

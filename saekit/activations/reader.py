@@ -1,90 +1,147 @@
-"""Activations of one hook point by row or by token, over all of its shards."""
+"""Activations of one hook point by row, by token or by chunk, over all of its shards."""
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
-from saekit.activations.layout import ShardRecord, file_problems, shard_name
-from saekit.activations.stored import AnyArray, Chunks, numpy_dtype, to_torch
+from saekit.activations.codec import CODECS, AnyArray
+from saekit.activations.layout import ShardRecord, shard_file
+from saekit.activations.order import Indices, flat_of
+from saekit.activations.remote import Remote
+from saekit.activations.remote_shard import RemoteShardFile
+from saekit.activations.shardfile import ShardFile, chunk_bounds, shard_mark
 from saekit.errors import StoreError
 
 __all__ = ["ShardReader"]
 
-# Each open shard maps its chunk files; the system allows 65,530 mappings a process by default.
-_OPEN_SHARDS = 512
-
-Indices = npt.NDArray[np.int64]
+# The system allows 1,024 open files a process by default.
+_OPEN_SHARDS = 256
+# Elsewhere, what is kept of one is its index; several are read at a time.
+_REMOTE_SHARDS = 4096
+_SHARDS_AT_A_TIME = 16
+# What is not given out is read as well: so much of it at a time.
+_BLOCK_CHUNKS = 256
 
 
 class ShardReader:
     """Reads shards that together hold rows 0 to R - 1; safe to call from several threads.
 
-    Each shard's files are compared with their checksums when it is first read: a flipped bit must not become a weight.
+    Files are read in chunks, and each chunk is compared with its checksum whenever it is read: a flipped bit must not become a
+    weight. Chunks are numbered through all shards.
+
+    Attributes:
+        codec: of the stored activations.
+        bounds: `[chunks + 1]` flat index at which each chunk begins, and where the last one ends.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[ShardRecord], *, context_len: int) -> None:
+    def __init__(
+        self, folder: Path, shards: Sequence[ShardRecord], *, context_len: int, remote: Remote | None = None
+    ) -> None:
         """Touches no file.
 
         Args:
             folder: of the hook point.
             shards: in order of rows, at least one.
+            remote: where their activations lie, if that is not in the folder.
         """
         self.context_len = context_len
         self.d_in = shards[0].d_in
-        self.dtype = shards[0].dtype
+        self.codec = CODECS[shards[0].dtype]
         self.num_rows = sum(shard.span.num_rows for shard in shards)
         self._folder = folder
         self._shards = shards
-        self._first_rows = np.array([shard.span.first_row for shard in shards], np.int64)
-        self._sound: set[int] = set()
-        self._chunks = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._open)
+        counts = [shard.chunk.num_chunks(shard.span.num_rows, context_len) for shard in shards]
+        self._first_chunks = np.append(0, np.cumsum(counts))
+        parts = [
+            chunk_bounds(shard.span.num_rows, context_len, shard.chunk)[:-1] + shard.span.first_row * context_len
+            for shard in shards
+        ]
+        self.bounds: Indices = np.append(np.concatenate(parts), self.num_rows * context_len)
+        self._remote = remote
+        self._pool = None if remote is None else ThreadPoolExecutor(_SHARDS_AT_A_TIME, "saekit-shards")
+        self._open_shard = functools.lru_cache(_OPEN_SHARDS if remote is None else _REMOTE_SHARDS)(self._open)
 
     def rows(self, rows: Indices) -> Tensor:
-        """Returns `[n, T, D]` in the stored dtype, for rows in any order."""
-        ascending, order = _ascending(rows, self.num_rows, "row")
-        out = np.empty((len(rows), self.context_len, self.d_in), numpy_dtype(self.dtype))
-        for shard, part in self._parts(ascending):
-            self._chunks(shard).rows(ascending[part] - self._first_rows[shard], out[part])
-        return to_torch(_restored(out, order), self.dtype)
+        """Returns `[n, T, D]` decoded, for rows in any order."""
+        _check_range(rows, self.num_rows, "row")
+        flat = (rows[:, None] * self.context_len + np.arange(self.context_len)).ravel()
+        return self.tokens(flat).reshape(len(rows), self.context_len, self.d_in)
 
     def tokens(self, flat: Indices) -> Tensor:
-        """Returns `[n, D]` in the stored dtype, for flat indices (`row * T + position`) in any order."""
-        ascending, order = _ascending(flat, self.num_rows * self.context_len, "token")
-        out = np.empty((len(flat), self.d_in), numpy_dtype(self.dtype))
-        for shard, part in self._parts(ascending // self.context_len):
-            first = self._first_rows[shard] * self.context_len
-            self._chunks(shard).tokens(ascending[part] - first, out[part])
-        return to_torch(_restored(out, order), self.dtype)
+        """Returns `[n, D]` decoded, for flat indices (`row * T + position`) in any order."""
+        _check_range(flat, self.num_rows * self.context_len, "token")
+        ascending, order = _ascending(flat)
+        chunks = np.searchsorted(self.bounds, ascending, side="right") - 1
+        out = np.empty((len(flat), self.codec.width(self.d_in)), self.codec.array)
+        starts = np.append(np.flatnonzero(np.diff(chunks, prepend=-1)), len(chunks))
+        for block in range(0, len(starts) - 1, _BLOCK_CHUNKS):
+            edges = starts[block : block + _BLOCK_CHUNKS + 1]
+            part, own = slice(edges[0], edges[-1]), chunks[edges[:-1]]
+            all_of = flat_of(own, self.bounds)
+            if np.array_equal(all_of, ascending[part]):
+                self.chunks(own, out[part])
+            else:
+                whole = np.empty((len(all_of), out.shape[1]), out.dtype)
+                self.chunks(own, whole)
+                out[part] = whole[np.searchsorted(all_of, ascending[part])]
+        return self.codec.decode(self.codec.to_tensor(_restored(out, order)))
 
-    def _parts(self, rows: Indices) -> list[tuple[int, slice]]:
-        """Returns (shard, place in `rows`) for ascending rows."""
-        bounds = np.append(np.searchsorted(rows, self._first_rows), len(rows))
-        used = np.flatnonzero(np.diff(bounds)).tolist()
-        return [(shard, slice(int(bounds[shard]), int(bounds[shard + 1]))) for shard in used]
+    def chunks(self, chunks: Indices, out: AnyArray) -> None:
+        """Reads all tokens of ascending chunks into `out` `[n, width]`, one chunk after another, in the stored form."""
+        ends = np.cumsum(self.bounds[chunks + 1] - self.bounds[chunks])
+        edges = [*np.searchsorted(chunks, self._first_chunks).tolist()]
 
-    def _open(self, shard: int) -> Chunks:
+        def read(shard: int, first: int, last: int) -> None:
+            start = int(ends[first - 1]) if first else 0
+            sizes = np.diff(ends[first:last], prepend=start) * out.itemsize * out.shape[1]
+            self._open_shard(shard).read_chunks(
+                (chunks[first:last] - self._first_chunks[shard]).tolist(),
+                sizes.tolist(),
+                out[start : int(ends[last - 1])].reshape(-1).view(np.uint8),
+            )
+
+        parts = [(shard, *part) for shard, part in enumerate(itertools.pairwise(edges)) if part[0] < part[1]]
+        if self._pool is None:
+            for part in parts:
+                read(*part)
+        else:
+            list(self._pool.map(read, *zip(*parts, strict=True)))
+
+    def _open(self, shard: int) -> ShardFile:
         record = self._shards[shard]
-        if shard not in self._sound:
-            if problems := file_problems(self._folder, record, verify=True):
-                raise StoreError(
-                    f"{str(self._folder)!r}: shard {record.span.index}: {problems[0]}; run 'saekit verify --repair' on the "
-                    "cache, then the cache command again to make it anew"
-                )
-            # Kept apart from the open maps, of which old ones are let go.
-            self._sound.add(shard)
-        path = self._folder / shard_name(record.span.index) / "activations"
-        return Chunks(path, chunk_shape=(record.chunk_rows, self.context_len, self.d_in), dtype=self.dtype)
+        rows, positions = record.chunk
+        name = shard_file(record.span.index)
+        path = self._folder / name
+        open_file: Callable[..., ShardFile] = functools.partial(ShardFile, path)
+        if self._remote is not None:
+            open_file = functools.partial(
+                RemoteShardFile,
+                self._remote.objects,
+                self._remote.key(path),
+                size_bytes=record.files[name].size_bytes,
+            )
+        return open_file(
+            num_chunks=record.chunk.num_chunks(record.span.num_rows, self.context_len),
+            chunk_bytes=rows * positions * self.codec.width(self.d_in) * self.codec.array.itemsize,
+            item_bytes=self.codec.array.itemsize,
+            compression=record.compression,
+            mark=shard_mark(record.cache, record.hook_point, record.span.index),
+        )
 
 
-def _ascending(wanted: Indices, size: int, what: str) -> tuple[Indices, Indices | None]:
-    """Returns the wanted places in ascending order, and where they stood; None where they are ascending already."""
+def _check_range(wanted: Indices, size: int, what: str) -> None:
     if len(wanted) and (wanted.min() < 0 or wanted.max() >= size):
         bad = int(wanted.min()) if wanted.min() < 0 else int(wanted.max())
         raise StoreError(f"{what} {bad}: outside the cache, needs 0 to {size - 1}")
+
+
+def _ascending(wanted: Indices) -> tuple[Indices, Indices | None]:
+    """Returns the wanted places in ascending order, and where they stood; None where they are ascending already."""
     if np.all(wanted[1:] >= wanted[:-1]):
         return wanted, None
     order = np.argsort(wanted, kind="stable")

@@ -11,6 +11,7 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
+from saekit.activations.codec import AnyArray
 from saekit.activations.layout import (
     DOCUMENTS_NAME,
     TOKENS_NAME,
@@ -21,7 +22,7 @@ from saekit.activations.layout import (
     record_files,
     write_record,
 )
-from saekit.activations.stored import AnyArray, read_arrays, write_arrays
+from saekit.activations.stored import read_arrays, write_arrays
 from saekit.activations.writer import staged
 from saekit.errors import StoreError
 from saekit.manifest import atomic_write

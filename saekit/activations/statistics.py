@@ -12,31 +12,41 @@ Streaming Language Models with Attention Sinks", arXiv:2309.17453.
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter, ValidationError
 
 from saekit.activations.rows import MASSIVE, NORMAL, PADDING, SPECIAL
+from saekit.activations.writers import ALONE, Writers
 from saekit.errors import DataError, StoreError
 from saekit.manifest import write_json
 from saekit.progress import NO_PROGRESS, Progress
 
-__all__ = ["QUANTILES", "Statistics", "compute_statistics", "read_statistics", "tell_massive", "write_statistics"]
+__all__ = [
+    "QUANTILES",
+    "Statistics",
+    "compute_statistics",
+    "massive_note",
+    "read_statistics",
+    "tell_massive",
+    "write_statistics",
+]
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 """Of the norm, in this order in `Statistics.norm_quantiles`."""
 
 # Sums run over blocks of this many tokens, counted from the first row on: shards and threads leave no trace in them.
 _BLOCK_TOKENS = 4096
+_GROUP_BLOCKS = 64
 _MAX_WORKERS = 8
 
 Float64Array = npt.NDArray[np.float64]
+Blocks = list[npt.NDArray[np.int64]]
 ReadRows = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]]
 
 
@@ -98,13 +108,6 @@ def tell_massive(
     return np.where(normal & (norms > threshold), np.uint8(MASSIVE), kinds), threshold
 
 
-class _Sums(NamedTuple):
-    by_kind: Float64Array
-    """`[4, D]` sum of x."""
-    squares: Float64Array
-    """`[4]` sum of ||x||^2."""
-
-
 def compute_statistics(
     read_rows: ReadRows,
     kinds: npt.NDArray[np.uint8],
@@ -112,48 +115,48 @@ def compute_statistics(
     *,
     massive_threshold: float,
     progress: Progress = NO_PROGRESS,
+    writers: Writers = ALONE,
 ) -> Statistics:
-    """Returns the statistics of one hook point; reads all activations twice.
+    """Returns the statistics of one hook point; reads all activations twice, each of several processes its part of them.
 
-    The same values to the last bit for any shard length, any number of threads, and after any resume.
+    The same values to the last bit for any shard length, any number of threads and processes, and after any resume.
 
     Args:
         read_rows: ascending row ids `[n]` -> float32 `[n, T, D]`; is called from several threads.
         kinds: `[R, T]` with massive tokens told.
         norms: `[R, T]`.
+        massive_threshold: as the rule told it.
+        progress: is told how far it is.
+        writers: processes that call this with the same arguments; each gets the statistics.
     """
     num_rows, context_len = kinds.shape
     step = max(1, _BLOCK_TOKENS // context_len)
     blocks = [np.arange(first, min(first + step, num_rows)) for first in range(0, num_rows, step)]
 
-    def sums(rows: npt.NDArray[np.int64]) -> _Sums:
+    def sums(rows: npt.NDArray[np.int64]) -> Float64Array:
         x, kind = _block(read_rows, kinds, rows)
         members = [x[kind == k] for k in range(4)]
-        return _Sums(
-            np.stack([m.sum(axis=0) for m in members]), np.array([np.einsum("nd,nd->", m, m) for m in members])
-        )
+        squares = np.array([np.einsum("nd,nd->", m, m) for m in members])
+        return np.column_stack([np.stack([m.sum(axis=0) for m in members]), squares])
 
-    def centred(rows: npt.NDArray[np.int64]) -> tuple[float, float]:
+    def centred(rows: npt.NDArray[np.int64]) -> Float64Array:
         x, kind = _block(read_rows, kinds, rows)
         offset = x[kind == NORMAL] - mean
         squares = np.einsum("nd,nd->n", offset, offset)
-        return float(np.sqrt(squares).sum()), float(squares.sum())
+        return np.array([np.sqrt(squares).sum(), squares.sum()])
 
     counts = np.bincount(kinds.ravel(), minlength=4)
-    with progress.task("statistics", 2 * num_rows * context_len, "tokens") as task:
-        total: _Sums | None = None
-        for part in _in_order(sums, blocks):
-            total = part if total is None else _Sums(total.by_kind + part.by_kind, total.squares + part.squares)
-            task.advance(step * context_len)
-        assert total is not None, "a cache has rows"
-        mean = total.by_kind[NORMAL] / counts[NORMAL]
-        centred_norms, centred_squares = 0.0, 0.0
-        for norm_sum, square_sum in _in_order(centred, blocks):
-            centred_norms, centred_squares = centred_norms + norm_sum, centred_squares + square_sum
-            task.advance(step * context_len)
+    tokens = 2 * sum(len(rows) for group in writers.share(_groups(blocks)) for rows in group) * context_len
+    with progress.task("statistics", tokens, "tokens") as task:
+        total = _total(sums, blocks, writers, lambda: task.advance(step * context_len))
+        by_kind, kind_squares = total[:, :-1], total[:, -1]
+        mean = by_kind[NORMAL] / counts[NORMAL]
+        centred_norms, centred_squares = _total(
+            centred, blocks, writers, lambda: task.advance(step * context_len)
+        ).tolist()
 
     normal = norms[kinds == NORMAL].astype(np.float64)
-    shares = _variance_shares(total, counts)
+    shares = _variance_shares(by_kind, kind_squares, counts)
     quantiles = np.quantile(normal, QUANTILES)
     return Statistics(
         mean=mean,
@@ -182,25 +185,40 @@ def _block(
     return x.reshape(-1, x.shape[-1]).astype(np.float64), kinds[rows].ravel()
 
 
-_Part = TypeVar("_Part")
+def _groups(blocks: Blocks) -> list[Blocks]:
+    """Returns the blocks in groups; sums are made in a group first, so that processes exchange few of them."""
+    return [blocks[first : first + _GROUP_BLOCKS] for first in range(0, len(blocks), _GROUP_BLOCKS)]
 
 
-def _in_order(
-    function: Callable[[npt.NDArray[np.int64]], _Part], blocks: list[npt.NDArray[np.int64]]
-) -> Iterator[_Part]:
-    workers = min(_MAX_WORKERS, os.cpu_count() or 1)
-    # In waves, so that results that wait for their turn stay few.
-    wave = 8 * workers
-    with ThreadPoolExecutor(workers, thread_name_prefix="saekit-statistics") as pool:
-        for first in range(0, len(blocks), wave):
-            yield from pool.map(function, blocks[first : first + wave])
+def _total(
+    function: Callable[[npt.NDArray[np.int64]], Float64Array],
+    blocks: Blocks,
+    writers: Writers,
+    done: Callable[[], None],
+) -> Float64Array:
+    """Returns the sum of `function` over the blocks, in their order, whichever process and thread took which."""
+    own: dict[int, Float64Array] = {}
+    with ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1), thread_name_prefix="saekit-statistics") as pool:
+        for number, group in writers.share(list(enumerate(_groups(blocks)))):
+            for part in pool.map(function, group):
+                own[number] = own[number] + part if number in own else part
+                done()
+    sums = {number: part for parts in writers.gather(own) for number, part in parts.items()}
+    first, *others = (sums[number] for number in sorted(sums))
+    return sum(others, start=first)
 
 
-def _variance_shares(total: _Sums, counts: npt.NDArray[np.int64]) -> list[float]:
-    """Returns, for each kind, its part of the sum of ||x - m||^2 over all tokens but padding, whose mean is m."""
+def _variance_shares(by_kind: Float64Array, squares: Float64Array, counts: npt.NDArray[np.int64]) -> list[float]:
+    """Returns, for each kind, its part of the sum of ||x - m||^2 over all tokens but padding, whose mean is m.
+
+    Args:
+        by_kind: `[4, D]` sum of x.
+        squares: `[4]` sum of ||x||^2.
+        counts: `[4]` tokens.
+    """
     kept = [NORMAL, SPECIAL, MASSIVE]
-    mean = total.by_kind[kept].sum(axis=0) / counts[kept].sum()
-    squares = total.squares - 2 * total.by_kind @ mean + counts * (mean @ mean)
+    mean = by_kind[kept].sum(axis=0) / counts[kept].sum()
+    squares = squares - 2 * by_kind @ mean + counts * (mean @ mean)
     squares[PADDING] = 0.0
     whole = float(squares.sum())
     return [float(value) / whole if whole > 0 else 0.0 for value in squares]
@@ -212,6 +230,19 @@ def _mean_at_positions(norms: npt.NDArray[np.float32], mask: npt.NDArray[np.bool
     means = np.full(len(counts), np.nan)
     np.divide(sums, counts, out=means, where=counts > 0)
     return means
+
+
+def massive_note(statistics: Statistics) -> str | None:
+    """Returns what is to be known of a hook point's massive activations, as one line; None where it has none."""
+    if not statistics.num_massive:
+        return None
+    counted = statistics.num_tokens - statistics.num_padding
+    return (
+        f"{statistics.num_massive:,} massive activations of {counted:,} tokens"
+        f" ({statistics.num_massive / counted:.2%}) hold {statistics.massive_variance_share:.0%} of the variance"
+        f" (norm above {statistics.massive_threshold:,.0f}, up to {statistics.max_norm:,.0f}, against a median of"
+        f" {statistics.median_norm:,.0f}): kept in the cache, left out of training and statistics"
+    )
 
 
 def write_statistics(path: Path, statistics: Statistics) -> None:

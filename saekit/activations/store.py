@@ -8,29 +8,38 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from saekit.activations.codec import AnyArray, Codec, token_bytes
 from saekit.activations.layout import (
     DOCUMENTS_NAME,
     INDEX_NAME,
     KINDS_NAME,
     STATISTICS_NAME,
     TOKENS_RECORD_NAME,
+    Files,
     HookIndex,
+    LocalFiles,
     PartRecord,
     file_problems,
     hook_folder,
+    hook_points_of,
     read_record,
+    refuse_earlier,
 )
+from saekit.activations.location import find_cache
 from saekit.activations.reader import ShardReader
+from saekit.activations.remote import Remote
 from saekit.activations.rows import NORMAL, TokenTable, read_token_table
 from saekit.activations.statistics import Statistics, read_statistics
-from saekit.activations.stored import ITEM_BYTES, read_arrays
+from saekit.activations.stored import read_arrays
 from saekit.activations.view import StoreView, split_documents
 from saekit.config import config_sha256
 from saekit.errors import StoreError
 from saekit.manifest import Manifest, manifest_sha256, read_manifest
 from saekit.models.load import LanguageModel
 
-__all__ = ["ActivationStore", "cache_identity", "hook_points_of"]
+__all__ = ["ActivationStore", "cache_identity"]
+
+_LOCAL = LocalFiles()
 
 
 def cache_identity(manifest: Manifest) -> str:
@@ -42,7 +51,7 @@ class ActivationStore:
     """The activations of one hook point, read from disk on demand.
 
     Attributes:
-        path: folder of the cache.
+        path: folder of the cache; of its small files, where its shards lie elsewhere.
         hook_point: whose activations this object reads.
         hook_points: all that the cache holds.
         d_in: width of an activation.
@@ -54,7 +63,9 @@ class ActivationStore:
         statistics: over normal tokens, and the counts of the others.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, index: HookIndex, tokens: PartRecord) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, index: HookIndex, tokens: PartRecord, remote: Remote | None = None
+    ) -> None:
         """Use `ActivationStore.open`."""
         self.path = path
         self.config = manifest.config
@@ -69,25 +80,33 @@ class ActivationStore:
         self.statistics: Statistics = read_statistics(hook_folder(path, index.hook_point) / STATISTICS_NAME)
         self._manifest = manifest
         self._index = index
-        self._reader = ShardReader(hook_folder(path, index.hook_point), index.shards, context_len=self.context_len)
+        self._reader = ShardReader(
+            hook_folder(path, index.hook_point), index.shards, context_len=self.context_len, remote=remote
+        )
 
     @classmethod
     def open(cls, path: str | Path, hook_point: str | None = None, *, verify: bool = False) -> "ActivationStore":
         """Opens a finished cache without reading its activations.
 
         Args:
+            path: folder, or `s3://`, `gs://` or `http(s)://` URL of it; of one elsewhere the small files are copied here first.
             hook_point: may be left out where the cache holds one only.
             verify: read every byte and compare checksums now; else presence and length of every file are checked, and
                 checksums when a part is first read.
 
         Raises:
             StoreError: no cache, an unfinished one, one without this hook point, or files missing, truncated or changed.
+            ResourceError: one elsewhere cannot be reached.
+            MissingDependencyError: what reads caches elsewhere is not installed.
         """
-        path = Path(path)
-        where = f"cache {str(path)!r}"
+        path, remote = find_cache(path)
+        where = f"cache {str(path) if remote is None else remote.url!r}"
+        if remote is not None:
+            remote.pull()
         manifest = read_manifest(path)
         if manifest is None or manifest.stage != "cache":
             raise StoreError(f"{where}: no cache there, needs the output folder of the cache stage")
+        refuse_earlier(path)
         if manifest.status != "complete":
             raise StoreError(f"{where}: not finished; run the cache command again to go on")
         present = hook_points_of(manifest)
@@ -110,14 +129,21 @@ class ActivationStore:
         for part in (tokens, index, *index.shards):
             if part.cache != identity:
                 raise StoreError(f"{where}: holds parts of another cache; verify it and run the cache command again")
-        for at, part in ((path, tokens), (folder, index), *((folder, shard) for shard in index.shards)):
-            problems = file_problems(at, part, verify=verify)
+        # Without a list of lengths, each one is a request: then shards are looked at when they are read.
+        shards = index.shards if remote is None or remote.is_listed or verify else ()
+        looks: list[tuple[Path, PartRecord, Files]] = [
+            (path, tokens, _LOCAL),
+            (folder, index, _LOCAL),
+            *((folder, shard, remote or _LOCAL) for shard in shards),
+        ]
+        for at, part, files in looks:
+            problems = file_problems(at, part, verify=verify, files=files)
             if problems:
                 more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
                 place = "" if at == path else f"{hook_point}: "
                 remedy = "run 'saekit verify --repair' on it, then" if verify else "run"
                 raise StoreError(f"{where}: {place}{problems[0]}{more}; {remedy} the cache command again to repair it")
-        return cls(path, manifest, index, tokens)
+        return cls(path, manifest, index, tokens, remote)
 
     @property
     def model_name(self) -> str:
@@ -212,7 +238,7 @@ class ActivationStore:
         return split_documents(self, test_fraction=test_fraction, seed=seed)
 
     def read_rows(self, rows: npt.NDArray[np.int64] | Sequence[int]) -> Tensor:
-        """Returns `[n, T, D]` activations of rows, in any order, in the stored dtype.
+        """Returns `[n, T, D]` activations of rows, in any order; in the stored dtype, float32 where it is quantised.
 
         Raises:
             StoreError: a row outside the cache, or a file that cannot be read.
@@ -220,7 +246,7 @@ class ActivationStore:
         return self._reader.rows(np.asarray(rows, np.int64))
 
     def read_tokens(self, flat: npt.NDArray[np.int64] | Sequence[int]) -> Tensor:
-        """Returns `[n, D]` activations of tokens (`row * T + position`), in any order, in the stored dtype.
+        """Returns `[n, D]` activations of tokens (`row * T + position`), in any order; in the stored dtype, float32 where it is quantised.
 
         Raises:
             StoreError: a token outside the cache, or a file that cannot be read.
@@ -234,16 +260,32 @@ class ActivationStore:
         )
 
     @property
+    def parts(self) -> "tuple[ActivationStore, ...]":
+        """The stores whose activations lie side by side in one of this store's; itself, where there is one hook point."""
+        return (self,)
+
+    @property
+    def codec(self) -> Codec:
+        """How activations are stored."""
+        return self._reader.codec
+
+    @property
+    def chunk_bounds(self) -> npt.NDArray[np.int64]:
+        """`[chunks + 1]` flat index at which each chunk of the files begins; the same for all hook points of a cache."""
+        return self._reader.bounds
+
+    def read_chunks(self, chunks: npt.NDArray[np.int64], out: AnyArray) -> None:
+        """Reads all tokens of ascending chunks into `out` `[n, width]`, one chunk after another, as they are stored.
+
+        Raises:
+            StoreError: a file that cannot be read, or has changed since it was written.
+        """
+        self._reader.chunks(chunks, out)
+
+    @property
     def token_bytes(self) -> int:
-        """Bytes of one stored activation."""
-        return self.d_in * ITEM_BYTES[self.dtype]
+        """Bytes of one stored activation, decompressed."""
+        return sum(token_bytes(store.dtype, store.d_in) for store in self.parts)
 
     def __repr__(self) -> str:
         return f"ActivationStore({str(self.path)!r}, {self.hook_point!r}, num_tokens={self.num_tokens:,}, d_in={self.d_in})"
-
-
-def hook_points_of(manifest: Manifest) -> list[str]:
-    """Returns the hook points that a cache's config names."""
-    names = manifest.config.get("hook_points")
-    assert isinstance(names, list | tuple), "a cache's config names its hook points"
-    return [str(name) for name in names]

@@ -7,18 +7,23 @@ from pathlib import Path
 from saekit.activations.layout import (
     INDEX_NAME,
     TOKENS_RECORD_NAME,
+    Files,
     HookIndex,
+    LocalFiles,
     PartRecord,
     ShardRecord,
     file_problems,
     hook_folder,
+    hook_points_of,
     read_record,
     record_name,
+    refuse_earlier,
     shard_name,
 )
-from saekit.activations.store import cache_identity, hook_points_of
+from saekit.activations.location import find_cache
+from saekit.activations.store import cache_identity
 from saekit.errors import StoreError
-from saekit.manifest import Manifest, file_sha256, read_manifest, write_manifest
+from saekit.manifest import MANIFEST_NAME, Manifest, file_sha256, read_manifest, write_manifest
 
 __all__ = ["reopen_stage", "verify_store"]
 
@@ -36,21 +41,37 @@ def verify_store(path: str | Path, *, checksums: bool = True, repair: bool = Fal
     An unfinished cache is checked as far as it goes.
 
     Args:
+        path: folder or URL. Of one elsewhere, what is there is checked, whatever of it has been copied here; a web server does not
+            tell of foreign files.
         checksums: read every byte; else only presence and length of every file.
         repair: also forget the broken parts, so that running the cache command again makes exactly those anew.
 
     Raises:
-        StoreError: no cache there.
+        StoreError: no cache there, or one of an earlier version.
+        ResourceError: one elsewhere cannot be reached, or not be repaired as it can only be read.
     """
-    path = Path(path)
+    path, remote = find_cache(path)
+    if remote is None:
+        return _verify(path, LocalFiles(), str(path), checksums=checksums, repair=repair)
+    if repair:
+        remote.check_writable()
+    with remote.records() as there:
+        problems = _verify(there.folder, there, there.url, checksums=checksums, repair=repair)
+        if repair and problems:
+            there.push(there.folder / MANIFEST_NAME)
+    return problems
+
+
+def _verify(path: Path, files: Files, where: str, *, checksums: bool, repair: bool) -> list[str]:
     manifest = read_manifest(path)
     if manifest is None or manifest.stage != "cache":
-        raise StoreError(f"cache {str(path)!r}: no cache there, needs the output folder of the cache stage")
-    problems = list(_problems(path, manifest, checksums=checksums))
+        raise StoreError(f"cache {where!r}: no cache there, needs the output folder of the cache stage")
+    refuse_earlier(path)
+    problems = list(_problems(path, files, manifest, checksums=checksums))
     if repair and problems:
         for problem in problems:
             if problem.record is not None:
-                problem.record.unlink(missing_ok=True)
+                files.remove(problem.record)
         reopen_stage(path)
     return [problem.message for problem in problems]
 
@@ -62,25 +83,25 @@ def reopen_stage(path: Path) -> None:
     write_manifest(path, manifest.model_copy(update={"status": "running", "counts": {}, "finished": None}))
 
 
-def _problems(path: Path, manifest: Manifest, *, checksums: bool) -> Iterator[_Problem]:
+def _problems(path: Path, files: Files, manifest: Manifest, *, checksums: bool) -> Iterator[_Problem]:
     identity = cache_identity(manifest)
     is_complete = manifest.status == "complete"
     recorded = manifest.counts.get("sha256", {})
     content = recorded if isinstance(recorded, dict) else {}
     yield from _part_problems(
-        path, TOKENS_RECORD_NAME, "token rows", identity, content.get("tokens"), checksums=checksums
+        files, path, TOKENS_RECORD_NAME, "token rows", identity, content.get("tokens"), checksums=checksums
     )
     for hook_point in hook_points_of(manifest):
         folder = hook_folder(path, hook_point)
-        yield from _shard_problems(folder, hook_point, identity, checksums=checksums, is_complete=is_complete)
+        yield from _shard_problems(files, folder, hook_point, identity, checksums=checksums, is_complete=is_complete)
         if is_complete:
             name = f"{hook_point}: statistics"
             digest = content.get(hook_point)
-            yield from _part_problems(folder, INDEX_NAME, name, identity, digest, checksums=checksums)
+            yield from _part_problems(files, folder, INDEX_NAME, name, identity, digest, checksums=checksums)
 
 
 def _part_problems(
-    folder: Path, record_file: str, name: str, identity: str, digest: str | None, *, checksums: bool
+    files: Files, folder: Path, record_file: str, name: str, identity: str, digest: str | None, *, checksums: bool
 ) -> Iterator[_Problem]:
     at = folder / record_file
     try:
@@ -96,12 +117,12 @@ def _part_problems(
         yield _Problem(f"{name}: {record_file} belongs to another cache", at)
     elif checksums and digest is not None and file_sha256(at) != digest:
         yield _Problem(f"{name}: {record_file} has changed since it was written (sha256 differs)", at)
-    for problem in file_problems(folder, record, verify=checksums):
+    for problem in file_problems(folder, record, verify=checksums, files=files):
         yield _Problem(f"{name}: {problem}", at)
 
 
 def _shard_problems(
-    folder: Path, hook_point: str, identity: str, *, checksums: bool, is_complete: bool
+    files: Files, folder: Path, hook_point: str, identity: str, *, checksums: bool, is_complete: bool
 ) -> Iterator[_Problem]:
     expected = _indexed_shards(folder) if is_complete else {}
     found = {int(file.stem.removeprefix("shard-")) for file in folder.glob("shard-*.json")}
@@ -121,15 +142,15 @@ def _shard_problems(
         elif expected and expected[number] != record:
             yield _Problem(f"{name}: {at.name} has changed since it was written", at)
         else:
-            for problem in file_problems(folder, record, verify=checksums):
+            for problem in file_problems(folder, record, verify=checksums, files=files):
                 yield _Problem(f"{name}: {problem}", at)
             if checksums:
-                yield from _foreign_files(folder, name, record)
+                yield from _foreign_files(files, folder, name, record)
     known = {shard_name(number) for number in expected.keys() | found}
-    for entry in sorted(folder.glob("shard-*.zarr")):
+    for entry in files.shards(folder):
         # While a cache is unfinished, a shard without its record is one that a stopped run was about to declare.
-        if is_complete and entry.name not in known:
-            yield _Problem(f"{hook_point}: {entry.name} is foreign, no shard of this cache has that number", None)
+        if is_complete and entry not in known:
+            yield _Problem(f"{hook_point}: {entry} is foreign, no shard of this cache has that number", None)
 
 
 def _indexed_shards(folder: Path) -> dict[int, ShardRecord]:
@@ -140,10 +161,10 @@ def _indexed_shards(folder: Path) -> dict[int, ShardRecord]:
     return {} if index is None else {shard.span.index: shard for shard in index.shards}
 
 
-def _foreign_files(folder: Path, name: str, record: ShardRecord) -> Iterator[_Problem]:
-    for file in sorted((folder / shard_name(record.span.index)).rglob("*")):
+def _foreign_files(files: Files, folder: Path, name: str, record: ShardRecord) -> Iterator[_Problem]:
+    for file in files.below(folder / shard_name(record.span.index)):
         relative = file.relative_to(folder).as_posix()
-        if file.is_file() and relative not in record.files:
+        if relative not in record.files:
             yield _Problem(
                 f"{name}: {relative} is foreign, it was not written with the shard",
                 folder / record_name(record.span.index),

@@ -13,8 +13,20 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from saekit.activations.layout import ShardRecord, ShardSpan, record_files, record_name, shard_name, write_record
-from saekit.activations.stored import AnyArray, chunk_rows, write_arrays
+from saekit.activations.codec import AnyArray, StoredDtype
+from saekit.activations.layout import (
+    ACTIVATIONS_NAME,
+    ShardRecord,
+    ShardSpan,
+    record_files,
+    record_name,
+    shard_file,
+    shard_name,
+    write_record,
+)
+from saekit.activations.remote import Remote
+from saekit.activations.shardfile import ChunkShape, Compression, shard_mark, write_shard_file
+from saekit.activations.stored import write_arrays
 from saekit.errors import ResourceError
 
 __all__ = ["Shard", "ShardWriter", "remove_leftovers", "staged", "write_shard"]
@@ -66,10 +78,10 @@ def _remove(path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    if path.is_dir():
-        for entry in path.rglob("*"):
-            _flush_one(entry)
-    _flush_one(path)
+    entries = [*path.rglob("*"), path] if path.is_dir() else [path]
+    # At once, since a journal takes what comes together together: one after another, each small file waits for a commit of its own.
+    with ThreadPoolExecutor(len(entries), thread_name_prefix="saekit-flush") as pool:
+        list(pool.map(_flush_one, entries))
 
 
 def _flush_one(path: Path) -> None:
@@ -92,34 +104,54 @@ class Shard:
     """Where the activations were taken."""
     span: ShardSpan
     """Which rows."""
-    dtype: str
+    dtype: StoredDtype
     """Of the activations."""
+    compression: Compression
+    """Of their chunks."""
+    chunk: ChunkShape
+    """Rows and positions that a chunk holds."""
+    d_in: int
+    """Width of an activation."""
     activations: AnyArray
-    """`[rows, T, D]` in the stored form."""
+    """`[rows, T, width]` in the stored form."""
     norm: npt.NDArray[np.float32]
     """`[rows, T]`."""
+    remote: Remote | None = None
+    """Where it goes when it is finished; None = it stays."""
 
 
 def write_shard(shard: Shard) -> ShardRecord:
     """Writes a shard and then its record.
 
     Raises:
-        ResourceError: the disk is full, or the folder cannot be written.
+        ResourceError: the disk is full, the folder cannot be written, or the shard's place elsewhere cannot be reached.
     """
     name = shard_name(shard.span.index)
     with staged(shard.folder / name) as temporary:
-        arrays: dict[str, AnyArray] = {"activations": shard.activations, "norm": shard.norm}
-        write_arrays(temporary, arrays, plain={"activations": shard.dtype})
+        write_arrays(temporary, {"norm": shard.norm})
+        crc = write_shard_file(
+            temporary,
+            ACTIVATIONS_NAME,
+            shard.activations,
+            shape=shard.chunk,
+            compression=shard.compression,
+            dtype=shard.dtype,
+            mark=shard_mark(shard.cache, shard.hook_point, shard.span.index),
+        )
     record = ShardRecord(
         cache=shard.cache,
         hook_point=shard.hook_point,
         span=shard.span,
-        d_in=shard.activations.shape[-1],
+        d_in=shard.d_in,
         dtype=shard.dtype,
-        chunk_rows=chunk_rows(shard.activations.shape, shard.activations.itemsize),
-        files=record_files(shard.folder, name),
+        compression=shard.compression,
+        chunk=shard.chunk,
+        files=record_files(shard.folder, name, known={shard_file(shard.span.index): crc}),
     )
     write_record(shard.folder / record_name(shard.span.index), record)
+    if shard.remote is not None:
+        shard.remote.publish(shard.folder, record_name(shard.span.index), record)
+        (shard.folder / shard_file(shard.span.index)).unlink()
     return record
 
 

@@ -1,6 +1,7 @@
 """A causal language model of the hub's family, ready to be read: loaded, frozen, in eval mode, with its identity."""
 
 import importlib.util
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -207,7 +208,8 @@ def _text_config(model: nn.Module) -> "PretrainedConfig":
 
 def _device(name: str, where: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # Launchers of several processes give each a GPU of its node by this variable.
+        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -19,7 +19,7 @@ __all__ = ["LanguageModelCost", "Limit", "Part", "StepCost", "StoreSize", "mean_
 Limit = Literal["compute", "memory", "network", "disk", "reader", "host bus", "launches"]
 
 READER_BYTES = 4e9
-"""What a process keeps of the store in the host's memory: `ShuffledBatches.memory_bytes`."""
+"""What all processes together keep of the store in their memory: `ShuffledBatches.memory_bytes`."""
 
 OPTIMIZER_TRAFFIC = {"adam": 34, "adamw8bit": 22, "muon": 36, "signum": 60}
 """Bytes read and written for each trained number. Adam's: 28 of the fused pass (weight, gradient and both moments read, three of
@@ -61,7 +61,7 @@ class StoreSize:
 
     @property
     def is_held(self) -> bool:
-        """Whether a process holds all of it in memory after the first epoch."""
+        """Whether the processes hold all of it in memory after the first epoch."""
         return self.num_tokens * self.token_bytes <= READER_BYTES
 
 
@@ -175,13 +175,13 @@ def step_cost(
         seconds = 3 * rows * lm.flops_per_token / hardware.flops(lm.dtype)
         parts.append(Part(name="language model", limit="compute", seconds=seconds))
         # Rows are read where they are used, each process its own.
-        parts.append(_reading(rows * store.token_bytes, hardware))
+        parts.append(_reading(rows * store.token_bytes, hardware, num_processes))
     return StepCost(
         num_processes=num_processes,
         latents=latents,
         parts=tuple(parts),
         beside=(
-            *(_reading_parts(shape, config, hardware, store, rows) if lm is None else ()),
+            *(_reading_parts(shape, hardware, store, rows, num_processes) if lm is None else ()),
             _launches(shape, config, hardware, rows),
         ),
         tokens=config.batch_size,
@@ -253,20 +253,23 @@ def _network_parts(shape: SAEShape, config: TrainConfig, hardware: Hardware, dat
 
 
 def _reading_parts(
-    shape: SAEShape, config: TrainConfig, hardware: Hardware, store: StoreSize, rows: float
+    shape: SAEShape, hardware: Hardware, store: StoreSize, rows: float, num_processes: int
 ) -> Sequence[Part]:
     mixed = rows * (store.token_bytes + FLOAT_BYTES * shape.batch_width)
-    # A store that is not held is read in windows, and every process reads the windows whole.
-    windows = 0.0 if store.is_held else float(config.batch_size * store.token_bytes)
+    # A store that is not held is read in windows, each process its own lanes of them.
+    windows = 0.0 if store.is_held else rows * store.token_bytes
     return (
-        _reading(windows, hardware),
+        _reading(windows, hardware, num_processes),
         Part(name="mixing", limit="reader", seconds=mixed / (hardware.mixer_gb_s * 1e9)),
     )
 
 
-def _reading(num_bytes: float, hardware: Hardware) -> Part:
-    gathered, loaded = num_bytes / (hardware.reader_gb_s * 1e9), num_bytes / (hardware.disk_gb_s * 1e9)
-    # Files are mapped: the thread that gathers waits for the disk itself.
+def _reading(num_bytes: float, hardware: Hardware, num_processes: int) -> Part:
+    # The processes of a node share its disk.
+    sharing = min(num_processes, hardware.gpus_per_node)
+    gathered = num_bytes / (hardware.reader_gb_s * 1e9)
+    loaded = sharing * num_bytes / (hardware.disk_gb_s * 1e9)
+    # The threads that read wait for the disk themselves.
     return Part(name="reading", limit="disk" if loaded > gathered else "reader", seconds=gathered + loaded)
 
 

@@ -85,7 +85,8 @@ def memory_of(
     lm: LanguageModelCost | None = None,
 ) -> Memory:
     """Returns what each of `num_processes` processes holds, of which `latents` share the features."""
-    tokens = tokens_at_a_time(config, num_processes // latents)
+    data = num_processes // latents
+    tokens = tokens_at_a_time(config, data)
     row = shape.samples * max(shape.width_in, shape.width_out)
     parts = memory_parts(shape.share(latents), -(-shape.num_held // latents), row, config, tokens=tokens)
     features = -(-shape.d_sae // latents)
@@ -94,10 +95,10 @@ def memory_of(
     parts["pre-activations"] = min(whole, chunk)
     if lm is not None:
         parts["language model"] = lm.num_bytes + LOGIT_COPIES * FLOAT_BYTES * tokens * lm.vocab_size
-    batch = FLOAT_BYTES * (config.batch_size * latents // num_processes) * shape.batch_width
+    batch = FLOAT_BYTES * (config.batch_size // data) * shape.batch_width
     # The sample in float32, and centred in float64; every process measures all of it.
     sample = (FLOAT_BYTES + 8) * max(SAMPLE_TOKENS, config.batch_size) * shape.batch_width
-    held = min(int(READER_BYTES), store.num_tokens * store.token_bytes) if lm is None else 0
+    held = min(int(READER_BYTES), store.num_tokens * store.token_bytes) // data if lm is None else 0
     return Memory(
         parts=parts,
         start=sample,

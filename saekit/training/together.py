@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from saekit.activations.mixing import measure_mixing
 from saekit.activations.shuffle import ShuffledBatches
 from saekit.activations.view import StoreView
 from saekit.errors import NonFiniteError
@@ -129,6 +130,11 @@ class _Group:
             return None
         batches = first.open_source(self.layout, stack)
         assert isinstance(batches, ShuffledBatches)
+        if self.layout.is_main_process:
+            mixing = measure_mixing(batches, num_batches=4)
+            self.progress.say(str(mixing))
+            for trainer in self.trainers.values():
+                trainer.mixing = mixing
         return SharedBatches(batches)
 
     def _say_memory(self) -> None:

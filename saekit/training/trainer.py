@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saekit.activations.joined import JoinedStore, PairedStore
+from saekit.activations.mixing import Mixing, measure_mixing
 from saekit.activations.shuffle import ShuffledBatches
 from saekit.activations.source import ActivationSource
 from saekit.activations.view import StoreView
@@ -54,6 +55,7 @@ class Trainer:
         sae: what is trained; holds its final weights, for raw activations, after `fit`.
         config: how.
         train: from what.
+        mixing: how many documents a batch mixes, once the training has begun; None where that is not known.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Trainer:
         self.sae = sae
         self.config = config
         self.train = train
+        self.mixing: Mixing | None = None
         self._test = test
         for what, data in (("training", train), ("test", test)):
             if data is not None and data.d_in != batch_width(sae):
@@ -166,11 +169,15 @@ class Trainer:
             NonFiniteError: see `fit`.
             StoreError: it belongs to other data.
         """
+        own = source is None
         if source is None:
             source = self.open_source(layout, stack)
         if self._claim(out, layout) == "complete":
             progress.say(f"{out}: already trained")
             return None
+        if own and isinstance(source, ShuffledBatches) and layout.is_main_process:
+            self.mixing = measure_mixing(source, num_batches=4)
+            progress.say(str(self.mixing))
         # Taken once for all processes of a run: the others write nothing but their parts of a checkpoint.
         stack.enter_context(locked(out) if layout.is_main_process else contextlib.nullcontext())
         values = {"sae": self.sae.cfg.to_dict(), "training": self.config.identity}
@@ -194,7 +201,8 @@ class Trainer:
             sae.hook_point, sae.source = self._hook_point(), self._source() | facts
             sae.save(out)
             keep_newest(out, 1)
-            finish_stage(out, {"tokens": run.tokens, "steps": run.step, **facts})
+            mixing = {} if self.mixing is None else {"mixing": round(self.mixing.ratio, 3)}
+            finish_stage(out, {"tokens": run.tokens, "steps": run.step, **mixing, **facts})
             if loop.trackers is not None:
                 loop.trackers.close()
             self._say_fvu_by_site(sae, facts, loop.progress)
@@ -273,6 +281,7 @@ class Trainer:
                 seed=self.config.seed,
                 rank=rank,
                 world_size=world_size,
+                device=layout.device,
             )
         )
 

@@ -187,7 +187,8 @@ def test_changed_text_is_refused(make_config: MakeConfig, lm: LanguageModel, tex
         ("hook_points", ["model.layers.1", "model.layers.1:output"], "named twice"),
         ("hook_points", ["model.layers.1:side"], "needs 'input' or 'output'"),
         ("num_tokens", 0, "num_tokens"),
-        ("dtype", "int8", "dtype"),
+        ("dtype", "int4", "dtype"),
+        ("compression", "gzip", "compression"),
         ("massive_factor", 1.0, "massive_factor"),
     ],
 )

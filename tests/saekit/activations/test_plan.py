@@ -69,6 +69,16 @@ def test_disk_that_cannot_hold_it_is_refused_and_nothing_is_written(
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.usefixtures("small_disk")
+def test_compressed_cache_is_begun_where_its_greatest_size_does_not_fit(
+    make_config: MakeConfig, lm: LanguageModel, tmp_path: Path
+) -> None:
+    config = make_config(dtype="int8", compression="zstd", num_tokens=10_000)
+    plan = plan_cache(config, tmp_path, lm=lm)
+    assert plan.size_bytes > plan.free_bytes
+    assert ": at most 0.6 MB in" in plan.summary()
+
+
 @pytest.mark.parametrize(
     "changes, error",
     [

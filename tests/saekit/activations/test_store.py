@@ -87,19 +87,20 @@ def test_tokens_outside_are_refused(place: int, store: ActivationStore) -> None:
         store.read_rows([100])
 
 
-def test_reads_cross_chunk_files(
-    lm: LanguageModel, make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_reads_do_not_depend_on_the_chunks(
+    lm: LanguageModel, make_config: Any, store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("saekit.activations.stored._CHUNK_BYTES", 3 * 16 * 32 * 2)
+    # Three tokens a chunk, two of the 32 columns' bytes each; the last of a row is filled up.
+    monkeypatch.setattr("saekit.activations.shardfile._CHUNK_BYTES", 3 * 32 * 2)
+    monkeypatch.setattr("saekit.activations.shardfile._LEAST_CHUNK_BYTES", 1)
     chunked = cache_activations(make_config(), tmp_path / "cache", lm=lm)
-    monkeypatch.undo()
-    whole = cache_activations(make_config(), tmp_path / "whole", lm=lm)
-    assert len(list((chunked.path / "hooks/model.layers.1/shard-00000.zarr/activations/c").iterdir())) == 11
-    chunked = ActivationStore.open(chunked.path)
+    assert set(np.diff(chunked.chunk_bounds).tolist()) == {3, 1}
     rows = np.random.default_rng(0).permutation(100)
-    assert torch.equal(chunked.read_rows(rows), whole.read_rows(rows))
+    assert torch.equal(chunked.read_rows(rows), store.read_rows(rows))
     flat = np.random.default_rng(1).permutation(1600)[:333]
-    assert torch.equal(chunked.read_tokens(flat), whole.read_tokens(flat))
+    assert torch.equal(chunked.read_tokens(flat), store.read_tokens(flat))
+    monkeypatch.setattr("saekit.activations.reader._BLOCK_CHUNKS", 5)
+    assert torch.equal(chunked.read_tokens(flat), store.read_tokens(flat))
 
 
 def test_shards_are_plain_zarr_for_other_readers(store: ActivationStore) -> None:

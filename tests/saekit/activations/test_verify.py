@@ -61,7 +61,7 @@ def add_file(path: Path) -> None:
 # Where, what is done to it, what is said, and whether opening alone must notice.
 DAMAGE = [
     (CHUNK, flip_bit, "model.layers.1: shard 1: .*has changed since it was written", False),
-    (CHUNK, truncate, "model.layers.1: shard 1: .*c/0/0/0 has 32,767 bytes, needs 32,768", True),
+    (CHUNK, truncate, "model.layers.1: shard 1: .*c/0/0/0 has 34,115 bytes, needs 34,116", True),
     (CHUNK, remove, "model.layers.1: shard 1: .*c/0/0/0 is missing", True),
     (f"{LAYER}/shard-00001.zarr", remove, "model.layers.1: shard 1: .* is missing", True),
     (f"{LAYER}/shard-00001.zarr/zarr.json", flip_bit, "shard 1: .*zarr.json has changed", False),
@@ -138,3 +138,18 @@ def test_repair_lets_the_same_command_make_changed_parts_anew(
 def test_a_folder_without_a_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no cache there"):
         verify_store(tmp_path)
+
+
+def test_caches_of_earlier_versions_are_refused_in_one_line(
+    copied: Path, make_config: MakeConfig, lm: LanguageModel
+) -> None:
+    edit("files", {"documents.jsonl": {"size_bytes": 3, "sha256": "0" * 64}})(copied / "tokens.json")
+    for use in (
+        lambda: verify_store(copied),
+        lambda: ActivationStore.open(copied, "model.layers.1"),
+        lambda: cache_activations(make_config(hook_points=HOOK_POINTS), copied, lm=lm),
+    ):
+        with pytest.raises(
+            StoreError, match=r"made by an earlier version of saekit.*remove the folder or choose another"
+        ):
+            use()

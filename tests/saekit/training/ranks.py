@@ -187,9 +187,16 @@ def four(out: Path, rank: int) -> None:
 def forks() -> ForkServerContext:
     """Forks of one process, the same for all tests, that has imported everything and has not run any of it yet."""
     context = multiprocessing.get_context("forkserver")
-    # Optimizers import the last one late.
-    modules = "tests.saekit.training.fleet", "accelerate", "torch.distributed.checkpoint", "torch._dynamo"
-    context.set_forkserver_preload(list(modules))
+    # Optimizers import `torch._dynamo` late.
+    context.set_forkserver_preload(
+        [
+            "tests.saekit.training.fleet",
+            "accelerate",
+            "torch.distributed.checkpoint",
+            "torch._dynamo",
+            "transformers.models.llama.modeling_llama",
+        ]
+    )
     return context
 
 

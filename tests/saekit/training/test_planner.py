@@ -207,12 +207,23 @@ def test_more_processes_are_never_slower_on_the_device_and_take_less_memory() ->
     assert held == sorted(held, reverse=True)
 
 
+def test_processes_read_their_own_parts_and_share_a_node_s_disk() -> None:
+    hardware = find_hardware("h100", {"reader_gb_s": 2.0, "disk_gb_s": 4.0})
+    for number, disks in ((1, 1), (8, 8), (16, 8)):
+        step = step_cost(shape_of(WIDE), config(), hardware, store=LARGE, num_processes=number)
+        reading = next(part for part in step.beside if part.name == "reading")
+        own = 8192 / number * 2 * 2304
+        assert reading.seconds == pytest.approx(own / 2e9 + disks * own / 4e9)
+        memory = memory_of(shape_of(WIDE), config(), hardware, store=LARGE, num_processes=number)
+        assert memory.reader == int(4e9) // number + 2 * (8192 // number) * 2304 * 4
+
+
 def test_fewest_processes_are_taken_that_are_about_as_fast_as_any() -> None:
-    hardware = find_hardware("h100", {"reader_gb_s": 0.2})
+    hardware = find_hardware("h100", {"disk_gb_s": 0.05, "reader_gb_s": 50.0})
     bound = plan_training(WIDE, config(), hardware, store=LARGE)
     assert bound.step.num_processes == 1
-    assert bound.step.limit == "reader"
-    assert bound.why.startswith("one process; more processes would gain 0%, as 8 are bound by reader (100%")
+    assert bound.step.limit == "disk"
+    assert bound.why.startswith("one process; more processes would gain 0%, as 8 are bound by disk (")
     free = planned(batch_size=65_536)
     assert free.step.num_processes == 8
     assert free.why.startswith("data-parallel over 8 processes: ")
