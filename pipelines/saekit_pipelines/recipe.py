@@ -6,13 +6,13 @@ from typing import Annotated, get_args
 
 from pydantic import Field
 
-from saekit.activations import CacheConfig
+from saekit.activations import CacheConfig, RingConfig
 from saekit.config import Config, apply_overrides, read_toml
 from saekit.errors import ConfigError
 from saekit.evaluation import EvaluationConfig
 from saekit.labelling import LabelConfig, ReviveConfig
 from saekit.sae import AnySAEConfig, SitesConfig, TranscoderConfig
-from saekit.training import TrainConfig, check_low_bit, check_options
+from saekit.training import TrainConfig, check_low_bit, check_options, check_ring
 from saekit_pipelines.sweep import expand_sweeps
 
 __all__ = ["Recipe", "ReportConfig", "SplitConfig", "TrainRun", "load_recipe"]
@@ -72,6 +72,9 @@ class Recipe(Config):
     """Folder of the run; each stage writes a folder of its own inside."""
     cache: CacheConfig
     """Model, text, tokens and hook points."""
+    ring: RingConfig | None = None
+    """Training on more tokens than the disk holds: their activations are made and deleted on the way, and the cache holds what
+    stays (docs/scale.md); None = on the cache."""
     train: dict[SAEName, TrainRun] = Field(min_length=1)
     """The SAEs, by name: letters, digits, `_`, `-` and `.`, as a folder is called after it."""
     split: SplitConfig = SplitConfig()
@@ -202,6 +205,22 @@ class Recipe(Config):
                 f" {context_len:,} tokens"
             )
 
+    def check_ring(self) -> None:
+        """Checks that one read of a ring can serve all SAEs, where there is a ring.
+
+        Raises:
+            ConfigError: one of them cannot be trained on a ring, or needs other batches.
+        """
+        if self.ring is None:
+            return
+        check_ring({f"train.{name}.training": run.training for name, run in self.train.items()})
+        for name, run in self.train.items():
+            if run.start_from is not None:
+                raise ConfigError(
+                    f"train.{name}.start_from: found {run.start_from!r} on a ring, which is read once for all SAEs; needs none,"
+                    " or a recipe without ring"
+                )
+
     def check_packages(self) -> None:
         """Checks that what the optimizers need is installed.
 
@@ -234,4 +253,5 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         recipe.target_hook_point(name)
         recipe.check_start(name)
         recipe.check_training(name)
+    recipe.check_ring()
     return recipe

@@ -47,7 +47,7 @@ from saekit.models.texts import iter_documents, text_fingerprint
 from saekit.models.tokens import TokenCounts, check_context_len, iter_token_rows
 from saekit.progress import NO_PROGRESS, Progress
 
-__all__ = ["cache_activations"]
+__all__ = ["Collector", "cache_activations"]
 
 
 def cache_activations(
@@ -80,7 +80,9 @@ def cache_activations(
     if not writers.first(lambda: _claim(config, out, lm, progress)):
         with contextlib.ExitStack() as stack:
             writers.first(lambda: stack.enter_context(locked(out)))
-            _Collector(config, out, lm, progress, writers).run()
+            manifest = read_manifest(out)
+            assert manifest is not None, "_claim has written it"
+            Collector(config, out, lm, progress, writers, cache=cache_identity(manifest)).run()
     return ActivationStore.open(out, config.hook_points[0])
 
 
@@ -103,18 +105,19 @@ def _claim(config: CacheConfig, out: Path, lm: LanguageModel, progress: Progress
     return not problems
 
 
-class _Collector:
+class Collector:
     """One run of the cache stage."""
 
-    def __init__(self, config: CacheConfig, out: Path, lm: LanguageModel, progress: Progress, writers: Writers) -> None:
-        manifest = read_manifest(out)
-        assert manifest is not None, "begin_stage has written it"
+    def __init__(
+        self, config: CacheConfig, out: Path, lm: LanguageModel, progress: Progress, writers: Writers, *, cache: str
+    ) -> None:
+        """Does nothing yet; `cache` is the identity that every part is stamped with."""
         self.config = config
         self.out = out
         self.lm = lm
         self.progress = progress
         self.writers = writers
-        self.cache = cache_identity(manifest)
+        self.cache = cache
 
     def run(self) -> None:
         """Does every missing part, then declares the cache finished."""
@@ -124,7 +127,7 @@ class _Collector:
         spans = shard_spans(table.num_rows, self.config.shard_rows)
         failed: SaekitError | None = None
         try:
-            self._capture_shards(table, spans)
+            self.capture_shards(table, spans)
         except SaekitError as error:
             failed = error
         self.writers.check(failed)
@@ -174,12 +177,13 @@ class _Collector:
                 f" all of it is cached but {counts.dropped_tokens:,} tokens that do not fill a row"
             )
 
-    def _capture_shards(self, table: TokenTable, spans: list[ShardSpan]) -> None:
+    def capture_shards(self, table: TokenTable, spans: list[ShardSpan]) -> None:
+        """Writes the shards that are missing, each process its share of them."""
         missing = self.writers.first(
             lambda: {
                 span.index: names
                 for span in spans
-                if (names := [name for name in self.config.hook_points if self._shard_record(name, span) is None])
+                if (names := [name for name in self.config.hook_points if self.shard_record(name, span) is None])
             }
         )
         own = self.writers.share([span for span in spans if span.index in missing])
@@ -226,7 +230,7 @@ class _Collector:
                 " GB; free some and run the same command again to go on"
             )
 
-    def _shard_record(self, hook_point: str, span: ShardSpan) -> ShardRecord | None:
+    def shard_record(self, hook_point: str, span: ShardSpan) -> ShardRecord | None:
         """Returns the record of a shard that is in place, or None."""
         folder = hook_folder(self.out, hook_point)
         try:
@@ -246,7 +250,7 @@ class _Buffer:
         self.activations: AnyArray = np.empty(shape, dtype)
         self.norm = np.empty(shape[:2], np.float32)
 
-    def shard(self, run: _Collector, hook_point: str, span: ShardSpan, chunk: ChunkShape) -> Shard:
+    def shard(self, run: Collector, hook_point: str, span: ShardSpan, chunk: ChunkShape) -> Shard:
         return Shard(
             folder=hook_folder(run.out, hook_point),
             cache=run.cache,
@@ -262,11 +266,11 @@ class _Buffer:
 
 
 def _finish_hook_point(
-    run: _Collector, hook_point: str, table: TokenTable, spans: list[ShardSpan]
+    run: Collector, hook_point: str, table: TokenTable, spans: list[ShardSpan]
 ) -> tuple[Statistics, str]:
     """Tells massive tokens, writes statistics and index of the hook point, and returns the statistics and the index's sha256."""
     folder = hook_folder(run.out, hook_point)
-    records = [run._shard_record(hook_point, span) for span in spans]
+    records = [run.shard_record(hook_point, span) for span in spans]
     shards = [record for record in records if record is not None]
     assert len(shards) == len(spans), "every shard has just been written or checked"
     norms = np.concatenate(

@@ -9,6 +9,7 @@ from typing import Any
 
 from saekit.activations.joined import JoinedStore, PairedStore
 from saekit.activations.mixing import measure_mixing
+from saekit.activations.ringbatches import RingView
 from saekit.activations.shuffle import ShuffledBatches
 from saekit.activations.source import ActivationSource
 from saekit.activations.view import StoreView
@@ -34,6 +35,7 @@ from saekit.training.loop import TrainingLoop
 from saekit.training.low_bit import check_low_bit
 from saekit.training.options import check_options
 from saekit.training.processes import checkpoint_writer, make_accelerator, watching
+from saekit.training.ringed import check_ring, open_ring
 from saekit.training.rows import TokenRowBatches
 from saekit.training.run import TrainRun
 from saekit.training.sharded import gather_sae, shard_sae
@@ -98,6 +100,8 @@ class Trainer:
         if config.optimizer == "adamw8bit":
             check_low_bit()
         self._lm = lm
+        if isinstance(train, RingView):
+            check_ring({"training": config})
         if config.objective is not None:
             check_end_to_end(train, config.objective, lm)
 
@@ -166,7 +170,7 @@ class Trainer:
         """
         own = source is None
         if source is None:
-            source = self.open_source(layout, stack)
+            source = self.open_source(layout, stack, progress)
         if self._claim(out, layout) == "complete":
             progress.say(f"{out}: already trained")
             return None
@@ -239,7 +243,9 @@ class Trainer:
             state["run"] = sliced_state(state["run"], layout.features(self.sae.d_sae))
         return state | load_process(checkpoint, layout.process_index)
 
-    def open_source(self, layout: Layout, stack: contextlib.ExitStack) -> ActivationSource:
+    def open_source(
+        self, layout: Layout, stack: contextlib.ExitStack, progress: Progress = NO_PROGRESS
+    ) -> ActivationSource:
         """Returns this process's share of the training tokens, in their order.
 
         Raises:
@@ -253,6 +259,9 @@ class Trainer:
             )
         if not isinstance(self.train, StoreView):
             return self.train
+        if isinstance(self.train, RingView):
+            ring = open_ring([self.train], [self.config], layout, stack, progress)
+            return ring.tap(self.train, self.config, layout)
         if self.config.objective is not None:
             return TokenRowBatches(
                 self.train,
