@@ -46,7 +46,8 @@ def describe_ring(pipeline: "Pipeline") -> str:
     if manifest is not None and manifest.status == "complete":
         return recipe_ring(recipe).sizes.summary(most_tokens(recipe))
     plan = _cache_plan(pipeline)
-    return f"{ring_sizes(recipe, plan).summary(most_tokens(recipe))}; filled at about {plan.tokens_per_second:,.0f} tokens/s"
+    sizes = ring_sizes(recipe, plan.widths, plan.size_bytes)
+    return f"{sizes.summary(most_tokens(recipe))}; filled at about {plan.tokens_per_second:,.0f} tokens/s"
 
 
 def _cache_plan(pipeline: "Pipeline") -> CachePlan:

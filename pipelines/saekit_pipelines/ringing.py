@@ -1,17 +1,18 @@
 """The ring of a recipe: where it is, and what it will need before it is there."""
 
+import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from saekit.activations import HeldOut, Ring, plan_ring
+from saekit.activations import HeldOut, Ring, RingView, StoreView, plan_ring
 from saekit.activations.fillers import clear_ring
-from saekit.activations.plan import CachePlan
 from saekit.activations.ring import RING_NAME, RingSizes, fit_segments
 from saekit.manifest import read_manifest
 
 if TYPE_CHECKING:
     from saekit_pipelines.recipe import Recipe
 
-__all__ = ["most_tokens", "places_of", "recipe_ring", "remove_ring_segments", "ring_sizes"]
+__all__ = ["finish_ring", "most_tokens", "on_ring", "places_of", "recipe_ring", "ring_sizes"]
 
 
 def places_of(recipe: "Recipe") -> tuple[tuple[str, ...], ...]:
@@ -50,23 +51,36 @@ def recipe_ring(recipe: "Recipe") -> Ring:
     )
 
 
-def ring_sizes(recipe: "Recipe", cache: CachePlan) -> RingSizes:
+def ring_sizes(recipe: "Recipe", widths: Mapping[str, int], kept_bytes: int) -> RingSizes:
     """Returns what the segments of a recipe that has a ring will be, before there is a cache.
+
+    Args:
+        recipe: that has a ring.
+        widths: hook point -> width of its activations.
+        kept_bytes: that the cache will take.
 
     Raises:
         ConfigError: the budget is too small; the least that works is named.
     """
     assert recipe.ring is not None
-    return fit_segments(
-        recipe.ring, recipe.cache, cache.widths, kept_bytes=cache.size_bytes, batch_size=_batch_size(recipe)
-    )
+    return fit_segments(recipe.ring, recipe.cache, widths, kept_bytes=kept_bytes, batch_size=_batch_size(recipe))
 
 
-def remove_ring_segments(recipe: "Recipe") -> None:
-    """Removes the segments of a ring that all SAEs of the recipe are done with."""
+def on_ring(recipe: "Recipe", train: StoreView) -> StoreView:
+    """Returns what an SAE is trained on: the tokens of the ring, where the recipe has one, else those of the cache, `train`.
+
+    Raises:
+        ConfigError: the ring's budget is too small; the least that works is named.
+    """
+    return train if recipe.ring is None else RingView(train, recipe_ring(recipe))
+
+
+def finish_ring(recipe: "Recipe") -> None:
+    """Removes the segments of a ring, where there is one, once all SAEs of the recipe are trained."""
     folders = [recipe.folder / "train" / name for name in recipe.train]
     manifests = [read_manifest(folder) for folder in folders]
-    if all(manifest is not None and manifest.status == "complete" for manifest in manifests):
+    is_done = all(manifest is not None and manifest.status == "complete" for manifest in manifests)
+    if recipe.ring is not None and is_done and os.environ.get("RANK", "0") == "0":
         clear_ring(recipe_ring(recipe))
 
 

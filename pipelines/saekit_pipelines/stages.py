@@ -2,13 +2,12 @@
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from saekit.activations import ActivationStore, JoinedStore, PairedStore, RingView, StoreView, cache_activations
+from saekit.activations import ActivationStore, JoinedStore, PairedStore, StoreView, cache_activations
 from saekit.errors import ConfigError, SaekitError
 from saekit.evaluation import Evaluation, EvaluationTable, evaluate, read_evaluation, summary_table
 from saekit.hub import load_sae
@@ -24,7 +23,7 @@ from saekit_pipelines.fronts import write_fronts
 from saekit_pipelines.named import NamedProgress
 from saekit_pipelines.randomised import randomised_plan, run_randomised
 from saekit_pipelines.recipe import Recipe, load_recipe
-from saekit_pipelines.ringing import recipe_ring, remove_ring_segments
+from saekit_pipelines.ringing import finish_ring, on_ring
 from saekit_pipelines.widths import check_width, sized, taken_from_store
 
 __all__ = ["RUN_NAME", "Pipeline"]
@@ -162,14 +161,12 @@ class Pipeline:
             folder = self.stage_folder("train", name)
             with self._timed(f"train {name}", folder):
                 self._trainer(name).fit(folder, progress=NamedProgress(self.progress, name))
-        if self.recipe.ring is not None and os.environ.get("RANK", "0") == "0":
-            remove_ring_segments(self.recipe)
+        finish_ring(self.recipe)
 
     def _trainer(self, name: str) -> Trainer:
         config = self.recipe.train[name]
         train, test = self.views(name)
-        if self.recipe.ring is not None:
-            train = RingView(train, recipe_ring(self.recipe))
+        train = on_ring(self.recipe, train)
         cfg = sized(config.sae, train.store)
         sae = build_sae(cfg, seed=config.training.seed, hook_point=train.store.hook_point)
         if config.start_from is not None:

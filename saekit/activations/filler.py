@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Never
 
 from saekit.activations.ring import SEGMENTS_HELD, HeldOut, Ring, RingConfig, plan_ring
@@ -22,9 +22,9 @@ from saekit.activations.writers import Writers, join_writers
 from saekit.config import Config
 from saekit.errors import DataError, ResourceError, SaekitError
 from saekit.manifest import locked
-from saekit.models.load import load_model
+from saekit.models.load import LanguageModel, load_model
 
-__all__ = ["FillerJob", "main", "remove_segments"]
+__all__ = ["FillerJob", "Orders", "fill", "main", "remove_segments"]
 
 FILLING_NAME = "filling"
 """Folder whose lock says that a ring is being filled."""
@@ -53,18 +53,22 @@ class FillerJob(Config):
     """Segment that the training begins or goes on with."""
 
 
-class _Orders:
+class Orders:
     """What the training has said so far."""
 
-    def __init__(self) -> None:
-        """Reads the job, then listens in a thread."""
-        self.job = FillerJob.model_validate_json(sys.stdin.readline())
-        self._released = self.job.start
-        threading.Thread(target=self._listen, daemon=True).start()
+    def __init__(self, job: FillerJob) -> None:
+        """Takes what was said first."""
+        self.job = job
+        self._released = job.start
 
-    def _listen(self) -> Never:
-        for line in sys.stdin:
-            self._released = max(self._released, int(line))
+    def release(self, number: int) -> None:
+        """Takes note that segments below a number may go."""
+        self._released = max(self._released, number)
+
+    def listen(self, lines: Iterable[str]) -> Never:
+        """Takes a number a line until there are no more, and ends the process."""
+        for line in lines:
+            self.release(int(line))
         # The training has ended. Not `sys.exit`: other threads may be anywhere, and all that counts is on disk.
         os._exit(0)
 
@@ -88,14 +92,15 @@ def main() -> None:
     """Fills a ring until the training ends."""
     # Ctrl-C is the training's to answer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    orders = _Orders()
-    job = orders.job
+    job = FillerJob.model_validate_json(sys.stdin.readline())
+    orders = Orders(job)
+    threading.Thread(target=orders.listen, args=(sys.stdin,), daemon=True).start()
     try:
         writers = join_writers()
         ring = plan_ring(job.ring, job.kept, job.folder, split=job.split, batch_size=job.batch_size)
         assert ring.identity == job.identity, "both have planned the same ring"
         with _filling(ring) if writers.is_first else contextlib.nullcontext():
-            _fill(ring, orders, writers)
+            fill(ring, orders, writers)
     except SaekitError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.stderr.flush()
@@ -119,14 +124,26 @@ def _filling(ring: Ring) -> Iterator[None]:
         yield
 
 
-def _fill(ring: Ring, orders: _Orders, writers: Writers) -> None:
+def fill(ring: Ring, orders: Orders, writers: Writers, *, lm: LanguageModel | None = None) -> None:
+    """Makes one segment after another, as far as there is room and the training needs them, then only removes them.
+
+    Args:
+        ring: whose segments.
+        orders: of the training.
+        writers: the processes that fill the ring.
+        lm: the model, if it is loaded already.
+
+    Raises:
+        SaekitError: as `cache_activations`.
+    """
     job = orders.job
     # Before a model is loaded: segments of another place, and what was being removed.
     writers.first(lambda: remove_segments(ring, keep=range(job.start, job.start + SEGMENTS_HELD)))
     stores = [ActivationStore.open(ring.kept, name) for name in ring.cache.hook_points]
     devices = ring.config.devices
     model = ring.cache.model
-    lm = load_model(model.model_copy(update={"device": devices[writers.rank]}) if devices else model)
+    if lm is None:
+        lm = load_model(model.model_copy(update={"device": devices[writers.rank]}) if devices else model)
     stores[0].check_model(lm)
     thresholds = {store.hook_point: store.statistics.massive_threshold for store in stores}
     walk = TextWalk(ring.cache.text, lm.tokenizer, ring.cache.tokens, held_out=ring.held_out())

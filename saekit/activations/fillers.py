@@ -7,13 +7,15 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 from saekit.activations.filler import FillerJob, remove_segments
 from saekit.activations.ring import Ring
+from saekit.activations.segment import read_ledger
 from saekit.errors import ResourceError
-from saekit.manifest import begin_stage, locked, write_json
+from saekit.manifest import begin_stage, finish_stage, locked, reopen_stage, write_json
 
 __all__ = ["Fillers", "RingKeeper", "Watcher", "clear_ring"]
 
@@ -42,6 +44,17 @@ class Fillers(Protocol):
         """Says that segments below a number may go."""
 
 
+def launch(environment: Mapping[str, str], log: IO[bytes]) -> "subprocess.Popen[bytes]":
+    """Starts one of the processes, which waits for its job."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "saekit.activations.filler"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=log,
+        env=environment,
+    )
+
+
 class RingKeeper:
     """The fillers, as the first process of the training has them: it starts and ends them."""
 
@@ -56,12 +69,17 @@ class RingKeeper:
         self._stack = contextlib.ExitStack()
         self._running: list[subprocess.Popen[bytes]] = []
         self._lock = threading.Lock()
-        begin_stage(ring.folder, "ring", ring.identity_values, {"cache": ring.kept_sha256})
+        self._is_complete = (
+            begin_stage(ring.folder, "ring", ring.identity_values, {"cache": ring.kept_sha256}) == "complete"
+        )
         self._stack.enter_context(locked(ring.folder))
         (ring.folder / FAILED_NAME).unlink(missing_ok=True)
 
     def start(self, job: FillerJob) -> None:
         """Starts one process a device."""
+        if self._is_complete:
+            # A training was added to those that were done with it.
+            reopen_stage(self._ring.folder)
         devices = self._ring.config.devices or ("",)
         environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_NAMES}
         environment = {name: value for name, value in environment.items() if not name.startswith("TORCHELASTIC")}
@@ -76,13 +94,7 @@ class RingKeeper:
         log = self._stack.enter_context((self._ring.folder / LOG_NAME).open("wb"))
         for rank in range(len(devices)):
             own = environment | ({"RANK": str(rank)} if len(devices) > 1 else {})
-            process = subprocess.Popen(
-                [sys.executable, "-m", "saekit.activations.filler"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                env=own,
-            )
+            process = launch(own, log)
             self._running.append(process)
             _tell(process, job.model_dump_json())
 
@@ -163,6 +175,10 @@ def clear_ring(ring: Ring) -> None:
     """Removes all segments of a ring that nobody trains on any more; what is known of them stays."""
     with locked(ring.folder):
         remove_segments(ring, keep=range(0))
+        segments = read_ledger(ring).segments
+        finish_stage(
+            ring.folder, {"segments": len(segments), "tokens": sum(segment.num_tokens for segment in segments)}
+        )
 
 
 def _tell(process: "subprocess.Popen[bytes]", line: str) -> None:

@@ -29,7 +29,8 @@ from saekit.activations.plan import size_text
 from saekit.activations.shardfile import ChunkShape, chunk_shape
 from saekit.activations.store import ActivationStore
 from saekit.config import Config, config_sha256
-from saekit.errors import ConfigError
+from saekit.errors import ConfigError, StoreError
+from saekit.manifest import read_manifest
 
 __all__ = [
     "LEDGER_NAME",
@@ -278,9 +279,12 @@ def plan_ring(
         StoreError: there is no finished cache.
     """
     kept = Path(kept)
-    store = ActivationStore.open(kept)
-    cache = CacheConfig.parse(store.config, where=f"cache {str(kept)!r}")
-    widths = {name: ActivationStore.open(kept, name).d_in for name in store.hook_points}
+    manifest = read_manifest(kept)
+    if manifest is None or manifest.stage != "cache":
+        raise StoreError(f"ring: no cache in {str(kept)!r}, needs a finished one beside it: run 'saekit cache' first")
+    cache = CacheConfig.parse(manifest.config, where=f"cache {str(kept)!r}")
+    stores = [ActivationStore.open(kept, name) for name in cache.hook_points]
+    widths = {store.hook_point: store.d_in for store in stores}
     sizes = fit_segments(
         config,
         cache,
@@ -295,7 +299,7 @@ def plan_ring(
         config=config,
         split=split,
         sizes=sizes,
-        kept_sha256=store.sha256,
+        kept_sha256=stores[0].sha256,
     )
 
 
