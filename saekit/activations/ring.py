@@ -197,6 +197,8 @@ class Ring:
     """Whose test documents are left out of the ring."""
     sizes: RingSizes
     """Of its segments."""
+    token_bytes: int
+    """Of one token at all hook points, as it is stored."""
     kept_sha256: str
     """Its identity."""
 
@@ -299,6 +301,7 @@ def plan_ring(
         config=config,
         split=split,
         sizes=sizes,
+        token_bytes=sum(store.token_bytes for store in stores),
         kept_sha256=stores[0].sha256,
     )
 

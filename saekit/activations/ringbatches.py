@@ -112,13 +112,14 @@ class RingBatches:
         self._seed = seed
         self._rank, self._world_size = rank, world_size
         # The last window of one segment and the first one of the next are in memory at the same time.
-        self._memory_bytes = memory_bytes / 2
+        # Counted at all hook points, so that the order does not depend on which of them are read.
+        self._memory_tokens = int(memory_bytes) // 2 // ring.token_bytes
         self._device = device
         self._say = say
         self._is_started = self._has_told = False
         self._passes = 0
         self._opened: _Opened | None = None
-        self._following: Future[_Opened] | None = None
+        self._following: tuple[int, Future[_Opened]] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="saekit-segment")
 
     @property
@@ -174,9 +175,8 @@ class RingBatches:
     def close(self) -> None:
         """Ends the threads; `next_batch` must not be called again."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        for opened in (self._opened, self._following.result() if self._following is not None else None):
-            if opened is not None and opened.batches is not None:
-                opened.batches.close()
+        self._leave()
+        self._forget_following()
 
     def __enter__(self) -> Self:
         return self
@@ -193,7 +193,7 @@ class RingBatches:
             "seed": self._seed,
             "global_batch_size": self.global_batch_size,
             "ring": self.ring.identity,
-            "memory_bytes": self._memory_bytes,
+            "memory_tokens": self._memory_tokens,
         }
 
     def _segment_batches(self, number: int) -> ShuffledBatches | None:
@@ -203,7 +203,7 @@ class RingBatches:
             self._await(number)
             self._open_ahead(number)
             assert self._following is not None, "the segment is there"
-            self._opened, self._following = self._following.result(), None
+            self._opened, self._following = self._following[1].result(), None
             self._tell(self._opened)
         return self._opened.batches
 
@@ -212,6 +212,14 @@ class RingBatches:
         if self._opened is not None and self._opened.batches is not None:
             self._opened.batches.close()
         self._opened = None
+
+    def _forget_following(self) -> None:
+        """Closes what was opened ahead."""
+        following, self._following = self._following, None
+        if following is None or following[1].cancelled() or following[1].exception() is not None:
+            return
+        if (batches := following[1].result().batches) is not None:
+            batches.close()
 
     def _tell(self, opened: _Opened) -> None:
         if opened.batches is not None and not self._has_told:
@@ -245,8 +253,10 @@ class RingBatches:
 
     def _open_ahead(self, number: int) -> None:
         """Has the first batch of the next segment read where that is whole already."""
+        if self._following is not None and self._following[0] != number:
+            self._forget_following()
         if self._following is None and self.ring.record_path(number).exists():
-            self._following = self._pool.submit(self._open, number)
+            self._following = number, self._pool.submit(self._open, number)
 
     def _open(self, number: int) -> _Opened:
         view, entry = open_segment(self.ring, number, self._parts)
@@ -258,7 +268,7 @@ class RingBatches:
             seed=int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0]),
             rank=self._rank,
             world_size=self._world_size,
-            memory_bytes=self._memory_bytes,
+            memory_bytes=self._memory_tokens * view.store.token_bytes,
             device=self._device,
             num_epochs=1,
         )
