@@ -69,6 +69,7 @@ class RingBatches:
     Attributes:
         segment: of the next batch, from 0.
         batch: place of the next batch in its segment, from 0.
+        when_empty: is told of a segment that holds less than a batch, and so was passed over.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class RingBatches:
         self.ring = ring
         self.segment = 0
         self.batch = 0
+        self.when_empty: Callable[[int], None] = lambda _: None
         self.global_batch_size = batch_size * world_size
         self._parts = tuple(parts)
         self._fillers = fillers
@@ -135,6 +137,7 @@ class RingBatches:
             StoreError: a file that cannot be read, or has changed since it was written.
         """
         while (batches := self._segment_batches(self.segment)) is None:
+            self.when_empty(self.segment)
             self.segment, self.batch = self.segment + 1, 0
         if batches.batch != self.batch:
             batches.batch = self.batch

@@ -84,6 +84,8 @@ class SharedRing:
         # Training -> segment of its newest whole checkpoint.
         self._saved: dict[RingTap, int] = {}
         self._released = 0
+        self._empty: set[int] = set()
+        batches.when_empty = self._pass_over
         self._lock = threading.Lock()
 
     def tap(self, view: RingView, config: TrainConfig, layout: Layout) -> "RingTap":
@@ -113,8 +115,16 @@ class SharedRing:
             self._saved.pop(tap, None)
             self._release()
 
+    def _pass_over(self, segment: int) -> None:
+        with self._lock:
+            self._empty.add(segment)
+            self._release()
+
     def _release(self) -> None:
         needed = min(self._saved.values(), default=0)
+        # Nobody goes on in a segment that holds no batch, and what follows may need its place.
+        while needed in self._empty:
+            needed += 1
         if needed > self._released:
             self._released = needed
             self._fillers.release(needed)

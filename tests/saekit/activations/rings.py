@@ -79,7 +79,7 @@ class ThreadFillers:
         while not self.orders.is_stopped:
             self.most_bytes = max(self.most_bytes, size_of(self.ring.kept, self.ring.folder))
             self.most_segments = max(self.most_segments, len(list(self.ring.folder.glob("segment-*"))))
-            time.sleep(0.002)
+            time.sleep(0.01)
 
 
 class NoFillers:

@@ -182,7 +182,15 @@ def four(out: Path, rank: int) -> None:
 def forks() -> ForkServerContext:
     """Forks of one process, the same for all tests, that has imported everything and has not run any of it yet."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.saekit.training.fleet", "accelerate", "torch.distributed.checkpoint"])
+    context.set_forkserver_preload(
+        [
+            "tests.saekit.training.ring_fleet",
+            "tests.saekit.training.fleet",
+            "accelerate",
+            "torch.distributed.checkpoint",
+            "transformers.models.llama.modeling_llama",
+        ]
+    )
     return context
 
 

@@ -22,7 +22,7 @@ from tests.saekit.activations.rings import make_ring
 HOOKS = ("model.layers.1", "model.layers.0:input")
 PLACES = tuple(sorted((hook,) for hook in HOOKS))
 BATCH = 64
-STEPS = 40
+STEPS = 26
 
 
 class Piped:
@@ -52,7 +52,7 @@ def trainers(kept: Path, out: Path, *, steps: int = STEPS) -> dict[str | Path, T
             lr=1e-2,
             dead_after_tokens=512,
             # In the middle of segments, beside those at their ends.
-            checkpoint_every_tokens=5 * BATCH,
+            checkpoint_every_tokens=9 * BATCH,
             log_every_tokens=20 * BATCH,
         )
         sae = build_sae(TopKConfig(d_in=32, d_sae=48, k=4))

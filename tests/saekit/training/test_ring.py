@@ -27,6 +27,9 @@ from tests.saekit.training.ranks import forks, free_port
 from tests.saekit.training.ring_fleet import BATCH, HOOKS, PLACES, STEPS, run_filling, run_training, trainers
 
 
+KILLS = 4
+
+
 @pytest.fixture(scope="module")
 def kept(tiny_model_dir: object, many_documents_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of 800 tokens at two hook points; the text has about five times as many."""
@@ -109,8 +112,8 @@ def test_saes_on_one_read_are_those_trained_alone(
     assert weights(tmp_path) == weights(whole)
     # Every batch once, through several segments.
     assert reads[:STEPS] == list(dict.fromkeys(reads[:STEPS]))
-    assert reads[STEPS - 1][0] >= 3
-    assert len(read_ledger(ring_of(kept, whole)).segments) > 3
+    assert reads[STEPS - 1][0] >= 2
+    assert len(read_ledger(ring_of(kept, whole)).segments) > 2
 
 
 def test_stopped_trainings_go_on_each_from_its_own_segment(
@@ -122,13 +125,13 @@ def test_stopped_trainings_go_on_each_from_its_own_segment(
         return advance(self, stop_asked=stop_asked or self.run.step == stops[0])
 
     monkeypatch.setattr(TrainingLoop, "advance", stopping)
-    stops = [12]
+    stops = [8]
     with pytest.raises(KeyboardInterrupt):
         train_together(trainers(kept, tmp_path))
     # The second one begins anew, with segments that are gone.
     for folder in sorted((tmp_path / "1" / "checkpoints").glob("*")):
         folder.rename(tmp_path / folder.name)
-    stops = [17]
+    stops = [12]
     with pytest.raises(KeyboardInterrupt):
         train_together(trainers(kept, tmp_path))
     stops = [-1]
@@ -156,7 +159,7 @@ class Fleet:
         most, deadline = 0, time.monotonic() + seconds
         while self.training.is_alive() and time.monotonic() < deadline:
             most = max(most, size_of(*folders))
-            time.sleep(0.001)
+            time.sleep(0.01)
         return most
 
     def join(self) -> None:
@@ -173,13 +176,13 @@ class Fleet:
 def test_kills_of_either_process_at_any_instant_change_no_bit(kept: Path, whole: Path, tmp_path: Path) -> None:
     chance, ring = random.Random(5), ring_of(kept, tmp_path)
     most, said = 0, []
-    for number in range(40):
+    for number in range(20):
         fleet = Fleet(kept, tmp_path, number)
         while fleet.training.is_alive() and not fleet.started.exists():
             most = max(most, fleet.measured(kept, ring.folder, seconds=0.02))
-        most = max(most, fleet.measured(kept, ring.folder, seconds=chance.uniform(0, 0.12) if number < 6 else 60))
+        most = max(most, fleet.measured(kept, ring.folder, seconds=chance.uniform(0, 0.2) if number < KILLS else 60))
         victim = fleet.filling if number % 2 else fleet.training
-        if number < 6:
+        if number < KILLS:
             victim.kill()
             most = max(most, fleet.measured(kept, ring.folder, seconds=30))
         fleet.join()
