@@ -49,5 +49,8 @@ def _largest(pre_acts: Tensor, indices: Tensor, offsets: Tensor, *, num_wanted: 
     is_equal = (pre_acts == edge) | (is_nan & edge.isnan())
     is_kept = is_above | (is_equal & (is_equal.cumsum(0) <= num_wanted - is_above.sum()))
     num_kept_before = torch.cat([offsets.new_zeros(1), is_kept.cumsum(0)])
-    places = is_kept.nonzero().view(-1)
+    # As many as are wanted, which a device need not be asked for: the others go to a place behind them.
+    target = torch.where(is_kept, num_kept_before[:-1], num_wanted)
+    places = torch.arange(len(target), device=target.device)
+    places = target.new_empty(num_wanted + 1).scatter_(0, target, places)[:-1]
     return pre_acts[places], indices[places], num_kept_before[offsets]

@@ -23,7 +23,6 @@ __all__ = [
     "TokenReader",
     "mean_activation",
     "part_sums",
-    "reconstruction_sums",
 ]
 
 WHOLE = slice(None)
@@ -92,32 +91,6 @@ def mean_activation(read: TokenReader, flat: Int64Array, *, batch_tokens: int) -
         total = part if total is None else total + part
     assert total is not None, "a mean of no tokens"
     return total / len(flat)
-
-
-def reconstruction_sums(
-    candidates: Sequence[Candidate],
-    read: TokenReader,
-    flat: Int64Array,
-    *,
-    documents: Int64Array,
-    mean: Tensor,
-    batch_tokens: int,
-    device: torch.device,
-    progress: Progress = NO_PROGRESS,
-) -> dict[str, ReconstructionSums]:
-    """Returns every candidate's per-document sums where whole rows are reconstructed; see `part_sums`."""
-    (sums,) = part_sums(
-        candidates,
-        read,
-        flat,
-        parts=(WHOLE,),
-        documents=documents,
-        mean=mean,
-        batch_tokens=batch_tokens,
-        device=device,
-        progress=progress,
-    )
-    return sums
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ class FusedAdam(torch.optim.Optimizer):
     The gradients are left as they are: the parts along unit rows are removed, and the scale applied, on the way.
 
     Attributes:
-        gradient_scale: what the next step multiplies every gradient by, 1 for as they are.
+        gradient_scale: what the next step multiplies every gradient by, 1 for as they are; a scalar tensor is not waited for.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class FusedAdam(torch.optim.Optimizer):
             unit_rows: names of the groups whose matrix has rows of unit norm, and keeps them.
         """
         self.unit_rows = frozenset(unit_rows)
-        self.gradient_scale = 1.0
+        self.gradient_scale: Tensor | float = 1.0
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
 
     @torch.no_grad()

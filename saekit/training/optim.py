@@ -98,11 +98,11 @@ class GradientClip:
                 gradient.mul_(scale)
         return norm
 
-    def scale(self, norm: float) -> float:
-        """Returns what `apply` multiplies gradients of this norm by."""
-        if self.factor is None or self.mean is None or norm <= self.factor * self.mean:
+    def scale(self, norm: Tensor) -> Tensor | float:
+        """Returns what `apply` multiplies gradients of this norm by; a scalar beside it, which is not waited for."""
+        if self.factor is None or self.mean is None:
             return 1.0
-        return self.factor * self.mean / norm
+        return (self.factor * self.mean / norm).clamp(max=1.0)
 
     def update(self, norm: float) -> None:
         """Notes a step's norm before clipping."""

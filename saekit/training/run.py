@@ -20,6 +20,7 @@ from saekit.training.build import build_objective
 from saekit.training.config import TrainConfig
 from saekit.training.dead import DeadFeatures, default_dead_after
 from saekit.training.fused_adam import FusedAdam
+from saekit.training.hostcopy import HostCopy
 from saekit.training.layout import Layout
 from saekit.training.micro import backward_in_parts
 from saekit.training.objective import StepResult
@@ -137,7 +138,7 @@ class TrainRun:
             stop_asked: whether this process was asked to stop; told to all of them.
 
         Raises:
-            NonFiniteError: the batch, the loss or a gradient has NaN or Inf; the weights are as before the step.
+            NonFiniteError: the batch, the loss or a gradient has NaN or Inf; the weights in memory are lost with it.
         """
         self.timer.begin()
         factor = lr_factor(self.step, self.config)
@@ -158,19 +159,20 @@ class TrainRun:
         silent_tokens, own_dead = self.dead.after(data.any(result.fired), self.config.batch_size)
         # Active entries and dead features are those of this process's features; whoever was asked to stop stops all.
         by_latents = latents.sum(torch.stack([summed[2], own_dead.double(), summed[1]]))
-        # One transfer for all figures of the step, and the only time that it waits for the device.
-        told = torch.cat([norm.double()[None], own_dead.double()[None], weights[None], by_latents, summed]).tolist()
-        gradient_norm, own_count, total_weight, num_active, num_dead, stops, num_tokens = told[:7]
-        loss, fvu, auxiliary, *others = (value / total_weight for value in told[9:])
-        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-            raise self._non_finite(raw)
-
+        # One transfer for all figures of the step, which goes on beside the update.
+        told = HostCopy(torch.cat([norm.double()[None], own_dead.double()[None], weights[None], by_latents, summed]))
         if isinstance(self.optimizer, FusedAdam):
-            self.optimizer.gradient_scale = self.clip.scale(gradient_norm)
-        self.clip.update(gradient_norm)
+            self.optimizer.gradient_scale = self.clip.scale(norm)
         self.optimizer.step()
         self.objective.after_step(has_unit_rows=isinstance(self.optimizer, FusedAdam | ScheduleFreeSignum))
         self.average.update()
+        self.timer.mark("update")
+        # Waits for the gradients and not for the update: while the device is busy with that, the next step is begun.
+        gradient_norm, own_count, total_weight, num_active, num_dead, stops, num_tokens, *sums = told.read()
+        loss, fvu, auxiliary, *others = (value / total_weight for value in sums[2:])
+        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+            raise self._non_finite(raw)
+        self.clip.update(gradient_norm)
         self.dead.take(silent_tokens, int(own_count))
         self.objective.num_dead = int(num_dead)
         self.step += 1
@@ -179,7 +181,6 @@ class TrainRun:
             self.control.update(l0, self._wanted_l0())
         dead_fraction = num_dead / self.cfg.d_sae
         resampled = resample_features(self) if is_due(self.config, self.step) else 0
-        self.timer.mark("update")
         return StepFigures(
             loss=loss,
             fvu=fvu,

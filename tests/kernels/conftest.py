@@ -1,7 +1,6 @@
 """Backends, devices and the independent truth that the kernel tests compare with."""
 
 import importlib.util
-import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -11,10 +10,6 @@ import torch
 from saekit_kernels import _build
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-
-# Before triton is imported. Where there is a device the same tests run on it, compiled.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -12,7 +12,7 @@ from bench import whole
 from bench.shapes import Shape
 from bench.step import JumpReLUStep
 
-from tests.kernels.test_waits import Waits
+from tests.kernels.waits import Waits
 
 SMALL = Shape("small", 40, 24, 90, 4)
 TINY = Shape("tiny", 3, 5, 9, 2)

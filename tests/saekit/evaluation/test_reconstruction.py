@@ -13,11 +13,12 @@ from saekit.evaluation.bootstrap import Resampled
 from saekit.evaluation.nulls import mean_candidate, sae_candidate
 from saekit.evaluation.reconstruction import (
     RECONSTRUCTION_METRICS,
+    WHOLE,
     Candidate,
     Reconstruction,
     ReconstructionSums,
     mean_activation,
-    reconstruction_sums,
+    part_sums,
 )
 from saekit.sae import TopKConfig, TopKSAE
 
@@ -31,15 +32,17 @@ def _reader(x: Tensor) -> Callable[[npt.NDArray[np.int64]], Tensor]:
 def _sums(x: Tensor, *candidates: Candidate, batch_tokens: int = 7, documents: npt.NDArray[np.int64] | None = None):
     flat = np.arange(len(x))
     mean = mean_activation(_reader(x), flat, batch_tokens=batch_tokens)
-    return reconstruction_sums(
+    (sums,) = part_sums(
         candidates,
         _reader(x),
         flat,
+        parts=(WHOLE,),
         documents=np.zeros(len(x), dtype=np.int64) if documents is None else documents,
         mean=mean,
         batch_tokens=batch_tokens,
         device=torch.device("cpu"),
     )
+    return sums
 
 
 def _values(sums: ReconstructionSums) -> dict[str, float | None]:
@@ -147,7 +150,7 @@ def test_fvu_is_invariant_to_scale(x: Tensor, x_hat: Tensor, scale: float) -> No
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 3, 50, 1000])
-def test_reconstruction_sums_do_not_depend_on_batches_or_order(x: Tensor, x_hat: Tensor, batch_tokens: int) -> None:
+def test_sums_do_not_depend_on_batches_or_order(x: Tensor, x_hat: Tensor, batch_tokens: int) -> None:
     documents = np.arange(50) // 20
     one = _sums(x, _fixed(x_hat, x), documents=documents, batch_tokens=11)["fixed"]
     order = np.random.default_rng(0).permutation(50)
@@ -193,7 +196,7 @@ def test_cosine_of_a_zero_reconstruction_is_zero() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_reconstruction_sums_raise_when_not_finite(x: Tensor, bad: float) -> None:
+def test_sums_raise_when_not_finite(x: Tensor, bad: float) -> None:
     broken = Candidate(name="sae", title="SAE", reconstruct=lambda part: Reconstruction(torch.full_like(part, bad)))
     with pytest.raises(NonFiniteError, match="'SAE' reconstructs tokens as NaN or Inf, needs finite weights"):
         _sums(x, broken)

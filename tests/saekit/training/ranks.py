@@ -30,6 +30,8 @@ from tests.saekit.training.planted import PlantedSource, PlantedView
 
 BATCH = 64
 STEPS = 14
+SAMPLE_TOKENS = 512
+"""The start and the end are measured on a few tokens."""
 D_SAE = 31
 """Not even over two, three or four processes."""
 TRAINING = {
@@ -103,7 +105,6 @@ class Tokens(PlantedSource):
 
 
 def make_trainer(kind: str, layout: object = "data", *, rank: int = 0, world_size: int = 1) -> Trainer:
-    trainer.SAMPLE_TOKENS = finish.SAMPLE_TOKENS = 512
     source = Tokens(rank, world_size)
     config = TrainConfig.parse(TRAINING | OPTIONS.get(kind, {}) | {"layout": layout})
     return Trainer(build_sae(SAES[kind]), source, config, test=PlantedView(source, num_batches=3))
@@ -216,6 +217,7 @@ def join(rank: int, world_size: int, port: int) -> None:
 
 def _run(rank: int, world_size: int, port: int, out: Path) -> None:
     join(rank, world_size, port)
+    trainer.SAMPLE_TOKENS = finish.SAMPLE_TOKENS = SAMPLE_TOKENS
     {2: two, 4: four}[world_size](out, rank)
     torch.distributed.destroy_process_group()
 

@@ -19,7 +19,7 @@ from saekit.sae import (
 )
 from saekit.training import TrainConfig, Trainer
 from saekit.training.build import build_objective
-from saekit.training.nested import group_code
+from saekit.training.nested import group_codes
 from saekit.training.objective import Code, Objective
 
 D_IN, D_OUT, D_SAE, VARIANCE = 7, 5, 13, 5.0
@@ -98,13 +98,17 @@ def test_groups_hold_each_entry_once(is_csr: bool) -> None:
     code = Code(values, indices)
     if is_csr:
         code = Code(values[values > 0], indices[values > 0], torch.tensor([0, 3, 4]))
-    first, second = group_code(code, 0, 2), group_code(code, 2, 5)
+    first, second, none = group_codes(code, [0, 2, 5, 5])
     assert (first.values.tolist(), first.indices.tolist()) == ([2.0, 5.0], [0, 1])
     assert (second.values.tolist(), second.indices.tolist()) == ([3.0, 1.0], [4, 2])
     assert first.offsets is not None
     assert second.offsets is not None
     assert first.offsets.tolist() == [0, 1, 2]
     assert second.offsets.tolist() == [0, 2, 2]
+    assert not len(none.values)
+    # Those of other processes come before the first, and behind the last.
+    (part,) = group_codes(code, [2, 4])
+    assert (part.values.tolist(), part.indices.tolist()) == ([1.0], [2])
 
 
 @pytest.mark.parametrize("dead", [DEAD, DEAD[:0]], ids=["dead", "none-dead"])

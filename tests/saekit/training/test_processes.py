@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 
 from saekit.errors import ConfigError
 from saekit.sae import load_sae_folder
-from saekit.training import TrainConfig, check_options, read_metrics
+from saekit.training import TrainConfig, check_options, finish, read_metrics, trainer
 from saekit.training.arrays import restore_tensors, stage_tensors
 from saekit.training.axis import Axis, float_of
 from saekit.training.layers import shares
@@ -26,6 +26,15 @@ from tests.saekit.training import ranks
 FIGURES = ("loss", "fvu", "auxk", "l0", "dead_fraction", "gradient_norm", "l0_coefficient", "resampled", "fvu_training")
 TOLERANCE = 2e-5
 """Relative, of figures, and of weights absolute: float32 sums in another order, over 14 steps."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_samples() -> Iterator[None]:
+    """As in the other processes, and in this one for these tests alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (trainer, finish):
+            patch.setattr(module, "SAMPLE_TOKENS", ranks.SAMPLE_TOKENS)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -168,12 +177,12 @@ def test_bytes_sent_are_those_of_the_formulas(
     ],
 )
 def test_layout_that_does_not_fit_the_processes_is_refused(layout: object, processes: int, message: str) -> None:
-    trainer = ranks.make_trainer("topk", layout)
+    made = ranks.make_trainer("topk", layout)
     with pytest.raises(ConfigError, match=message):
-        place = mesh_of(trainer.config.layout, processes)
+        place = mesh_of(made.config.layout, processes)
         alone = Layout.alone()
         alone.data.size = place.data
-        trainer.open_source(alone, contextlib.ExitStack())
+        made.open_source(alone, contextlib.ExitStack())
 
 
 @pytest.mark.parametrize(

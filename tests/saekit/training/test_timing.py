@@ -1,18 +1,28 @@
-"""Parts of a step in the metrics, and no wait for the device but the one that a step has."""
+"""Parts of a step in the metrics, and what a step waits for."""
 
+import importlib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-from saekit.sae import TopKConfig, build_sae
+from saekit.sae import (
+    BatchTopKConfig,
+    JumpReLUConfig,
+    MatryoshkaTopKConfig,
+    SAEConfig,
+    TopKConfig,
+    build_sae,
+)
 from saekit.training import TrainConfig, Trainer, read_metrics
 from saekit.training.costs import step_flops
 from saekit.training.hardware import find_by_device_name
 from saekit.training.run import TrainRun
 from saekit.training.shape import shape_of
+from saekit.training.start import normalization_of
 from saekit.training.timing import StepTimer, utilisation
+from tests.kernels.waits import Waits
 
 CFG = TopKConfig(d_in=16, d_sae=32, k=2)
 CONFIG = TrainConfig(num_tokens=20 * 128, batch_size=128, log_every_tokens=5 * 128, checkpoint_every_tokens=8 * 128)
@@ -49,32 +59,53 @@ def test_utilisation_is_the_models_operations_over_the_published_rate() -> None:
     assert utilisation(shape, CONFIG, seconds=1e-3, num_processes=4, peak=1e9) == pytest.approx(one / 4)
 
 
+@pytest.mark.parametrize(
+    ("cfg", "entries"),
+    [
+        (MatryoshkaTopKConfig(d_in=16, d_sae=24, k=2), 0),
+        (BatchTopKConfig(d_in=16, d_sae=24, k=2), 1),
+        (JumpReLUConfig(d_in=16, d_sae=24, target_l0=2), 1),
+    ],
+    ids=lambda value: getattr(value, "kind", None),
+)
+def test_steps_ask_the_device_for_numbers_of_entries_alone(
+    planted: ModuleType, monkeypatch: pytest.MonkeyPatch, cfg: SAEConfig, entries: int
+) -> None:
+    """On the CPU, through the kernels of a GPU; the copy of a step's figures is no operator of torch's."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("SAEKIT_KERNELS", "triton")
+    # Indices are checked on the CPU alone.
+    monkeypatch.setattr(importlib.import_module("saekit_kernels.decode"), "_check_code", lambda *operands: None)
+    source = planted.PlantedSource(batch_size=16)
+    sae = build_sae(cfg)
+    config = TrainConfig(num_tokens=20 * 16, batch_size=16, lr=1e-2, dead_after_tokens=16)
+    run = TrainRun(sae, source, config, normalization=normalization_of(source.batch(7), sae))
+    run.sae.b_enc.data[:3] = -1e6
+    run.train_step()
+    assert run.dead.num_dead >= 3
+    with Waits() as waits:
+        run.train_step()
+    # Adam's numbers of steps lie in the host's memory, one of each parameter.
+    assert waits.names == ["aten._local_scalar_dense.default"] * (len(run.parameters) + entries)
+
+
 @pytest.mark.gpu
-def test_steps_wait_for_the_device_once(planted: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every other wait in a step is an error of torch's own watch."""
+def test_steps_do_not_wait_for_the_device(planted: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wait for the device to be done with all that it was given is an error of torch's own watch."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    step, tolist, waits = TrainRun.train_step, torch.Tensor.tolist, 0
-
-    def waited(self: torch.Tensor) -> object:
-        nonlocal waits
-        mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("default")
-        waits += self.is_cuda and mode != 0
-        try:
-            return tolist(self)
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
+    step, watched_steps = TrainRun.train_step, 0
 
     def watched(self: TrainRun, *, stop_asked: bool = False) -> object:
+        nonlocal watched_steps
         # The first step compiles and sets up.
         torch.cuda.set_sync_debug_mode("error" if self.step else "default")
+        watched_steps += self.step > 0
         try:
             return step(self, stop_asked=stop_asked)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(torch.Tensor, "tolist", waited)
     monkeypatch.setattr(TrainRun, "train_step", watched)
     Trainer(build_sae(CFG), planted.PlantedSource(batch_size=128), CONFIG).fit(tmp_path)
-    assert waits == CONFIG.num_steps - 1
+    assert watched_steps == CONFIG.num_steps - 1
