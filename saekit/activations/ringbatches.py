@@ -139,8 +139,7 @@ class RingBatches:
         while (batches := self._segment_batches(self.segment)) is None:
             self.when_empty(self.segment)
             self.segment, self.batch = self.segment + 1, 0
-        if batches.batch != self.batch:
-            batches.batch = self.batch
+        batches.batch = self.batch
         found = batches.next_batch()
         self.batch += 1
         if self.batch == batches.batches_per_epoch:

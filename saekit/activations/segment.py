@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 
 from saekit.activations.collect import Collector
 from saekit.activations.joined import JoinedStore
@@ -54,7 +55,10 @@ def read_ledger(ring: Ring) -> Ledger:
     path = ring.folder / LEDGER_NAME
     if not path.exists():
         return Ledger(ring=ring.identity)
-    ledger = Ledger.model_validate_json(path.read_bytes())
+    try:
+        ledger = Ledger.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise StoreError(f"{str(path)!r}: no ledger of a ring; remove the ring's folder to begin anew") from error
     if ledger.ring != ring.identity:
         raise StoreError(f"{str(path)!r}: of another ring, needs a folder of its own; remove it to begin anew")
     return ledger

@@ -71,9 +71,9 @@ class Trainer:
 
         Args:
             sae: gives architecture and width; its weights too where `config.init` is "given".
-            train: tokens to train on. A source of one's own gives this process's share of each batch. A transcoder takes pairs,
-                those of a `PairedStore` or [N, d_in + d_out] of one's own; a dictionary of several hook points those of a
-                `JoinedStore` or [N, S * d_in].
+            train: tokens to train on, a ring's as a `RingView`. A source of one's own gives this process's share of each batch. A
+                transcoder takes pairs, those of a `PairedStore` or [N, d_in + d_out] of one's own; a dictionary of several hook points
+                those of a `JoinedStore` or [N, S * d_in].
             test: held-out tokens for the figures while training, of the same rows; None = none.
             lm: the language model that the store was made with, for an objective that goes through it.
 
