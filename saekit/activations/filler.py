@@ -1,4 +1,4 @@
-"""The processes that fill a ring: `python -m saekit.activations.filler`, started by a training, which they do not outlive.
+"""The processes that fill a ring, started by a training, which they do not outlive.
 
 The training writes a `FillerJob` to their standard input, and to the first one's then a number a line: segments below it may go. The
 end of that input is the end of the process, whatever it is doing: what it has not declared whole is made anew.
@@ -178,7 +178,3 @@ def remove_segments(ring: Ring, *, keep: range) -> None:
         if folder.name not in kept:
             hidden = folder if folder.name.startswith(".") else folder.rename(folder.with_name(f".{folder.name}"))
             shutil.rmtree(hidden)
-
-
-if __name__ == "__main__":
-    main()

@@ -47,7 +47,7 @@ class Fillers(Protocol):
 def launch(environment: Mapping[str, str], log: IO[bytes]) -> "subprocess.Popen[bytes]":
     """Starts one of the processes, which waits for its job."""
     return subprocess.Popen(
-        [sys.executable, "-m", "saekit.activations.filler"],
+        [sys.executable, "-c", "from saekit.activations.filler import main; main()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=log,

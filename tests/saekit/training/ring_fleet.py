@@ -90,7 +90,7 @@ def run_training(kept: str, out: str, pipe: str, started: str) -> None:
 
 
 def run_filling(pipe: str) -> None:
-    """`python -m saekit.activations.filler`, with a named pipe for its standard input."""
+    """What `launch` starts, with a named pipe for its standard input."""
     torch.set_num_threads(1)
     handle = os.open(pipe, os.O_RDONLY)
     os.dup2(handle, 0)
