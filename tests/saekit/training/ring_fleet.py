@@ -22,7 +22,7 @@ from tests.saekit.activations.rings import make_ring
 HOOKS = ("model.layers.1", "model.layers.0:input")
 PLACES = tuple(sorted((hook,) for hook in HOOKS))
 BATCH = 64
-STEPS = 26
+STEPS = 24
 
 
 class Piped:

@@ -26,7 +26,7 @@ from tests.saekit.training import ring_fleet
 from tests.saekit.training.ranks import forks, free_port
 from tests.saekit.training.ring_fleet import BATCH, HOOKS, PLACES, STEPS, run_filling, run_training, trainers
 
-KILLS = 4
+KILLS = 3
 
 
 @pytest.fixture(scope="module")
