@@ -161,7 +161,7 @@ class RingTap(PassingSource):
     def next_batch(self) -> Tensor:
         """Returns the next `[N, d_in]` float32 batch of this rank."""
         whole, (self._segment, self._batch) = self._shared.at(self._segment, self._batch)
-        if self.d_in == whole.shape[1]:
+        if len(self._columns) == 1 and self.d_in == whole.shape[1]:
             return whole
         return torch.cat([whole[:, columns] for columns in self._columns], dim=1)
 

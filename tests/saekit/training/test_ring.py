@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ from saekit.sae import TopKConfig, build_sae, load_sae_folder
 from saekit.training import TrainConfig, Trainer, check_ring, ringed, train_together
 from saekit.training import finish as finish_module
 from saekit.training import trainer as trainer_module
+from saekit.training.layout import Layout
 from saekit.training.loop import TrainingLoop
-from tests.saekit.activations.rings import ThreadFillers, make_ring, size_of
+from tests.saekit.activations.rings import NoFillers, ThreadFillers, make_ring, size_of
 from tests.saekit.training import ring_fleet
 from tests.saekit.training.ranks import forks, free_port
 from tests.saekit.training.ring_fleet import BATCH, HOOKS, PLACES, STEPS, run_filling, run_training, trainers
@@ -212,6 +214,35 @@ def test_two_processes_train_as_one(kept: Path, whole: Path, tmp_path: Path) -> 
         found, single = (load_sae_folder(out / str(number)) for out in (tmp_path, whole))
         for name, value in found.named_parameters():
             torch.testing.assert_close(value, single.get_parameter(name), atol=2e-4, rtol=1e-3)
+
+
+class Numbered:
+    """Batches whose columns are their numbers."""
+
+    segment = batch = 0
+
+    def next_batch(self) -> torch.Tensor:
+        self.batch += 1
+        return torch.arange(8.0)[None]
+
+
+@pytest.mark.parametrize(
+    ("columns", "found"),
+    [
+        ([slice(3, 8), slice(0, 3)], [3, 4, 5, 6, 7, 0, 1, 2]),
+        ([slice(3, 8)], [3, 4, 5, 6, 7]),
+        ([slice(0, 8)], [0, 1, 2, 3, 4, 5, 6, 7]),
+    ],
+    ids=["target-before-input", "second", "all"],
+)
+def test_each_training_gets_its_hook_points_in_its_own_order(columns: list[slice], found: list[float]) -> None:
+    shared = ringed.SharedRing(Numbered(), NoFillers(), ["a", "b"], [3, 5])  # type: ignore[arg-type]  # enough of one
+    view = SimpleNamespace(d_in=len(found))
+    config = TrainConfig(num_tokens=64, batch_size=64)
+    tap = ringed.RingTap(shared, view, columns, config, Layout.alone())  # type: ignore[arg-type]  # enough of one
+    assert tap.next_batch().tolist() == [found]
+    assert tap.next_batch().tolist() == [found]
+    assert shared.batches.batch == 2
 
 
 @pytest.mark.parametrize(
