@@ -11,7 +11,7 @@ from rich.table import Table
 from saekit_pipelines import hub_commands, plan_command, score_command
 from saekit_pipelines.guard import EXIT_USER_ERROR
 from saekit_pipelines.guard import guarded as _guarded
-from saekit_pipelines.options import RecipePath, SaeName, first_process_progress, with_budget
+from saekit_pipelines.options import RecipePath, RingSize, SaeName, first_process_progress, with_budget, with_ring
 from saekit_pipelines.revive_command import revive
 
 if TYPE_CHECKING:
@@ -68,11 +68,17 @@ RetryFailed = Annotated[
 
 @app.command(epilog="Example:  saekit run pipelines/recipes/gpt2_resid8_topk.toml --dry-run")
 @_guarded
-def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False, together: Together = False) -> None:
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    together: Together = False,
+    ring: RingSize = None,
+) -> None:
     """Run every stage of a recipe: cache, train, label, evaluate, report."""
     from saekit_pipelines.stages import Pipeline
 
-    pipeline = Pipeline.load(recipe, overrides or [], progress=first_process_progress())
+    pipeline = Pipeline.load(recipe, with_ring(overrides, ring), progress=first_process_progress())
     if dry_run:
         _print_plan(pipeline.plan())
         return
@@ -99,11 +105,18 @@ def cache(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = Fal
 
 @app.command(epilog="Example:  accelerate launch -m saekit_pipelines train RECIPE.toml --sae topk")
 @_guarded
-def train(recipe: RecipePath, overrides: Overrides = None, sae: SaeName = None, together: Together = False) -> None:
-    """Train the recipe's SAEs on the cached activations."""
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    sae: SaeName = None,
+    together: Together = False,
+    ring: RingSize = None,
+) -> None:
+    """Train the recipe's SAEs on the cached activations, or on those of a ring."""
     from saekit_pipelines.stages import Pipeline
 
-    Pipeline.load(recipe, overrides or [], progress=first_process_progress()).train(sae, together=together)
+    pipeline = Pipeline.load(recipe, with_ring(overrides, ring), progress=first_process_progress())
+    pipeline.train(sae, together=together)
 
 
 @app.command(epilog="Example:  saekit label RECIPE.toml --sae topk label.max_features=500 --budget 2")

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from saekit_pipelines.guard import guarded
+from saekit_pipelines.options import RingSize, with_ring
 
 if TYPE_CHECKING:
     from saekit_pipelines.planning import RecipePlan, TrainStage
@@ -60,6 +61,7 @@ def plan(
     nic_gb_s: Annotated[float | None, typer.Option(help="In place of the table's.", show_default=False)] = None,
     disk_gb_s: Annotated[float | None, typer.Option(help="In place of the table's.", show_default=False)] = None,
     reader_gb_s: Annotated[float | None, typer.Option(help="In place of the table's.", show_default=False)] = None,
+    ring: RingSize = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Predict parameters, memory, disk, speed and hours on named hardware, and say which command to run."""
@@ -79,9 +81,10 @@ def plan(
         "reader_gb_s": reader_gb_s,
     }
     hardware = find_hardware(gpu or _here(), changes)
-    arguments = [str(recipe), *(overrides or [])]
+    overrides = with_ring(overrides, ring)
+    arguments = [str(recipe), *overrides]
     planned = plan_recipe(
-        load_recipe(recipe, overrides or []), hardware, num_nodes=nodes, disk=disk, width=width, arguments=arguments
+        load_recipe(recipe, overrides), hardware, num_nodes=nodes, disk=disk, width=width, arguments=arguments
     )
     if as_json:
         typer.echo(json.dumps(_as_json(planned), indent=2))
@@ -135,10 +138,10 @@ def _print_facts(planned: "RecipePlan", console: Console) -> None:
         to = f"{size_text(cache.size.size_bytes)} to upload to {cache.upload_to}"
         console.print(f"[bold]storage[/bold]  {escape(to)}", soft_wrap=True)
     else:
-        lacks = "" if cache.fits_disk else " [red]does not fit[/red]"
-        console.print(
-            f"[bold]disk[/bold]  {size_text(cache.size.size_bytes)}, {size_text(cache.free_bytes)} free{lacks}"
-        )
+        lacks = "" if planned.fits_disk else " [red]does not fit[/red]"
+        console.print(f"[bold]disk[/bold]  {size_text(planned.disk_bytes)}, {size_text(cache.free_bytes)} free{lacks}")
+    if planned.ring is not None:
+        console.print(f"[bold]ring[/bold]  {planned.ring}", highlight=False, soft_wrap=True)
     layouts: dict[str, list[str]] = {}
     for stage in planned.train:
         layouts.setdefault(stage.plan.why, []).append(stage.name)
@@ -221,6 +224,7 @@ def _as_json(planned: "RecipePlan") -> dict[str, object]:
             "hours": cache.hours,
             "is_finished": cache.is_finished,
         },
+        "ring": None if planned.ring is None else planned.ring.to_json(),
         "train": {stage.name: _stage_json(stage) for stage in planned.train},
         "not_predicted": ["label", "evaluate", "report"],
     }

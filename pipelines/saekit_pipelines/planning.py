@@ -16,6 +16,7 @@ from saekit.training.costs import LanguageModelCost, Limit, StoreSize
 from saekit.training.hardware import Hardware
 from saekit.training.planner import WORTH_IT, TrainingPlan, plan_training, together_seconds
 from saekit_pipelines.recipe import Recipe
+from saekit_pipelines.ring_plan import RingStage, plan_ring_stage
 
 __all__ = ["CacheStage", "RecipePlan", "Together", "TrainStage", "plan_recipe"]
 
@@ -102,19 +103,35 @@ class RecipePlan:
     """The SAEs."""
     together: tuple[Together, ...]
     """SAEs that one read of the data can serve, by groups."""
+    ring: RingStage | None
+    """What is trained on, where it is not the cache."""
     commands: tuple[str, ...]
     """To be run in order."""
 
     @property
     def hours(self) -> float:
         """Caching and all trainings, as the commands run them."""
+        if self.ring is not None:
+            return self.cache.hours + self.ring.hours
         saved = sum(group.hours_alone - group.hours for group in self.together if group.is_better)
         return self.cache.hours + sum(stage.hours for stage in self.train) - saved
 
     @property
+    def disk_bytes(self) -> int:
+        """Of the cache, and the ring where there is one."""
+        return self.cache.size.size_bytes if self.ring is None else self.ring.sizes.disk
+
+    @property
     def is_possible(self) -> bool:
         """Whether disk and devices hold it."""
-        return self.cache.fits_disk and all(stage.is_finished or stage.plan.fits for stage in self.train)
+        return self.fits_disk and all(stage.is_finished or stage.plan.fits for stage in self.train)
+
+    @property
+    def fits_disk(self) -> bool:
+        """Whether the disk holds it."""
+        if self.ring is None:
+            return self.cache.fits_disk
+        return self.cache.is_finished or self.disk_bytes <= self.cache.free_bytes
 
 
 def plan_recipe(
@@ -165,13 +182,25 @@ def plan_recipe(
         )
         stages.append(TrainStage(name=name, plan=plan, is_finished=_is_finished(recipe.folder / "train" / name)))
     together = tuple(_together(group, hardware) for group in _groups(recipe, stages))
+    if recipe.ring is not None:
+        # A ring is read once for all SAEs, whatever they need.
+        together = ()
     return RecipePlan(
         hardware=hardware,
         num_nodes=num_nodes,
         cache=cache,
         train=tuple(stages),
         together=together,
-        commands=tuple(_commands(stages, together, hardware, arguments)),
+        ring=None
+        if recipe.ring is None
+        else plan_ring_stage(
+            recipe,
+            outline.widths,
+            kept_bytes=cache.size.size_bytes,
+            fill_tokens_per_second=cache.tokens_per_second,
+            train_hours=sum(stage.hours for stage in stages),
+        ),
+        commands=tuple(_commands(stages, together, hardware, arguments, has_ring=recipe.ring is not None)),
     )
 
 
@@ -253,13 +282,23 @@ def _together(group: Sequence[TrainStage], hardware: Hardware) -> Together:
 
 
 def _commands(
-    stages: Sequence[TrainStage], together: Sequence[Together], hardware: Hardware, arguments: Sequence[str]
+    stages: Sequence[TrainStage],
+    together: Sequence[Together],
+    hardware: Hardware,
+    arguments: Sequence[str],
+    *,
+    has_ring: bool,
 ) -> list[str]:
-    """Returns what to run: caching by one process, the trainings as is best for each, then everything else."""
+    """Returns what to run: caching by one process, the trainings as is best for each, then everything else.
+
+    Trainings on a ring take its batches in step, so that all of them have the most processes that are best for one.
+    """
     recipe = shlex.join(arguments)
     shared = {name for group in together if group.is_better for name in group.names}
     open_stages = [stage for stage in stages if not stage.is_finished]
     counts = {stage.name: 1 if stage.name in shared else stage.plan.step.num_processes for stage in open_stages}
+    if has_ring:
+        counts = dict.fromkeys(counts, max(counts.values(), default=1))
     layouts = {stage.name: _layout(stage) for stage in open_stages if stage.name not in shared}
     last = f"saekit run {recipe}" + (" --together" if shared else "")
     if set(counts.values()) <= {1}:

@@ -6,14 +6,14 @@ from typing import Annotated, get_args
 
 from pydantic import Field
 
-from saekit.activations import CacheConfig
+from saekit.activations import CacheConfig, RingConfig
 from saekit.activations.location import RemoteConfig
 from saekit.config import Config, apply_overrides, read_toml
 from saekit.errors import ConfigError
 from saekit.evaluation import EvaluationConfig
 from saekit.labelling import LabelConfig, ReviveConfig
 from saekit.sae import AnySAEConfig, SitesConfig, TranscoderConfig
-from saekit.training import TrainConfig, check_low_bit, check_options, check_trackers
+from saekit.training import TrainConfig, check_low_bit, check_options, check_ring, check_trackers
 from saekit_pipelines.sweep import expand_sweeps
 
 __all__ = ["Recipe", "ReportConfig", "SplitConfig", "TrainRun", "load_recipe"]
@@ -75,6 +75,9 @@ class Recipe(Config):
     """Model, text, tokens and hook points."""
     storage: RemoteConfig | None = None
     """Where the activations lie; None = in the run's folder. No part of the cache's identity: they may be moved."""
+    ring: RingConfig | None = None
+    """Training on more tokens than the disk holds: their activations are made and deleted on the way, and the cache holds what
+    stays (docs/scale.md); None = on the cache."""
     train: dict[SAEName, TrainRun] = Field(min_length=1)
     """The SAEs, by name: letters, digits, `_`, `-` and `.`, as a folder is called after it."""
     split: SplitConfig = SplitConfig()
@@ -210,6 +213,27 @@ class Recipe(Config):
                 f" {context_len:,} tokens"
             )
 
+    def check_ring(self) -> None:
+        """Checks that one read of a ring can serve all SAEs, where there is a ring.
+
+        Raises:
+            ConfigError: one of them cannot be trained on a ring, or needs other batches.
+        """
+        if self.ring is None:
+            return
+        if self.storage is not None:
+            raise ConfigError(
+                f"ring: found storage.url {self.storage.url!r} beside it, but a ring's activations stay on this disk; needs one of"
+                " the two"
+            )
+        check_ring({f"train.{name}.training": run.training for name, run in self.train.items()})
+        for name, run in self.train.items():
+            if run.start_from is not None:
+                raise ConfigError(
+                    f"train.{name}.start_from: found {run.start_from!r} on a ring, which is read once for all SAEs; needs none,"
+                    " or a recipe without ring"
+                )
+
     def check_packages(self) -> None:
         """Checks that what the optimizers and the trackers need is installed.
 
@@ -244,4 +268,5 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         recipe.target_hook_point(name)
         recipe.check_start(name)
         recipe.check_training(name)
+    recipe.check_ring()
     return recipe

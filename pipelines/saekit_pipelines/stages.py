@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from saekit.activations import ActivationStore, JoinedStore, PairedStore, StoreView, cache_activations, plan_cache
+from saekit.activations import ActivationStore, JoinedStore, PairedStore, StoreView, cache_activations
 from saekit.activations.location import attach
 from saekit.errors import ConfigError, SaekitError
 from saekit.evaluation import Evaluation, EvaluationTable, evaluate, read_evaluation, summary_table
@@ -19,10 +19,12 @@ from saekit.progress import NO_PROGRESS, Progress
 from saekit.report import ReportRun, build_report
 from saekit.sae import SAE, build_sae
 from saekit.training import Trainer, train_together
+from saekit_pipelines.described import describe_ring, describe_stage
 from saekit_pipelines.fronts import write_fronts
 from saekit_pipelines.named import NamedProgress
 from saekit_pipelines.randomised import randomised_plan, run_randomised
 from saekit_pipelines.recipe import Recipe, load_recipe
+from saekit_pipelines.ringing import finish_ring, on_ring
 from saekit_pipelines.widths import check_width, sized, taken_from_store
 
 __all__ = ["RUN_NAME", "Pipeline"]
@@ -144,9 +146,14 @@ class Pipeline:
 
         Args:
             together: whether those that read the same tokens in the same order share one read of the cache; the SAEs are the
-                same, bit for bit. Those with the layout `layers` are spread over the processes in any case.
+                same, bit for bit. Those with the layout `layers` are spread over the processes in any case, and those on a ring
+                share its one read.
         """
         names = self.names(only)
+        if self.recipe.ring is not None:
+            # A ring is read once for all; the processes that fill it have the model.
+            together = True
+            self.__dict__.pop("lm", None)
         runs = {name: self.recipe.train[name] for name in names}
         shared = [n for n, run in runs.items() if (together or run.training.layout == "layers") and not run.start_from]
         alone = [name for name in names if name not in shared]
@@ -158,10 +165,12 @@ class Pipeline:
             folder = self.stage_folder("train", name)
             with self._timed(f"train {name}", folder):
                 self._trainer(name).fit(folder, progress=NamedProgress(self.progress, name))
+        finish_ring(self.recipe)
 
     def _trainer(self, name: str) -> Trainer:
         config = self.recipe.train[name]
         train, test = self.views(name)
+        train = on_ring(self.recipe, train)
         cfg = sized(config.sae, train.store)
         sae = build_sae(cfg, seed=config.training.seed, hook_point=train.store.hook_point)
         if config.start_from is not None:
@@ -272,8 +281,10 @@ class Pipeline:
             if stage == "train" and name is not None:
                 self._check_trained(name)
             state = "new" if manifest is None else "finished" if manifest.status == "complete" else "resume"
-            what = self._describe(stage, name) if state != "finished" else ""
+            what = describe_stage(self, stage, name) if state != "finished" else ""
             rows.append((f"{stage} {name}" if name else stage, f"{state}  {what}".rstrip()))
+            if stage == "cache" and self.recipe.ring is not None:
+                rows.append(("ring", describe_ring(self)))
         if only is None and self.recipe.controls.random_weights:
             rows += randomised_plan(self)
         return rows
@@ -304,20 +315,6 @@ class Pipeline:
         yield
         took = "was finished already" if was_finished else f"done in {time.monotonic() - started:,.1f} s"
         self.progress.say(f"{stage}: {took}: {folder}")
-
-    def _describe(self, stage: str, name: str | None) -> str:
-        if stage == "cache":
-            url = None if self.recipe.storage is None else self.recipe.storage.url
-            return plan_cache(self.recipe.cache, self.stage_folder("cache"), lm=self.lm, upload_to=url).summary()
-        if stage == "train" and name is not None:
-            run = self.recipe.train[name]
-            sites = len(self.recipe.hook_points(name))
-            kind = f"{run.sae.kind} of {sites} hook points" if sites else run.sae.kind
-            return f"{kind}, d_sae {run.sae.d_sae:,}, {run.training.num_tokens:,} tokens in {run.training.num_steps:,} steps"
-        if stage == "label":
-            most = self.recipe.label.max_features
-            return f"{', '.join(self.recipe.label.labelers)}, {'all' if most is None else f'{most:,}'} features"
-        return ""
 
     def _stages(self) -> list[tuple[str, str | None]]:
         per_sae: list[tuple[str, str | None]] = [

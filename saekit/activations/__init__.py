@@ -5,6 +5,8 @@ from saekit.activations.config import CacheConfig
 from saekit.activations.joined import JoinedStore, PairedStore
 from saekit.activations.mixing import Mixing, measure_mixing
 from saekit.activations.plan import CachePlan, plan_cache
+from saekit.activations.ring import HeldOut, Ring, RingConfig, plan_ring
+from saekit.activations.ringbatches import RingView
 from saekit.activations.rows import MASSIVE, NORMAL, PADDING, SPECIAL
 from saekit.activations.shuffle import ShuffledBatches
 from saekit.activations.source import ActivationSource
@@ -22,14 +24,19 @@ __all__ = [
     "ActivationStore",
     "CacheConfig",
     "CachePlan",
+    "HeldOut",
     "JoinedStore",
     "Mixing",
     "PairedStore",
+    "Ring",
+    "RingConfig",
+    "RingView",
     "ShuffledBatches",
     "Statistics",
     "StoreView",
     "cache_activations",
     "measure_mixing",
     "plan_cache",
+    "plan_ring",
     "verify_store",
 ]

@@ -52,7 +52,7 @@ from saekit.models.texts import iter_documents, text_fingerprint
 from saekit.models.tokens import TokenCounts, check_context_len, iter_token_rows
 from saekit.progress import NO_PROGRESS, Progress
 
-__all__ = ["cache_activations"]
+__all__ = ["Collector", "cache_activations"]
 
 
 def cache_activations(
@@ -90,7 +90,10 @@ def cache_activations(
             remote.sync()
         with contextlib.ExitStack() as stack:
             writers.first(lambda: stack.enter_context(locked(out)))
-            _Collector(config, out, remote, lm, progress, writers).run()
+            manifest = read_manifest(out)
+            assert manifest is not None, "_claim has written it"
+            cache = cache_identity(manifest)
+            Collector(config, out, lm, progress, writers, cache=cache, remote=remote).run()
     return ActivationStore.open(out, config.hook_points[0])
 
 
@@ -118,27 +121,28 @@ def _claim(config: CacheConfig, out: Path, remote: Remote | None, lm: LanguageMo
     return not problems
 
 
-class _Collector:
+class Collector:
     """One run of the cache stage."""
 
     def __init__(
         self,
         config: CacheConfig,
         out: Path,
-        remote: Remote | None,
         lm: LanguageModel,
         progress: Progress,
         writers: Writers,
+        *,
+        cache: str,
+        remote: Remote | None = None,
     ) -> None:
-        manifest = read_manifest(out)
-        assert manifest is not None, "begin_stage has written it"
+        """Does nothing yet; `cache` is the identity that every part is stamped with."""
         self.config = config
         self.out = out
         self.remote = remote
         self.lm = lm
         self.progress = progress
         self.writers = writers
-        self.cache = cache_identity(manifest)
+        self.cache = cache
 
     def run(self) -> None:
         """Does every missing part, then declares the cache finished."""
@@ -150,7 +154,7 @@ class _Collector:
         spans = shard_spans(table.num_rows, self.config.shard_rows)
         failed: SaekitError | None = None
         try:
-            self._capture_shards(table, spans)
+            self.capture_shards(table, spans)
         except SaekitError as error:
             failed = error
         self.writers.check(failed)
@@ -212,12 +216,13 @@ class _Collector:
                 f" all of it is cached but {counts.dropped_tokens:,} tokens that do not fill a row"
             )
 
-    def _capture_shards(self, table: TokenTable, spans: list[ShardSpan]) -> None:
+    def capture_shards(self, table: TokenTable, spans: list[ShardSpan]) -> None:
+        """Writes the shards that are missing, each process its share of them."""
         missing = self.writers.first(
             lambda: {
                 span.index: names
                 for span in spans
-                if (names := [name for name in self.config.hook_points if self._shard_record(name, span) is None])
+                if (names := [name for name in self.config.hook_points if self.shard_record(name, span) is None])
             }
         )
         own = self.writers.share([span for span in spans if span.index in missing])
@@ -244,7 +249,7 @@ class _Collector:
         widths = [buffer.d_in for buffer in buffers.values()]
         for name in self.config.hook_points:
             if name not in buffers:
-                record = self._shard_record(name, span)
+                record = self.shard_record(name, span)
                 assert record is not None, "what is not missing has a record"
                 widths.append(record.d_in)
         return chunk_shape(context_len, [token_bytes(self.config.dtype, width) for width in widths])
@@ -267,7 +272,7 @@ class _Collector:
                 " GB; free some and run the same command again to go on"
             )
 
-    def _shard_record(self, hook_point: str, span: ShardSpan) -> ShardRecord | None:
+    def shard_record(self, hook_point: str, span: ShardSpan) -> ShardRecord | None:
         """Returns the record of a shard that is in place, or None."""
         folder = hook_folder(self.out, hook_point)
         try:
@@ -287,7 +292,7 @@ class _Buffer:
         self.activations: AnyArray = np.empty(shape, dtype)
         self.norm = np.empty(shape[:2], np.float32)
 
-    def shard(self, run: _Collector, hook_point: str, span: ShardSpan, chunk: ChunkShape) -> Shard:
+    def shard(self, run: Collector, hook_point: str, span: ShardSpan, chunk: ChunkShape) -> Shard:
         return Shard(
             folder=hook_folder(run.out, hook_point),
             cache=run.cache,
@@ -304,11 +309,11 @@ class _Buffer:
 
 
 def _finish_hook_point(
-    run: _Collector, hook_point: str, table: TokenTable, spans: list[ShardSpan]
+    run: Collector, hook_point: str, table: TokenTable, spans: list[ShardSpan]
 ) -> tuple[Statistics, str]:
     """Tells massive tokens, writes statistics and index of the hook point, and returns the statistics and the index's sha256."""
     folder = hook_folder(run.out, hook_point)
-    records = [run._shard_record(hook_point, span) for span in spans]
+    records = [run.shard_record(hook_point, span) for span in spans]
     shards = [record for record in records if record is not None]
     assert len(shards) == len(spans), "every shard has just been written or checked"
     if run.remote is not None:

@@ -29,7 +29,7 @@ from saekit.manifest import atomic_write
 from saekit.models.texts import Document
 from saekit.models.tokens import TokenRow
 
-__all__ = ["MASSIVE", "NORMAL", "PADDING", "SPECIAL", "TokenTable", "read_token_table", "write_token_table"]
+__all__ = ["MASSIVE", "NORMAL", "PADDING", "SPECIAL", "TokenTable", "kinds_of", "read_token_table", "write_token_table"]
 
 NORMAL, PADDING, SPECIAL, MASSIVE = 0, 1, 2, 3
 """Kinds of token. MASSIVE is told per hook point, from the norms there."""
@@ -59,6 +59,11 @@ class TokenTable:
     def num_rows(self) -> int:
         """Rows."""
         return int(self.tokens.shape[0])
+
+
+def kinds_of(row: TokenRow) -> npt.NDArray[np.uint8]:
+    """Returns `[T]` NORMAL, PADDING or SPECIAL."""
+    return np.where(row.document < 0, PADDING, np.where(row.special, SPECIAL, NORMAL)).astype(np.uint8)
 
 
 class _DocumentLog:
@@ -125,7 +130,7 @@ def write_token_table(
         log = _DocumentLog(file)
         for filled, row in enumerate(itertools.islice(rows_of(log.watch(documents)), num_rows), start=1):
             tokens[filled - 1], owners[filled - 1] = row.tokens, row.document
-            kinds[filled - 1] = np.where(row.document < 0, PADDING, np.where(row.special, SPECIAL, NORMAL))
+            kinds[filled - 1] = kinds_of(row)
             log.count(row)
         log.finish()
     table = TokenTable(

@@ -51,6 +51,7 @@ class ShuffledBatches:
         world_size: int = 1,
         memory_bytes: float = 4e9,
         device: torch.device | str = "cpu",
+        num_epochs: int | None = None,
     ) -> None:
         """Reads no activations yet.
 
@@ -62,6 +63,7 @@ class ShuffledBatches:
             world_size: number of processes.
             memory_bytes: for the windows of all ranks together; part of the order.
             device: where batches are wanted. A GPU gets them as they are stored, from pinned memory, and decodes them itself.
+            num_epochs: after which nothing is read ahead; None = there is always a next one.
 
         Raises:
             ConfigError: sizes that are not positive, or a rank outside the world.
@@ -87,6 +89,7 @@ class ShuffledBatches:
         self._stores = view.store.parts
         self._memory = TensorMemory(batch_size, view.d_in)
         self._device = torch.device(device)
+        self._num_epochs = num_epochs
         self._order = EpochOrder(
             view.mask.ravel(),
             view.store.chunk_bounds,
@@ -117,19 +120,28 @@ class ShuffledBatches:
         """Tokens given out so far, over all ranks and epochs."""
         return (self.epoch * self.batches_per_epoch + self.batch) * self.global_batch_size
 
+    @property
+    def is_in_last_window(self) -> bool:
+        """Whether the next batch is of the last window of its epoch."""
+        return self._order.window_of(self.batch) == self._order.num_windows - 1
+
     def next_batch(self) -> Tensor:
         """Returns the next `[batch_size, d_in]` float32 batch of this rank, on `device`."""
         at = (self.epoch, self.batch)
         prepared = self._next if self._next is not None and self._next[0] == at else self._prepare(*at)
         parts = prepared[1].result()
         self._advance()
-        self._next = self._prepare(self.epoch, self.batch)
+        self.read_ahead()
         if self._device.type == "cuda":
             on_device = [part.to(self._device, non_blocking=True) for part in parts]
             parts = [
                 store.codec.decode(part).to(torch.float32) for store, part in zip(self._stores, on_device, strict=True)
             ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def read_ahead(self) -> None:
+        """Has the next batch read in the background."""
+        self._next = self._prepare(self.epoch, self.batch) if self._is_wanted(self.epoch) else None
 
     def batch_indices(self, epoch: int, batch: int) -> Indices:
         """Returns the flat indices in the store of a global batch, the ranks' slices one after another."""
@@ -184,6 +196,9 @@ class ShuffledBatches:
             "lanes": self._order.num_lanes,
         }
 
+    def _is_wanted(self, epoch: int) -> bool:
+        return self._num_epochs is None or epoch < self._num_epochs
+
     def _advance(self) -> None:
         self.batch += 1
         if self.batch == self.batches_per_epoch:
@@ -222,7 +237,8 @@ class ShuffledBatches:
         for key in self._loaded.keys() - {(epoch, number), following}:
             del self._loaded[key]
         current = self._load(epoch, number)
-        self._load(*following)
+        if self._is_wanted(following[0]):
+            self._load(*following)
         return current.result()
 
     def _load(self, epoch: int, number: int) -> Future[LoadedWindow]:

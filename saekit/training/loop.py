@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saekit.activations.source import PassingSource
 from saekit.progress import Progress
 from saekit.training.background import CheckpointWriter
 from saekit.training.heldout import heldout_figures
@@ -111,7 +112,10 @@ class TrainingLoop:
         """Does one step and what is due after it: rows of figures, and a checkpoint unless a process was asked to stop."""
         figures = self.run.train_step(stop_asked=stop_asked or self.has_failed_to_write)
         self._record(figures)
-        if self.run.step % self.checkpoint_steps == 0 and not self.is_done and not figures.stop_asked:
+        source = self.run.source
+        is_due = self.run.step % self.checkpoint_steps == 0
+        is_due |= isinstance(source, PassingSource) and source.is_checkpoint_due
+        if is_due and not self.is_done and not figures.stop_asked:
             self.save()
         return figures
 
@@ -132,6 +136,8 @@ class TrainingLoop:
         own = {"source": run.source.state_dict(), "rng": torch.get_rng_state()}
         state = written_state(run.state_dict(), run.layout, run.cfg.d_sae)
         self._written = self._writer.write(self.out, run.step, state=state, shared=shared, own=own)
+        if isinstance(run.source, PassingSource):
+            run.source.is_being_saved(self._written)
         run.timer.add("checkpoint", time.perf_counter() - before)
 
     def wait(self) -> None:

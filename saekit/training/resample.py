@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from saekit.activations.source import ActivationSource
+from saekit.activations.source import ActivationSource, lasting
 from saekit.sae.base import SAE
 from saekit.sae.batch import num_samples, split_batch
 from saekit.sae.fold import AnyNormalization
@@ -58,15 +58,16 @@ def resample_features(run: "TrainRun") -> int:
     if not len(features):
         return 0
     tokens = config.resample.sample_tokens or min(MAX_SAMPLE_TOKENS, max(1, config.num_tokens // 10))
-    keys, draw = draw_inputs(
-        run.sae,
-        run.source,
-        run.normalization,
-        len(features),
-        num_batches=math.ceil(tokens / config.batch_size),
-        seed=config.seed + run.step,
-        shares=partial(_place_in_batch, data, run.layout.device),
-    )
+    with lasting(run.source) as source:
+        keys, draw = draw_inputs(
+            run.sae,
+            source,
+            run.normalization,
+            len(features),
+            num_batches=math.ceil(tokens / config.batch_size),
+            seed=config.seed + run.step,
+            shares=partial(_place_in_batch, data, run.layout.device),
+        )
     if data.size > 1:
         everyones = [data.gather(value, "resampling").flatten(0, 1) for value in (keys, *draw)]
         keys, draw = largest(everyones[0], Draw(*everyones[1:]), len(features))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from saekit.activations.source import ActivationSource
+from saekit.activations.source import ActivationSource, lasting
 from saekit.errors import NonFiniteError
 from saekit.sae.base import SAE, SAEConfig
 from saekit.sae.batch import num_samples, split_batch
@@ -41,17 +41,20 @@ PART_TOKENS = 2048
 def read_sample(source: ActivationSource, num_tokens: int, layout: Layout | None = None) -> Tensor:
     """Returns at least `num_tokens` tokens [n, d_in] from the source's present position, and moves it back there.
 
+    Of a source whose activations do not stay, they are those that do.
+
     They are those of all processes, batch after batch as a single process reads them: what is measured on them is the same bits
     however batches are shared.
     """
     layout = layout or Layout.alone()
-    position = source.state_dict()
     batches: list[Tensor] = []
     count = 0
-    while count < num_tokens:
-        batches += layout.data.gather_rows(source.next_batch().to(layout.device), "start")
-        count = sum(len(batch) for batch in batches)
-    source.load_state_dict(position)
+    with lasting(source) as read:
+        position = read.state_dict()
+        while count < num_tokens:
+            batches += layout.data.gather_rows(read.next_batch().to(layout.device), "start")
+            count = sum(len(batch) for batch in batches)
+        read.load_state_dict(position)
     return torch.cat(batches)
 
 

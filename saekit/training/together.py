@@ -7,18 +7,21 @@ from functools import partial
 from pathlib import Path
 
 from saekit.activations.mixing import measure_mixing
+from saekit.activations.ringbatches import RingView
 from saekit.activations.shuffle import ShuffledBatches
 from saekit.activations.view import StoreView
 from saekit.errors import NonFiniteError
 from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae.base import SAE
 from saekit.sae.checkpoint import load_sae_folder
+from saekit.training.config import TrainConfig
 from saekit.training.interrupt import StopRequest
 from saekit.training.layers import each_its_own, shares
 from saekit.training.layout import Layout
 from saekit.training.loop import TrainingLoop
 from saekit.training.memory import free_bytes, training_bytes
 from saekit.training.processes import checkpoint_writer, make_accelerator, watching
+from saekit.training.ringed import RingTap, SharedRing, check_ring, open_ring
 from saekit.training.shared import SharedBatches, Tap
 from saekit.training.trackers import check_single_runs
 from saekit.training.trainer import Trainer
@@ -45,6 +48,12 @@ def train_together(trainers: Mapping[str | Path, Trainer], *, progress: Progress
         ConfigError: a tracker takes one run at a time, and several trainings take the same batches.
         ConfigError, ResourceError, KeyboardInterrupt: as `Trainer.fit`; the folders stay resumable.
     """
+    rings: dict[str, dict[str, TrainConfig]] = {}
+    for folder, trainer in trainers.items():
+        if isinstance(trainer.train, RingView):
+            rings.setdefault(trainer.train.ring.identity, {})[str(folder)] = trainer.config
+    for configs in rings.values():
+        check_ring(configs)
     accelerator = make_accelerator()
     layers = {Path(folder): trainer for folder, trainer in trainers.items() if trainer.config.layout == "layers"}
     others = {Path(folder): trainer for folder, trainer in trainers.items() if Path(folder) not in layers}
@@ -90,10 +99,18 @@ def _groups(trainers: Mapping[Path, Trainer]) -> dict[object, dict[Path, Trainer
 def _order_of(trainer: Trainer) -> object:
     """What trainings have to have in common to take the same batches; whole rows and sources of one's own are not shared."""
     view = trainer.train
+    if isinstance(view, RingView):
+        return view.ring.identity
     if not isinstance(view, StoreView) or trainer.config.objective is not None:
         return trainer
     # A store's text names all of its hook points, also where it joins several.
     return view.store.sha256, repr(view.store), view.fingerprint, trainer.config.batch_size, trainer.config.seed
+
+
+def _drop(loops: dict[Path, TrainingLoop], folder: Path) -> None:
+    loop = loops.pop(folder)
+    if isinstance(loop.run.source, RingTap):
+        loop.run.source.leave()
 
 
 @dataclass(frozen=True)
@@ -109,23 +126,30 @@ class _Group:
         with contextlib.ExitStack() as stack:
             writer = stack.enter_context(checkpoint_writer(self.layout))
             shared = self._open(stack)
-            loops: dict[Path, TrainingLoop] = {}
             self._say_memory()
+            loops: dict[Path, TrainingLoop] = {}
             for folder, trainer in self.trainers.items():
-                source = None if shared is None else Tap(shared)
+                source = self._tap(shared, trainer)
                 try:
                     loop = trainer.begin(
                         folder, self.layout, stack, writer=writer, source=source, progress=self.progress
                     )
                 except NonFiniteError as error:
                     failed[folder] = error
-                else:
-                    loops |= {} if loop is None else {folder: loop}
+                    loop = None
+                if loop is not None:
+                    loops[folder] = loop
+                elif isinstance(source, RingTap):
+                    source.leave()
             with watching(self.layout, *loops):
                 self._run(loops, failed)
 
-    def _open(self, stack: contextlib.ExitStack) -> SharedBatches | None:
+    def _open(self, stack: contextlib.ExitStack) -> SharedBatches | SharedRing | None:
         first = next(iter(self.trainers.values()))
+        rings = [trainer.train for trainer in self.trainers.values() if isinstance(trainer.train, RingView)]
+        if rings:
+            configs = [trainer.config for trainer in self.trainers.values()]
+            return open_ring(rings, configs, self.layout, stack, self.progress)
         if not isinstance(first.train, StoreView) or first.config.objective is not None:
             return None
         batches = first.open_source(self.layout, stack)
@@ -136,6 +160,12 @@ class _Group:
             for trainer in self.trainers.values():
                 trainer.mixing = mixing
         return SharedBatches(batches)
+
+    def _tap(self, shared: SharedBatches | SharedRing | None, trainer: Trainer) -> Tap | RingTap | None:
+        if isinstance(shared, SharedRing):
+            assert isinstance(trainer.train, RingView)
+            return shared.tap(trainer.train, trainer.config, self.layout)
+        return None if shared is None else Tap(shared)
 
     def _say_memory(self) -> None:
         device = self.layout.device
@@ -163,12 +193,12 @@ class _Group:
                         with self.trainers[folder].locating():
                             if loop.is_done:
                                 self.trainers[folder].finish(loop)
-                                del loops[folder]
+                                _drop(loops, folder)
                                 continue
                             figures = loop.advance(stop_asked=stop.is_set)
                     except NonFiniteError as error:
                         failed[folder] = error
-                        del loops[folder]
+                        _drop(loops, folder)
                         self.progress.say(f"{folder}: failed, the others go on: {error}")
                         continue
                     task.advance(loop.run.config.batch_size, fvu=figures.fvu, saes=float(len(loops)))

@@ -9,6 +9,7 @@ from typing import Any
 
 from saekit.activations.joined import JoinedStore, PairedStore
 from saekit.activations.mixing import Mixing, measure_mixing
+from saekit.activations.ringbatches import RingView
 from saekit.activations.shuffle import ShuffledBatches
 from saekit.activations.source import ActivationSource
 from saekit.activations.view import StoreView
@@ -34,6 +35,7 @@ from saekit.training.loop import TrainingLoop
 from saekit.training.low_bit import check_low_bit
 from saekit.training.options import check_options
 from saekit.training.processes import checkpoint_writer, make_accelerator, watching
+from saekit.training.ringed import check_ring, open_ring
 from saekit.training.rows import TokenRowBatches
 from saekit.training.run import TrainRun
 from saekit.training.sharded import gather_sae, shard_sae
@@ -71,9 +73,9 @@ class Trainer:
 
         Args:
             sae: gives architecture and width; its weights too where `config.init` is "given".
-            train: tokens to train on. A source of one's own gives this process's share of each batch. A transcoder takes pairs,
-                those of a `PairedStore` or [N, d_in + d_out] of one's own; a dictionary of several hook points those of a
-                `JoinedStore` or [N, S * d_in].
+            train: tokens to train on, a ring's as a `RingView`. A source of one's own gives this process's share of each batch. A
+                transcoder takes pairs, those of a `PairedStore` or [N, d_in + d_out] of one's own; a dictionary of several hook points
+                those of a `JoinedStore` or [N, S * d_in].
             test: held-out tokens for the figures while training, of the same rows; None = none.
             lm: the language model that the store was made with, for an objective that goes through it.
 
@@ -102,6 +104,8 @@ class Trainer:
             check_low_bit()
         check_trackers(config.trackers)
         self._lm = lm
+        if isinstance(train, RingView):
+            check_ring({"training": config})
         if config.objective is not None:
             check_end_to_end(train, config.objective, lm)
 
@@ -171,7 +175,7 @@ class Trainer:
         """
         own = source is None
         if source is None:
-            source = self.open_source(layout, stack)
+            source = self.open_source(layout, stack, progress)
         if self._claim(out, layout) == "complete":
             progress.say(f"{out}: already trained")
             return None
@@ -252,7 +256,9 @@ class Trainer:
             state["run"] = sliced_state(state["run"], layout.features(self.sae.d_sae))
         return state | load_process(checkpoint, layout.process_index)
 
-    def open_source(self, layout: Layout, stack: contextlib.ExitStack) -> ActivationSource:
+    def open_source(
+        self, layout: Layout, stack: contextlib.ExitStack, progress: Progress = NO_PROGRESS
+    ) -> ActivationSource:
         """Returns this process's share of the training tokens, in their order.
 
         Raises:
@@ -266,6 +272,9 @@ class Trainer:
             )
         if not isinstance(self.train, StoreView):
             return self.train
+        if isinstance(self.train, RingView):
+            ring = open_ring([self.train], [self.config], layout, stack, progress)
+            return ring.tap(self.train, self.config, layout)
         if self.config.objective is not None:
             return TokenRowBatches(
                 self.train,

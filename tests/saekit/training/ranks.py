@@ -190,6 +190,7 @@ def forks() -> ForkServerContext:
     # Optimizers import `torch._dynamo` late.
     context.set_forkserver_preload(
         [
+            "tests.saekit.training.ring_fleet",
             "tests.saekit.training.fleet",
             "accelerate",
             "torch.distributed.checkpoint",
