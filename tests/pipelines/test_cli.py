@@ -221,7 +221,7 @@ def test_flipped_bit_is_no_training_data_and_is_mended(finished_run: tuple[Path,
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     line = one_line_error(invoke("train", recipe, f"out={out}", "--sae", "topk"))
-    assert "sha256 differs" in line
+    assert "has changed since it was written (crc32c differs)" in line
     assert "saekit verify --repair" in line
     invoke("verify", out / "cache", "--repair")
     assert invoke("cache", recipe, f"out={out}").exit_code == 0
