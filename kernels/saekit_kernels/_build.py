@@ -35,8 +35,8 @@ _FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 # Without --no-as-needed a linker may drop torch, which no symbol of ours asks for, and with it that runtime.
 _LINK_FLAGS = ["-Wl,--no-as-needed"]
 _VECTOR_FLAGS = {
-    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"],
-    "AVX2": ["-mavx2", "-mfma"],
+    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
 }
 
 # Arguments of each function: p pointer, q int64, d double.
@@ -49,6 +49,8 @@ _SIGNATURES = {
     "saekit_value_sums": "ppppqq",
     "saekit_adam": "pppppqqddddddqq",
     "saekit_gradient_square": "pppqqq",
+    "saekit_read_chunks": "ppppppqq",
+    "saekit_gather_rows": "pppqqqqq",
 }
 _TYPES = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "d": ctypes.c_double}
 

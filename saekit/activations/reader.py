@@ -15,6 +15,7 @@ from saekit.activations.order import Indices, flat_of
 from saekit.activations.remote import Remote
 from saekit.activations.remote_shard import RemoteShardFile
 from saekit.activations.shardfile import ShardFile, chunk_bounds, shard_mark
+from saekit.activations.together import read_together
 from saekit.errors import StoreError
 
 __all__ = ["ShardReader"]
@@ -24,6 +25,8 @@ _OPEN_SHARDS = 256
 # Elsewhere, what is kept of one is its index; several are read at a time.
 _REMOTE_SHARDS = 4096
 _SHARDS_AT_A_TIME = 16
+# As many files as are open for one call, whichever others close meanwhile.
+_SHARDS_A_CALL = 64
 # What is not given out is read as well: so much of it at a time.
 _BLOCK_CHUNKS = 256
 
@@ -93,24 +96,33 @@ class ShardReader:
 
     def chunks(self, chunks: Indices, out: AnyArray) -> None:
         """Reads all tokens of ascending chunks into `out` `[n, width]`, one chunk after another, in the stored form."""
-        ends = np.cumsum(self.bounds[chunks + 1] - self.bounds[chunks])
+        sizes = (self.bounds[chunks + 1] - self.bounds[chunks]) * (out.itemsize * out.shape[1])
+        places = np.append(0, np.cumsum(sizes))
+        target = out.reshape(-1).view(np.uint8)
         edges = [*np.searchsorted(chunks, self._first_chunks).tolist()]
 
         def read(shard: int, first: int, last: int) -> None:
-            start = int(ends[first - 1]) if first else 0
-            sizes = np.diff(ends[first:last], prepend=start) * out.itemsize * out.shape[1]
             self._open_shard(shard).read_chunks(
                 (chunks[first:last] - self._first_chunks[shard]).tolist(),
-                sizes.tolist(),
-                out[start : int(ends[last - 1])].reshape(-1).view(np.uint8),
+                sizes[first:last].tolist(),
+                target[places[first] : places[last]],
             )
 
         parts = [(shard, *part) for shard, part in enumerate(itertools.pairwise(edges)) if part[0] < part[1]]
-        if self._pool is None:
-            for part in parts:
-                read(*part)
-        else:
+        if self._pool is not None:
             list(self._pool.map(read, *zip(*parts, strict=True)))
+            return
+        for start in range(0, len(parts), _SHARDS_A_CALL):
+            some = parts[start : start + _SHARDS_A_CALL]
+            first, last = some[0][1], some[-1][2]
+            if not read_together(
+                [self._open_shard(shard) for shard, _, _ in some],
+                [chunks[part[1] : part[2]] - self._first_chunks[part[0]] for part in some],
+                sizes[first:last],
+                target[places[first] : places[last]],
+            ):
+                for part in some:
+                    read(*part)
 
     def _open(self, shard: int) -> ShardFile:
         record = self._shards[shard]

@@ -57,8 +57,6 @@ class RemoteShardFile(ShardFile):
             compression=compression,
             mark=mark,
         )
-        # Of thousands of shards at a time: an array takes a tenth.
-        self._index, self._spans = np.array(self._spans, np.int64), []
 
     def read_chunks(self, chunks: list[int], sizes: list[int], out: Bytes) -> None:
         """Reads the first bytes of each chunk into `out`, one chunk after another, and checks all of each chunk.
@@ -71,7 +69,7 @@ class RemoteShardFile(ShardFile):
             StoreError: it is missing, truncated, or has changed since it was written.
             ResourceError: no access or no answer.
         """
-        spans = self._index[chunks].tolist()
+        spans = self._spans[chunks].tolist()
         ranges = _ranges(spans)
         found = self._objects.stream(lambda part: self._range(spans[part.start][0], sum(spans[part.stop - 1])), ranges)
         start = 0

@@ -25,7 +25,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from saekit.activations.codec import AnyArray
 from saekit.errors import ResourceError, StoreError
 
-__all__ = ["ChunkShape", "Compression", "ShardFile", "chunk_bounds", "chunk_shape", "shard_mark", "write_shard_file"]
+__all__ = ["ChunkShape", "Compression", "PlainChunks", "ShardFile", "chunk_bounds", "chunk_shape", "shard_mark", "write_shard_file"]
 
 Compression = Literal["none", "lz4", "zstd", "zstd_bitshuffle"]
 
@@ -189,6 +189,17 @@ def _compressor(compression: Compression, item_bytes: int) -> Blosc | Zstd | Non
     )
 
 
+class PlainChunks(NamedTuple):
+    """Where some chunks lie in a file, each followed by its crc32c."""
+
+    file: int
+    """As the system numbers open files."""
+    offsets: npt.NDArray[np.int64]
+    """Where each chunk begins."""
+    length: int
+    """Bytes of a chunk."""
+
+
 class ShardFile:
     """The open file of one shard; safe to read from several threads."""
 
@@ -227,7 +238,8 @@ class ShardFile:
         self._read(max(0, end - len(index)), [index], len(index))
         if _crc_bytes(index[:size]) != index[size:].tobytes():
             raise self._unreadable("its index has changed since it was written")
-        self._spans: list[list[int]] = index[:size].view(_INDEX_TYPE).reshape(-1, 2).tolist()
+        # Of thousands of shards at a time: lists take ten times as much.
+        self._spans = index[:size].view(_INDEX_TYPE).astype(np.int64).reshape(-1, 2)
 
     def _open(self) -> int:
         """Opens the file and returns its length."""
@@ -243,6 +255,12 @@ class ShardFile:
         if hasattr(self, "_handle"):
             os.close(self._handle)
 
+    def plain_chunks(self, chunks: npt.NDArray[np.int64]) -> PlainChunks | None:
+        """Returns where chunks lie in this file as they are; None where they are compressed."""
+        if self._codec is not None:
+            return None
+        return PlainChunks(self._handle, self._spans[chunks, 0], self._chunk_bytes)
+
     def read_chunks(self, chunks: list[int], sizes: list[int], out: Bytes) -> None:
         """Reads the first bytes of each chunk into `out`, one chunk after another, and checks all of each chunk.
 
@@ -256,17 +274,22 @@ class ShardFile:
         if self._codec is not None:
             self._read_compressed(chunks, sizes, out)
             return
-        # This runs for every few thousand numbers of a training: each step of the interpreter shows.
-        spans, whole, stride, crc_of = self._spans, self._chunk_bytes, self._stride, google_crc32c.value
+        # Where this runs, it does for every few thousand numbers of a training: each step of the interpreter shows.
+        spans, whole, stride, crc_of = (
+            self._spans[chunks, 0].tolist(),
+            self._chunk_bytes,
+            self._stride,
+            google_crc32c.value,
+        )
         ends = np.empty((len(chunks), stride - whole), np.uint8)
         found: list[int] = []
         place, first = 0, 0
         while first < len(chunks):
-            offset = at = spans[chunks[first]][0]
+            offset = at = spans[first]
             buffers: list[Bytes] = []
             last = first
             # Neighbours: each into its place, what lies between them aside.
-            while last < len(chunks) and last - first < self._run and spans[chunks[last]][0] == at:
+            while last < len(chunks) and last - first < self._run and spans[last] == at:
                 size = sizes[last]
                 buffers.append(out[place : place + size])
                 if size < whole:
@@ -289,8 +312,7 @@ class ShardFile:
 
     def _read_compressed(self, chunks: list[int], sizes: list[int], out: Bytes) -> None:
         start = 0
-        for chunk, size in zip(chunks, sizes, strict=True):
-            offset, length = self._spans[chunk]
+        for chunk, size, (offset, length) in zip(chunks, sizes, self._spans[chunks].tolist(), strict=True):
             stored = np.empty(length, np.uint8)
             self._read(offset, [stored], length)
             self._take(chunk, stored, out[start : start + size])

@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Self
 
 import torch
+from saekit_kernels.stored import gather_rows
 from torch import Tensor
 
 from saekit.activations.memory import TensorMemory
@@ -225,6 +226,8 @@ class ShuffledBatches:
         out = self._memory.take()
         columns = torch.split(out, [store.d_in for store in self._stores], dim=1)
         for store, part, target in zip(self._stores, window.stored, columns, strict=True):
+            if not store.codec.is_quantised and gather_rows(part, index, target):
+                continue
             # So many at a time that they are still near the processor when they are decoded.
             step = max(1, _DECODED_BYTES // (4 * store.d_in))
             for some, rows in zip(torch.split(index, step), torch.split(target, step), strict=True):
