@@ -124,9 +124,12 @@ class EpochOrder:
             rows = slice(own.start - lanes.start, own.stop - lanes.start)
             some = drawn[own.start - first : own.stop - first]
             # Of a lane that has a token less than others, what the last place would be is left out.
-            is_short = sizes[rows, None] < drawn.shape[1]
-            skipped = is_short & (places >= np.argmax(some == drawn.shape[1] - 1, axis=1)[:, None])
-            out[rows] = np.take_along_axis(some, places + skipped, axis=1)
+            is_short = sizes[rows] < drawn.shape[1]
+            out[rows] = some[:, : out.shape[1]]
+            if is_short.any():
+                short = some[is_short]
+                skipped = places >= np.argmax(short == drawn.shape[1] - 1, axis=1)[:, None]
+                out[rows][is_short] = np.take_along_axis(short, places + skipped, axis=1)
         out += (np.cumsum(sizes) - sizes)[:, None]
         return out
 

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,11 @@ __all__ = ["LoadedWindow", "WindowReader"]
 # thread reads as much as two (0.6 us a token of 1,152 bytes against 1.0 on two cores): they wait for the interpreter.
 _MAX_THREADS = 4
 _PIECES = 4
+
+
+_Kept = tuple[Indices, Indices, list[AnyArray]]
+_NOTHING: _Kept = (np.empty(0, np.int64), np.empty(0, np.int64), [])
+_Loading = tuple[tuple[Tensor, ...], Indices, list[Future[None]]]
 
 
 class LoadedWindow(NamedTuple):
@@ -40,11 +45,11 @@ class WindowReader:
         self._lanes = lanes
         self._threads = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2))
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="saekit-read")
-        # Chunks that the next window begins with, ascending, with their tokens: each is read once.
-        self._kept: tuple[Indices, list[AnyArray]] = (np.empty(0, np.int64), [])
+        # Chunks that the next window begins with, ascending, where their tokens are, and in which arrays: each is read once.
+        self._kept = _NOTHING
         # Rows and arrays of the last two windows.
         self._memory: list[tuple[int, list[AnyArray]]] = [(0, []), (0, [])]
-        self._whole: tuple[tuple[Tensor, ...], Indices] | None = None
+        self._whole: _Loading | None = None
 
     def read(self, epoch: int, number: int) -> LoadedWindow:
         """Returns the lanes' tokens of a window.
@@ -52,17 +57,27 @@ class WindowReader:
         Raises:
             StoreError: a file that cannot be read, or has changed since it was written.
         """
-        stored, places = self._whole if self._whole is not None else self._load(epoch, number)
+        stored, places, reads = self._whole or self._load(epoch, number)
+        order = places[self._order.shuffled(epoch, number, self._lanes)]
+        wait(reads)
+        try:
+            for read in reads:
+                read.result()
+        except BaseException:
+            # What the next window would begin with may not have been read.
+            self._kept = _NOTHING
+            raise
         if self._order.is_whole:
             # Every epoch gives out the same tokens of the one window, in another order.
-            self._whole = stored, places
-        return LoadedWindow(stored, places[self._order.shuffled(epoch, number, self._lanes)])
+            self._whole = stored, places, []
+        return LoadedWindow(stored, order)
 
-    def _load(self, epoch: int, number: int) -> tuple[tuple[Tensor, ...], Indices]:
-        """Returns each hook point's tokens of the window's chunks, and where among them the lanes' tokens are."""
+    def _load(self, epoch: int, number: int) -> _Loading:
+        """Returns each hook point's tokens of the window's chunks, where among them the lanes' tokens are, and what still reads."""
         window = self._order.window(epoch, number, self._lanes)
         bounds = self._store.chunk_bounds
-        kept, kept_tokens = self._kept
+        kept, kept_places, kept_tokens = self._kept
+        self._kept = _NOTHING
         is_kept = np.isin(kept, window.chunks)
         fresh = np.setdiff1d(window.chunks, kept, assume_unique=True)
         chunks = np.concatenate([kept[is_kept], fresh])
@@ -71,10 +86,6 @@ class WindowReader:
         parts = self._store.parts
         arrays = self._arrays(int(ends[-1]))
         num_kept = len(chunks) - len(fresh)
-        if num_kept:
-            held = np.repeat(is_kept, bounds[kept + 1] - bounds[kept])
-            for array, tokens in zip(arrays, kept_tokens, strict=True):
-                array[: int(ends[num_kept - 1])] = tokens[held]
 
         def read_some(some: slice) -> None:
             tokens = slice(int(starts[some][0]), int(ends[some][-1]))
@@ -83,17 +94,21 @@ class WindowReader:
 
         # More pieces than threads: they end together, whatever else the cores do.
         edges = np.unique(np.linspace(num_kept, len(chunks), _PIECES * self._threads + 1).astype(int)).tolist()
-        list(self._pool.map(read_some, [slice(a, b) for a, b in itertools.pairwise(edges)]))
-
+        reads = [self._pool.submit(read_some, slice(a, b)) for a, b in itertools.pairwise(edges) if a < b]
+        if num_kept:
+            held = kept_places[np.repeat(is_kept, bounds[kept + 1] - bounds[kept])]
+            for array, tokens in zip(arrays, kept_tokens, strict=True):
+                # Into its place at once; without a mode it would be checked first, and copied twice.
+                np.take(tokens, held, axis=0, out=array[: len(held)], mode="clip")
         ascending = np.argsort(chunks)
         at = ascending[np.searchsorted(chunks[ascending], window.unfinished)]
-        again = flat_of(at, np.append(0, ends))
-        self._kept = window.unfinished, [array[again] for array in arrays]
+        self._kept = window.unfinished, flat_of(at, np.append(0, ends)), arrays
         # By how much the place of a chunk's tokens differs from their index; of most chunks nothing is asked.
         shifts = np.empty(len(bounds) - 1, np.int64)
         shifts[chunks] = starts - bounds[chunks]
         places = window.tokens + shifts[np.searchsorted(bounds, window.tokens, side="right") - 1]
-        return tuple(part.codec.to_tensor(array) for part, array in zip(parts, arrays, strict=True)), places
+        stored = tuple(part.codec.to_tensor(array) for part, array in zip(parts, arrays, strict=True))
+        return stored, places, reads
 
     def _arrays(self, tokens: int) -> list[AnyArray]:
         """Returns memory for a window; that of the window before the last, where it is large enough.

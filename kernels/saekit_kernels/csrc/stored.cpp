@@ -11,7 +11,7 @@ using namespace saekit;
 
 constexpr int64_t CRC_BYTES = 4;
 // Read at a time, so that it is still near the processor when it is checked.
-constexpr int64_t RUN_BYTES = 1 << 18;
+constexpr int64_t RUN_BYTES = 1 << 17;
 // Of one call of the system: up to three a chunk.
 constexpr int64_t RUN_CHUNKS = 1024 / 3;
 // What lies between chunks that are read in one go.
@@ -110,7 +110,7 @@ static inline void widen(const Float16* from, float* to, int64_t n) {
 }
 
 // Rows ahead that are asked for: each is of many lines of the cache.
-constexpr int64_t ROWS_AHEAD = 4;
+constexpr int64_t ROWS_AHEAD = 8;
 
 template <typename Number>
 static void gather(const Number* rows, const int64_t* indices, float* out, int64_t count, int64_t n, int64_t step,
