@@ -90,9 +90,9 @@ class Saekit:
         self._rows = coded.reshape(-1, CONTEXT_LEN, coded.shape[1])
 
     def write(self, folder: Path) -> None:
+        from saekit.activations.chunks import chunk_shape
         from saekit.activations.codec import token_bytes
         from saekit.activations.layout import shard_spans
-        from saekit.activations.shardfile import chunk_shape
         from saekit.activations.writer import Shard, write_shard
 
         d_in = self._x.shape[1]

@@ -37,9 +37,7 @@ def read_chunks(
         return False
     whole = torch.zeros(1, dtype=torch.int64)
     arguments = (files, offsets, lengths, sizes, out, whole)
-    _build.library().saekit_read_chunks(
-        *(argument.data_ptr() for argument in arguments), len(files), int(by_tables)
-    )
+    _build.library().saekit_read_chunks(*(argument.data_ptr() for argument in arguments), len(files), int(by_tables))
     return int(whole) == len(files)
 
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from saekit.activations.capture import BatchCapture, CapturedBatch
+from saekit.activations.chunks import ChunkShape, chunk_shape
 from saekit.activations.codec import AnyArray, token_bytes
 from saekit.activations.config import CacheConfig
 from saekit.activations.layout import (
@@ -37,7 +38,6 @@ from saekit.activations.plan import free_bytes, plan_cache
 from saekit.activations.reader import ShardReader
 from saekit.activations.remote import Remote
 from saekit.activations.rows import TokenTable, read_token_table, write_token_table
-from saekit.activations.shardfile import ChunkShape, chunk_shape
 from saekit.activations.statistics import Statistics, compute_statistics, massive_note, tell_massive, write_statistics
 from saekit.activations.store import ActivationStore, cache_identity
 from saekit.activations.stored import read_arrays, write_arrays

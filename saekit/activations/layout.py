@@ -23,8 +23,9 @@ import google_crc32c
 import numpy as np
 from pydantic import Field, ValidationError
 
+from saekit.activations.chunks import ChunkShape
 from saekit.activations.codec import StoredDtype
-from saekit.activations.shardfile import ChunkShape, Compression
+from saekit.activations.shardfile import Compression
 from saekit.config import Config
 from saekit.errors import ResourceError, StoreError
 from saekit.manifest import Manifest, write_json

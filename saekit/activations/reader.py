@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from saekit.activations.chunks import chunk_bounds, shard_mark
 from saekit.activations.codec import CODECS, AnyArray
 from saekit.activations.layout import ShardRecord, shard_file
 from saekit.activations.order import Indices, flat_of
 from saekit.activations.remote import Remote
 from saekit.activations.remote_shard import RemoteShardFile
-from saekit.activations.shardfile import ShardFile, chunk_bounds, shard_mark
+from saekit.activations.shardfile import ShardFile
 from saekit.activations.together import read_together
 from saekit.errors import StoreError
 

@@ -21,12 +21,12 @@ from typing import NamedTuple
 
 from pydantic import Field, field_validator
 
+from saekit.activations.chunks import ChunkShape, chunk_shape
 from saekit.activations.codec import CODECS, token_bytes
 from saekit.activations.config import CacheConfig
 from saekit.activations.joined import JoinedStore
 from saekit.activations.layout import PartRecord, ShardRecord
 from saekit.activations.plan import size_text
-from saekit.activations.shardfile import ChunkShape, chunk_shape
 from saekit.activations.store import ActivationStore
 from saekit.config import Config, config_sha256
 from saekit.errors import ConfigError, StoreError

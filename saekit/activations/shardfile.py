@@ -8,7 +8,6 @@ nothing else has to be read for it.
 """
 
 import errno
-import hashlib
 import os
 import warnings
 from collections.abc import Sequence
@@ -22,18 +21,13 @@ import zarr
 from numcodecs import Blosc, Zstd
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
+from saekit.activations.chunks import ChunkShape
 from saekit.activations.codec import AnyArray
 from saekit.errors import ResourceError, StoreError
 
-__all__ = ["ChunkShape", "Compression", "PlainChunks", "ShardFile", "chunk_bounds", "chunk_shape", "shard_mark", "write_shard_file"]
+__all__ = ["Bytes", "Compression", "PlainChunks", "ShardFile", "write_shard_file"]
 
 Compression = Literal["none", "lz4", "zstd", "zstd_bitshuffle"]
-
-# Smaller chunks mix more documents in the same memory, larger ones are read faster. All hook points of a cache are cut alike and may be
-# read together, but below the least size of one of them checking costs more than reading.
-_CHUNK_BYTES = 48 * 2**10
-_LEAST_CHUNK_BYTES = 16 * 2**10
-_CHUNK_TOKENS = 32
 
 # Copies between places that lie differently to lines of the cache are several times slower on some processors.
 _ALIGNMENT = 64
@@ -47,45 +41,6 @@ _READ_BYTES = 2**20
 _MAX_BUFFERS = 1024
 
 Bytes = npt.NDArray[np.uint8]
-
-
-class ChunkShape(NamedTuple):
-    """What a chunk holds: whole rows, or a part of one."""
-
-    rows: int
-    """Token rows."""
-    positions: int
-    """Positions of each; the last part of a row is filled up with zeros."""
-
-    def num_chunks(self, num_rows: int, context_len: int) -> int:
-        """Returns the chunks of so many rows; the last rows are filled up as well."""
-        return -(-num_rows // self.rows) * -(-context_len // self.positions)
-
-
-def chunk_shape(context_len: int, token_bytes: Sequence[int]) -> ChunkShape:
-    """Returns the shape of the chunks in a cache of rows of this length; the same for all of its hook points.
-
-    Args:
-        token_bytes: of a stored activation of each hook point.
-    """
-    tokens = max(1, _CHUNK_BYTES // sum(token_bytes), _LEAST_CHUNK_BYTES // max(token_bytes))
-    tokens = min(tokens, _CHUNK_TOKENS)
-    if context_len <= tokens:
-        return ChunkShape(tokens // context_len, context_len)
-    parts = -(-context_len // tokens)
-    return ChunkShape(1, -(-context_len // parts))
-
-
-def chunk_bounds(num_rows: int, context_len: int, shape: ChunkShape) -> npt.NDArray[np.int64]:
-    """Returns the flat index (`row * T + position`) at which each chunk of a shard begins, and where the last one ends."""
-    rows = np.arange(0, num_rows, shape.rows, dtype=np.int64) * context_len
-    starts = rows[:, None] + np.arange(0, context_len, shape.positions, dtype=np.int64)
-    return np.append(starts.ravel(), num_rows * context_len)
-
-
-def shard_mark(*what: object) -> bytes:
-    """Returns the 64 bytes at the beginning of a shard's file: a hash of what tells it from all others."""
-    return hashlib.sha256(repr(what).encode()).hexdigest().encode()
 
 
 def write_shard_file(

@@ -15,8 +15,8 @@ from saekit.activations.store import ActivationStore
 
 __all__ = ["LoadedWindow", "WindowReader"]
 
-# Reads wait for the disk without holding the interpreter, so that several ask it for more at once. Of what lies in the page cache one
-# thread reads as much as two (0.6 us a token of 1,152 bytes against 1.0 on two cores): they wait for the interpreter.
+# Reads wait for the disk without holding the interpreter, so that several ask it for more at once. Where nothing is compiled, one thread
+# reads as much of what lies in the page cache as two (0.6 us a token of 1,152 bytes against 1.0 on two cores): they wait for the interpreter.
 _MAX_THREADS = 4
 _PIECES = 4
 

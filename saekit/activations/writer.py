@@ -13,6 +13,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from saekit.activations.chunks import ChunkShape, shard_mark
 from saekit.activations.codec import AnyArray, StoredDtype
 from saekit.activations.layout import (
     ACTIVATIONS_NAME,
@@ -25,7 +26,7 @@ from saekit.activations.layout import (
     write_record,
 )
 from saekit.activations.remote import Remote
-from saekit.activations.shardfile import ChunkShape, Compression, shard_mark, write_shard_file
+from saekit.activations.shardfile import Compression, write_shard_file
 from saekit.activations.stored import write_arrays
 from saekit.errors import ResourceError
 

@@ -100,9 +100,9 @@ static inline void widen(const Float16* from, float* to, int64_t n) {
 #endif
     for (; place < n; ++place) {
         const uint32_t bits = from[place].bits, sign = (bits & 0x8000) << 16, rest = (bits & 0x7fff) << 13;
-        // Exponents are 112 less than a float32's; infinities and NaN keep the largest one.
+        // Exponents are 112 less than a float32's; infinities keep the largest one, and so does NaN, which becomes a quiet one.
         float value = float_of(rest) * 0x1p112f;
-        if (rest >= 0x7c00u << 13) value = float_of(rest | 0x7f800000);
+        if (rest >= 0x7c00u << 13) value = float_of(rest | 0x7f800000 | (rest > 0x7c00u << 13 ? 0x400000 : 0));
         uint32_t found;
         std::memcpy(&found, &value, sizeof found);
         to[place] = float_of(found | sign);

@@ -13,15 +13,9 @@ import torch
 import zarr
 
 from saekit.activations import CacheConfig, cache_activations, verify_store
+from saekit.activations.chunks import chunk_bounds, chunk_shape, shard_mark
 from saekit.activations.codec import CODECS, token_bytes
-from saekit.activations.shardfile import (
-    Compression,
-    ShardFile,
-    chunk_bounds,
-    chunk_shape,
-    shard_mark,
-    write_shard_file,
-)
+from saekit.activations.shardfile import Compression, ShardFile, write_shard_file
 from saekit.errors import NonFiniteError, ResourceError, StoreError
 from saekit.models import LanguageModel, replace
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from saekit.activations import ActivationStore, ShuffledBatches, StoreView, measure_mixing
+from saekit.activations.chunks import chunk_shape
 from saekit.activations.mixing import expected_documents
 from saekit.activations.order import EpochOrder
-from saekit.activations.shardfile import chunk_shape
 from saekit.errors import ConfigError, StoreError
 
 NDArray = np.ndarray[Any, Any]

@@ -91,8 +91,8 @@ def test_reads_do_not_depend_on_the_chunks(
     lm: LanguageModel, make_config: Any, store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Three tokens a chunk, two of the 32 columns' bytes each; the last of a row is filled up.
-    monkeypatch.setattr("saekit.activations.shardfile._CHUNK_BYTES", 3 * 32 * 2)
-    monkeypatch.setattr("saekit.activations.shardfile._LEAST_CHUNK_BYTES", 1)
+    monkeypatch.setattr("saekit.activations.chunks._CHUNK_BYTES", 3 * 32 * 2)
+    monkeypatch.setattr("saekit.activations.chunks._LEAST_CHUNK_BYTES", 1)
     chunked = cache_activations(make_config(), tmp_path / "cache", lm=lm)
     assert set(np.diff(chunked.chunk_bounds).tolist()) == {3, 1}
     rows = np.random.default_rng(0).permutation(100)
