@@ -92,9 +92,10 @@ class WindowReader:
             for part, array in zip(parts, arrays, strict=True):
                 part.read_chunks(chunks[some], array[tokens])
 
-        # More pieces than threads: they end together, whatever else the cores do.
-        edges = np.unique(np.linspace(num_kept, len(chunks), _PIECES * self._threads + 1).astype(int)).tolist()
-        reads = [self._pool.submit(read_some, slice(a, b)) for a, b in itertools.pairwise(edges) if a < b]
+        # More pieces than several threads: they end together, whatever else the cores do.
+        pieces = _PIECES * self._threads if self._threads > 1 else 1
+        edges = np.unique(np.linspace(num_kept, len(chunks), pieces + 1).astype(int)).tolist()
+        reads = [self._pool.submit(read_some, slice(a, b)) for a, b in itertools.pairwise(edges)]
         if num_kept:
             held = kept_places[np.repeat(is_kept, bounds[kept + 1] - bounds[kept])]
             for array, tokens in zip(arrays, kept_tokens, strict=True):
