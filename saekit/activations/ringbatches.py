@@ -17,9 +17,9 @@ from saekit.activations.order import ORDER_VERSION
 from saekit.activations.ring import LedgerEntry, Ring
 from saekit.activations.segment import open_segment
 from saekit.activations.shuffle import ShuffledBatches
+from saekit.activations.source import read_position
 from saekit.activations.store import ActivationStore
 from saekit.activations.view import StoreView
-from saekit.errors import StoreError
 
 __all__ = ["RingBatches", "RingView"]
 
@@ -166,13 +166,7 @@ class RingBatches:
         Raises:
             StoreError: see `load_state_dict`.
         """
-        for key, value in self._identity.items():
-            if state.get(key) != value:
-                raise StoreError(f"ring: saved with {key} {state.get(key)!r}, needs {value!r} to go on exactly there")
-        segment, batch = state["segment"], state["batch"]
-        assert isinstance(segment, int)
-        assert isinstance(batch, int)
-        return segment, batch
+        return read_position(state, self._identity, what="ring", part="segment")
 
     def close(self) -> None:
         """Ends the threads; `next_batch` must not be called again."""

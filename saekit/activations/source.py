@@ -79,20 +79,24 @@ def lasting(source: ActivationSource) -> Iterator[ActivationSource]:
         yield source
 
 
-def read_position(state: Mapping[str, object], identity: Mapping[str, object]) -> tuple[int, int]:
-    """Returns epoch and batch of a saved position.
+def read_position(
+    state: Mapping[str, object], identity: Mapping[str, object], *, what: str = "batches", part: str = "epoch"
+) -> tuple[int, int]:
+    """Returns epoch (or another part of the data) and batch of a saved position.
 
     Args:
         state: what was saved.
         identity: what a position of this source depends on.
+        what: is read.
+        part: name of what batches are counted in.
 
     Raises:
         StoreError: the state is of a source with other data or settings; the first differing one is named.
     """
     for key, value in identity.items():
         if state.get(key) != value:
-            raise StoreError(f"batches: saved with {key} {state.get(key)!r}, needs {value!r} to go on exactly there")
-    epoch, batch = state["epoch"], state["batch"]
-    assert isinstance(epoch, int)
+            raise StoreError(f"{what}: saved with {key} {state.get(key)!r}, needs {value!r} to go on exactly there")
+    number, batch = state[part], state["batch"]
+    assert isinstance(number, int)
     assert isinstance(batch, int)
-    return epoch, batch
+    return number, batch

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -198,8 +199,8 @@ class RunTrackers:
         run = self._name
         known = None if is_new else identity
         if name == "tensorboard":
-            # Files are called after the second in which they were begun, which two starts can share.
-            return {"run_name": name, "logging_dir": folder, "filename_suffix": f".{uuid.uuid4().hex[:8]}"}
+            # Files are called after the second in which they were begun, which two starts can share, and read in that order.
+            return {"run_name": name, "logging_dir": folder, "filename_suffix": f".{time.time_ns():020d}"}
         if name == "wandb":
             options = {"id": identity, "resume": "allow", "reinit": "create_new", "dir": folder}
             return {"run_name": project, "name": run, **options}

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from saekit.activations.joined import JoinedStore, PairedStore
+from saekit.activations.joined import PairedStore
 from saekit.activations.mixing import Mixing, measure_mixing
 from saekit.activations.ringbatches import RingView
 from saekit.activations.shuffle import ShuffledBatches
@@ -18,14 +18,13 @@ from saekit.manifest import StageState, begin_stage, finish_stage, locked
 from saekit.models.load import LanguageModel
 from saekit.progress import NO_PROGRESS, Progress
 from saekit.sae.base import SAE
-from saekit.sae.batch import batch_width
 from saekit.sae.checkpoint import load_sae_folder
 from saekit.sae.fold import AnyNormalization, Normalization, normalization_of_state
 from saekit.sae.sites import SitesSAE
-from saekit.sae.transcoder import Transcoder
 from saekit.training.background import CheckpointWriter
 from saekit.training.build import check_trainable
 from saekit.training.config import TrainConfig
+from saekit.training.data import check_data
 from saekit.training.end_to_end import EndToEndRun, check_end_to_end
 from saekit.training.finish import finish_weights
 from saekit.training.heldout import TokenView, read_evenly
@@ -91,13 +90,8 @@ class Trainer:
         self.mixing: Mixing | None = None
         self._test = test
         for what, data in (("training", train), ("test", test)):
-            if data is not None and data.d_in != batch_width(sae):
-                name = _batch_width_name(sae)
-                raise ConfigError(
-                    f"{what} data: activations are {data.d_in} wide, needs the SAE's {name} = {batch_width(sae)}"
-                )
-            if isinstance(sae, SitesSAE) and isinstance(data, StoreView) and isinstance(data.store, JoinedStore):
-                _check_sites(sae, data.store)
+            if data is not None:
+                check_data(sae, data, data.d_in, what=what)
         check_trainable(sae)
         check_options(sae.cfg, config)
         if config.optimizer == "adamw8bit":
@@ -349,15 +343,3 @@ class Trainer:
             if isinstance(store, PairedStore):
                 facts["target_hook_point"] = store.targets.hook_point
         return facts
-
-
-def _batch_width_name(sae: SAE) -> str:
-    if isinstance(sae, SitesSAE):
-        return "num_sites * d_in"
-    return "d_in + d_out" if isinstance(sae, Transcoder) else "d_in"
-
-
-def _check_sites(sae: SitesSAE, store: JoinedStore) -> None:
-    widths = [each.d_in for each in store.stores]
-    if widths != [sae.d_in] * sae.num_sites:
-        raise ConfigError(f"hook points {store.hook_point}: widths {widths}, needs {sae.num_sites} of {sae.d_in}")

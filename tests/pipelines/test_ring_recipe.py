@@ -47,6 +47,7 @@ init = "given"
             "train.jumprelu.training.batch_size=128",
             r"train.jumprelu.training: batch_size 128, needs that of train.topk.training, 256: a ring is read once",
         ),
+        ("storage.url=s3://bucket/folder", "ring: found storage.url 's3://bucket/folder' beside it, .* one of the two"),
         ("train.topk.training.objective={kind='e2e'}", "train.topk.training: objective 'e2e' reads whole rows again"),
     ],
 )

@@ -63,6 +63,7 @@ SAES: dict[str, SAEConfig] = {
     "mlsae": MLSAEConfig(d_in=6, num_sites=2, d_sae=D_SAE, k=3),
     "resampled": TopKConfig(**SHAPE, k=1),
     "signum": TopKConfig(**SHAPE, k=3),
+    "muon": TopKConfig(**SHAPE, k=3),
 }
 OPTIONS: dict[str, dict[str, object]] = {
     "topk": {"ema_decay": 0.9},
@@ -78,12 +79,15 @@ OPTIONS: dict[str, dict[str, object]] = {
         }
     },
     "signum": {"optimizer": "signum"},
+    "muon": {"optimizer": "muon"},
 }
-EVERYWHERE = tuple(kind for kind in SAES if kind not in {"crosscoder", "mlsae", "resampled"})
+EVERYWHERE = tuple(kind for kind in SAES if kind not in {"crosscoder", "mlsae", "resampled", "muon"})
 """Kinds whose features can be spread over processes."""
-MESH = ("topk", "batchtopk", "jumprelu", "matryoshka_batchtopk", "skip")
-DATA4 = ("batchtopk", "gated")
-LATENTS4 = ("topk", "batchtopk", "gated", "transcoder")
+IS_WHOLE = os.environ.get("SAEKIT_ALL_LAYOUTS") == "1"
+"""Whether four processes train every kind in every layout, which takes a minute more, or those that differ."""
+MESH = EVERYWHERE if IS_WHOLE else ("topk", "batchtopk", "jumprelu", "matryoshka_batchtopk", "skip")
+DATA4 = tuple(SAES) if IS_WHOLE else ("batchtopk", "gated")
+LATENTS4 = EVERYWHERE if IS_WHOLE else ("topk", "batchtopk", "gated", "transcoder")
 
 
 class Tokens(PlantedSource):
