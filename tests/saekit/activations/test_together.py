@@ -95,7 +95,8 @@ def test_after_an_error_windows_begin_with_nothing_unread(cached: Path, monkeypa
     reader = WindowReader(store, order, lanes)
     reader.read(0, 0)
 
-    def fail(*_: object) -> None:
+    def fail(chunks: object, out: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> None:
+        out[:] = 0
         raise StoreError("gone")
 
     with monkeypatch.context() as patch:
