@@ -60,6 +60,11 @@ class CheckpointWriter:
         """Takes this process's place among those that write one checkpoint."""
         self._rank, self._world_size = rank, world_size
         self._group: dist.ProcessGroup | None = None
+        if world_size > 1:
+            # Before the first step: who waits here for one that was killed sees no connection close.
+            world = dist.group.WORLD
+            assert world is not None
+            self._group = side_group(world, "checkpoints", PATIENCE)
         # New memory takes several times as long as the copy itself: the system hands it out page by page, and zeroes it.
         self._buffers: dict[Path, dict[str, Tensor]] = {}
         self._last: dict[Path, Future[None]] = {}
@@ -89,10 +94,6 @@ class CheckpointWriter:
             Done when the checkpoint of all processes is in place; it holds a `ResourceError` where it is not.
         """
         assert out not in self._last or self._last[out].done(), "the last checkpoint of this folder is not written yet"
-        if self._world_size > 1 and self._group is None:
-            world = dist.group.WORLD
-            assert world is not None
-            self._group = side_group(world, "checkpoints", PATIENCE)
         named, arrays = stage_tensors(
             state, rank=self._rank, world_size=self._world_size, buffers=self._buffers.setdefault(out, {})
         )
