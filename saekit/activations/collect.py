@@ -29,7 +29,6 @@ from saekit.activations.layout import (
     record_name,
     refuse_earlier,
     shard_file,
-    shard_name,
     shard_spans,
     write_record,
 )
@@ -40,7 +39,7 @@ from saekit.activations.remote import Remote
 from saekit.activations.rows import TokenTable, read_token_table, write_token_table
 from saekit.activations.statistics import Statistics, compute_statistics, massive_note, tell_massive, write_statistics
 from saekit.activations.store import ActivationStore, cache_identity
-from saekit.activations.stored import read_arrays, write_arrays
+from saekit.activations.stored import read_norms, write_arrays
 from saekit.activations.verify import reopen_stage, verify_store
 from saekit.activations.writer import Shard, ShardWriter, remove_leftovers, staged
 from saekit.activations.writers import Writers, join_writers
@@ -319,9 +318,7 @@ def _finish_hook_point(
     if run.remote is not None:
         for record in shards:
             run.remote.fetch(folder, record, but=shard_file(record.span.index))
-    norms = np.concatenate(
-        [read_arrays(folder / shard_name(span.index), "norm")[0] for span in spans], dtype=np.float32
-    )
+    norms = read_norms(folder, shards)
     kinds, threshold = tell_massive(table.kinds, norms, factor=run.config.massive_factor)
     reader = ShardReader(folder, shards, context_len=table.context_len, remote=run.remote)
 

@@ -21,7 +21,6 @@ from saekit.activations.layout import (
     hook_folder,
     read_record,
     record_files,
-    shard_name,
     shard_spans,
     write_record,
 )
@@ -29,7 +28,7 @@ from saekit.activations.reader import ShardReader
 from saekit.activations.ring import LEDGER_NAME, Ledger, LedgerEntry, Place, Ring, SegmentRecord
 from saekit.activations.rows import MASSIVE, NORMAL, TokenTable
 from saekit.activations.store import ActivationStore
-from saekit.activations.stored import read_arrays, write_arrays
+from saekit.activations.stored import read_arrays, read_norms, write_arrays
 from saekit.activations.view import StoreView
 from saekit.activations.walk import TextWalk
 from saekit.activations.writer import remove_leftovers, staged
@@ -159,9 +158,7 @@ def _training_mask(
     """Returns `[R, T]` which tokens are trained on: those that are normal at all hook points, by the cache's thresholds."""
     mask: npt.NDArray[np.bool_] = table.kinds == NORMAL
     for name, records in shards.items():
-        at = hook_folder(folder, name)
-        norms = np.concatenate([read_arrays(at / shard_name(record.span.index), "norm")[0] for record in records])
-        mask &= norms.astype(np.float32, copy=False) <= thresholds[name]
+        mask &= read_norms(hook_folder(folder, name), records) <= thresholds[name]
     return mask
 
 
@@ -200,9 +197,7 @@ class _SegmentStore(ActivationStore):
 
     @functools.cached_property
     def _kinds_and_norms(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
-        folder = hook_folder(self.path, self.hook_point)
-        spans = [shard.span.index for shard in self._index.shards]
-        norms = np.concatenate([read_arrays(folder / shard_name(index), "norm")[0] for index in spans])
+        norms = read_norms(hook_folder(self.path, self.hook_point), self._index.shards)
         massive = (self._rows.kinds == NORMAL) & (norms > self.statistics.massive_threshold)
         return np.where(massive, np.uint8(MASSIVE), self._rows.kinds), norms
 

@@ -2,15 +2,18 @@
 
 import errno
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import zarr
 
 from saekit.activations.codec import AnyArray
+from saekit.activations.layout import ShardRecord, shard_name
 from saekit.errors import ResourceError, StoreError
 
-__all__ = ["read_arrays", "write_arrays"]
+__all__ = ["read_arrays", "read_norms", "write_arrays"]
 
 # Large enough that files stay few, small enough for other readers of the format, which load whole chunks.
 _CHUNK_BYTES = 16 * 2**20
@@ -45,3 +48,17 @@ def read_arrays(path: Path, *names: str) -> list[AnyArray]:
         if isinstance(error, OSError) and error.errno == errno.EMFILE:
             raise ResourceError(f"{str(path)!r}: too many open files, needs a higher 'ulimit -n'") from error
         raise StoreError(f"{str(path)!r}: cannot be read: {error}; verify the cache") from error
+
+
+def read_norms(folder: Path, shards: Sequence[ShardRecord]) -> npt.NDArray[np.float32]:
+    """Returns the norm of each activation of a hook point, `[R, T]` over the rows of the shards.
+
+    Args:
+        folder: of the hook point.
+        shards: in order.
+
+    Raises:
+        StoreError: one cannot be read.
+    """
+    norms = [read_arrays(folder / shard_name(shard.span.index), "norm")[0] for shard in shards]
+    return np.concatenate(norms, dtype=np.float32)
